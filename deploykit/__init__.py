@@ -1,0 +1,85 @@
+"""DeployKit: from a trained model to the fastest artifact that is still correct, with the evidence beside it.
+
+The public names are loaded on first use: ``import deploykit`` reads nothing but this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout the sub-packages stand beside this folder (exporters/, runtimes/, ...), not inside it. Python finds
+# this folder first when it runs from the checkout's root, even with a wheel installed, so both places are searched.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "exporters" / "__init__.py").is_file():
+    __path__.append(str(_root))
+
+_EXPORTS = {
+    "Artifact": "artifact",
+    "Dataset": "data",
+    "DeploykitError": "errors",
+    "Recipe": "recipe",
+    "Report": "benchmarks",
+    "Session": "runtimes",
+    "Signature": "specs",
+    "TensorSpec": "specs",
+    "benchmark": "pipeline",
+    "export": "pipeline",
+    "open_session": "runtimes",
+    "quantize_dynamic": "pipeline",
+    "quantize_static": "pipeline",
+    "run": "pipeline",
+    "simplify": "pipeline",
+    "verify": "pipeline",
+}
+
+__all__ = [
+    "Artifact",
+    "Dataset",
+    "DeploykitError",
+    "Recipe",
+    "Report",
+    "Session",
+    "Signature",
+    "TensorSpec",
+    "__version__",
+    "benchmark",
+    "export",
+    "open_session",
+    "quantize_dynamic",
+    "quantize_static",
+    "run",
+    "simplify",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from deploykit.artifact import Artifact
+    from deploykit.benchmarks import Report
+    from deploykit.data import Dataset
+    from deploykit.errors import DeploykitError
+    from deploykit.pipeline import (
+        benchmark,
+        export,
+        quantize_dynamic,
+        quantize_static,
+        run,
+        simplify,
+        verify,
+    )
+    from deploykit.recipe import Recipe
+    from deploykit.runtimes import Session, open_session
+    from deploykit.specs import Signature, TensorSpec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'deploykit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"deploykit.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,146 @@
+"""Every error that a user can cause.
+
+DeploykitError
+├── MissingDependencyError      an optional package is not installed
+├── OutputExistsError           the output is there already; nothing is ever overwritten
+├── StorageError                disk full, no permission, read-only file system
+├── ArtifactError               an artifact directory is incomplete, changed or of an unknown version
+├── DataError                   a dataset, or a feed, does not fit the model
+├── SourceError                 the thing to export cannot be found, read or built
+├── ModelError                  an ONNX or OpenVINO file is corrupt, unsafe or invalid
+├── ExportError                 a good source could not be turned into ONNX
+├── ParityError                 the outputs differ from the reference
+│   └── UnverifiableError       the outputs do not react to the inputs, so that equality proves nothing
+├── DeviceError                 a runtime, provider or device is unknown or cannot be had
+├── InferenceError              a runtime failed while it loaded or ran a model
+├── OptimizationError           a step could not be applied
+├── BenchmarkError              a measurement could not be made
+└── RecipeError                 a recipe does not say what to do
+
+A third-party exception is translated where it enters, with ``raise ... from exc``. What is not a DeploykitError is a
+bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+
+_STORAGE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+}
+
+
+class DeploykitError(Exception):
+    """Base class of all errors that a user can cause.
+
+    Args:
+        what: What happened, in one sentence without the final full stop.
+        expected: What was expected instead.
+        hint: The next command or edit.
+    """
+
+    def __init__(self, what: str, *, expected: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what, expected, hint)
+        self.what = what
+        self.expected = expected
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """One line: what happened; what was expected; what to do."""
+        parts = [self.what]
+        if self.expected:
+            parts.append(f"expected {self.expected}")
+        if self.hint:
+            parts.append(self.hint)
+        return "; ".join(" ".join(part.split()).rstrip(".;") for part in parts)
+
+
+class MissingDependencyError(DeploykitError):
+    """An optional package is not installed."""
+
+
+class OutputExistsError(DeploykitError):
+    """The output path is taken."""
+
+
+class StorageError(DeploykitError):
+    """The file system refused a write."""
+
+
+class ArtifactError(DeploykitError):
+    """An artifact directory is incomplete, changed since it was written, or of an unknown schema version."""
+
+
+class DataError(DeploykitError):
+    """A dataset or a feed does not fit."""
+
+
+class SourceError(DeploykitError):
+    """The source of an export cannot be found, read or built."""
+
+
+class ModelError(DeploykitError):
+    """A model file is corrupt, unsafe or invalid."""
+
+
+class ExportError(DeploykitError):
+    """A source that works in its framework could not be turned into ONNX."""
+
+
+class ParityError(DeploykitError):
+    """Outputs differ from the reference by more than the tolerance."""
+
+
+class UnverifiableError(ParityError):
+    """Outputs do not react to inputs, so that equal outputs prove nothing."""
+
+
+class DeviceError(DeploykitError):
+    """A runtime, provider or device is unknown or cannot be had."""
+
+
+class InferenceError(DeploykitError):
+    """A runtime failed while it loaded or ran a model."""
+
+
+class OptimizationError(DeploykitError):
+    """An optimization step could not be applied."""
+
+
+class BenchmarkError(DeploykitError):
+    """A measurement could not be made."""
+
+
+class RecipeError(DeploykitError):
+    """A recipe is malformed."""
+
+
+def first_line(exc: BaseException, limit: int = 300) -> str:
+    """The first non-empty line of an exception's message, with its type, for use inside an error of ours."""
+    text = next((line.strip() for line in str(exc).splitlines() if line.strip()), "")
+    line = f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def storage_error(exc: OSError, path: object) -> StorageError | None:
+    """Translate an OSError of a write below ``path``; None where it is no storage failure."""
+    if exc.errno not in _STORAGE_ERRNOS:
+        return None
+    hints = {
+        errno.ENOSPC: "free some space or choose another -o",
+        errno.EDQUOT: "free some space or choose another -o",
+        errno.EFBIG: "raise the file size limit (ulimit -f) or choose another -o",
+    }
+    reason = exc.strerror or str(exc)
+    return StorageError(
+        f"cannot write {path}: {reason}",
+        hint=hints.get(exc.errno or 0, "choose an -o that you may write to") + "; nothing was left behind",
+    )

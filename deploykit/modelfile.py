@@ -1,0 +1,251 @@
+"""ONNX files on disk: read them safely, describe them, write them whole.
+
+Every external-data location is checked before any library or runtime is shown the file (onnx CVE-2022-25882,
+CVE-2024-27318, CVE-2025-51480, CVE-2026-27489, CVE-2026-34446): it has to be a regular file, reached without links,
+below the model's own folder, and long enough for the bytes that the model claims.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.errors import ModelError, first_line
+from deploykit.specs import Dim, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+# protobuf refuses messages of 2 GiB; above this, weights go to a file of their own.
+_INLINE_LIMIT_BYTES = 1_900_000_000
+_RE_EXPORT = "export it again from its source, or fetch the file again"
+
+
+def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """Parse an ONNX file.
+
+    Args:
+        path: The `.onnx` file.
+        weights: Whether external weights are loaded too.
+
+    Raises:
+        ModelError: Missing, no ONNX, without a graph, or with unsafe external data.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.exists():
+        raise ModelError(f"{path} does not exist", expected="an .onnx file or an artifact directory")
+    if path.is_dir():
+        raise ModelError(f"{path} is a directory without manifest.json", expected="an .onnx file or an artifact directory")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError, UnicodeDecodeError) as exc:
+        raise ModelError(f"{path} is not an ONNX file, or is cut off ({first_line(exc)})", hint=_RE_EXPORT) from exc
+    except OSError as exc:
+        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    if not model.opset_import or not model.graph.output:
+        raise ModelError(f"{path} holds no graph", expected="a model with an opset and outputs", hint=_RE_EXPORT)
+    check_external_data(model, path)
+    if weights:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def check_model(model: onnx.ModelProto, path: Path) -> None:
+    """Run ONNX's own checker.
+
+    Raises:
+        ModelError: It found something, in its words.
+    """
+    import onnx
+
+    try:
+        # Beyond 2 GB, and with weights outside, the checker wants the path.
+        onnx.checker.check_model(str(path) if external_files(model) else model)
+    except (onnx.checker.ValidationError, ValueError) as exc:
+        raise ModelError(f"{path} is not valid ONNX ({first_line(exc)})", hint=_RE_EXPORT) from exc
+
+
+def external_files(model: onnx.ModelProto) -> set[str]:
+    """Locations of all external data, as written in the model."""
+    return {info["location"] for _, info in _external_tensors(model) if "location" in info}
+
+
+def _external_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, str]]]:
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors
+
+    for tensor in _get_all_tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield tensor.name, {entry.key: entry.value for entry in tensor.external_data}
+
+
+def check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse every external-data reference that is not a plain file below the model's folder.
+
+    Raises:
+        ModelError: A location is missing, absolute, leaves the folder, passes a link, is a hard link, or is too short.
+    """
+    folder = path.parent
+    for name, info in _external_tensors(model):
+        location = info.get("location", "")
+        why = _unsafe(folder, location)
+        if why is None:
+            size = (folder / location).stat().st_size
+            try:
+                offset, length = int(info.get("offset") or 0), int(info.get("length") or 0)
+            except ValueError:
+                offset = length = -1
+            if offset < 0 or length < 0 or offset + length > size:
+                why = f"has {size} bytes, and the tensor claims {length} at {offset}"
+        if why is not None:
+            raise ModelError(
+                f"{path}: external data {location!r} of tensor {name!r} {why}",
+                expected="a regular file beside the model",
+                hint="copy the weights' file beside the model (cp --dereference)",
+            )
+
+
+def _unsafe(folder: Path, location: str) -> str | None:
+    if not location or "\0" in location:
+        return "has no location"
+    parts = Path(location.replace("\\", "/")).parts
+    if Path(location).is_absolute() or ".." in parts:
+        return "leaves the model's folder"
+    here = folder
+    for index, part in enumerate(parts):
+        here = here / part
+        try:
+            info = os.lstat(here)
+        except OSError:
+            return "does not exist"
+        if stat.S_ISLNK(info.st_mode):
+            return "is, or passes, a symbolic link"
+        if index == len(parts) - 1:
+            if not stat.S_ISREG(info.st_mode):
+                return "is not a regular file"
+            if info.st_nlink > 1:
+                return "is a hard link"
+    return None
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write an ONNX file; weights go to `<name>.data` beside it where the file would pass protobuf's 2 GiB."""
+    import onnx
+
+    if model.ByteSize() < _INLINE_LIMIT_BYTES:
+        onnx.save(model, str(path))
+    else:
+        onnx.save(model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy an ONNX file with its external data, each as a real file, to ``target`` and its folder."""
+    model = read_model(source, weights=False)
+    for location in sorted(external_files(model)):
+        copy = target.parent / location
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.parent / location, copy)
+    shutil.copyfile(source, target)
+
+
+def model_bytes(path: Path) -> int:
+    """Size of a model on disk, weights included: `.onnx` with external data, or `.xml` with its `.bin`."""
+    total = path.stat().st_size
+    if path.suffix == ".xml":
+        weights = path.with_suffix(".bin")
+        return total + (weights.stat().st_size if weights.exists() else 0)
+    files = external_files(read_model(path, weights=False))
+    return total + sum((path.parent / f).stat().st_size for f in files)
+
+
+def signature_of(model: onnx.ModelProto) -> Signature:
+    """Inputs (initializers left out) and outputs of a model.
+
+    Raises:
+        ModelError: One of them is not a tensor.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    return Signature(tuple(_spec(v) for v in inputs), tuple(_spec(v) for v in model.graph.output))
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        raise ModelError(
+            f"{value.name!r} is a {(kind or 'value without a type').removesuffix('_type')}",
+            expected="tensors as inputs and outputs",
+            hint="for scikit-learn models convert with zipmap=False",
+        )
+    tensor = value.type.tensor_type
+    shape: tuple[Dim, ...] | None = None
+    if tensor.HasField("shape"):
+        shape = tuple(_dim(value.name, axis, dim) for axis, dim in enumerate(tensor.shape.dim))
+    return TensorSpec(value.name, dtype_name(tensor.elem_type), shape)
+
+
+def _dim(name: str, axis: int, dim: Any) -> Dim:
+    if dim.HasField("dim_value") and dim.dim_value >= 0:
+        return int(dim.dim_value)
+    return str(dim.dim_param) or f"{name}_dim{axis}"
+
+
+def dtype_name(elem_type: int) -> str:
+    """The numpy name of an ONNX element type ("float32"); "string" for strings.
+
+    Raises:
+        ModelError: The type has no name here.
+    """
+    import onnx
+
+    if elem_type == onnx.TensorProto.STRING:
+        return "string"
+    try:
+        return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type).name)
+    except (KeyError, ValueError) as exc:
+        raise ModelError(f"unknown tensor element type {elem_type}", expected="a type of the ONNX standard") from exc
+
+
+def rename_dimensions(model: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]) -> None:
+    """Write the shapes of inputs and outputs, in place, and give up on stale names inside the graph.
+
+    A symbol of the old inputs becomes the new one everywhere; intermediate shapes that still use unknown symbols are
+    dropped, because runtimes infer them again.
+    """
+    renamed: dict[str, str] = {}
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name not in shapes:
+            continue
+        old = value.type.tensor_type.shape.dim
+        for dim, new in zip(old, shapes[value.name], strict=True):
+            if dim.dim_param and isinstance(new, str):
+                renamed.setdefault(dim.dim_param, new)
+        _set_shape(value, shapes[value.name])
+    known = set(renamed.values())
+    kept = []
+    for value in model.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        for dim in dims:
+            if dim.dim_param in renamed:
+                dim.dim_param = renamed[dim.dim_param]
+        if all(not d.dim_param or d.dim_param in known for d in dims):
+            kept.append(value)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+
+
+def _set_shape(value: onnx.ValueInfoProto, shape: tuple[Dim, ...]) -> None:
+    dims = value.type.tensor_type.shape
+    del dims.dim[:]
+    for size in shape:
+        dim = dims.dim.add()
+        if isinstance(size, str):
+            dim.dim_param = size
+        else:
+            dim.dim_value = size

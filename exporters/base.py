@@ -1,0 +1,114 @@
+"""What every kind of source offers to the pipeline."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploykit.data import ValueRange
+from deploykit.specs import Array, Feeds, Signature
+
+# Opens an ONNX file without graph optimizations and returns its run function; handed in by the pipeline.
+OnnxRunner = Callable[[Path], Callable[[Feeds], dict[str, Array]]]
+
+DEFAULT_OPSET = 18
+MIN_OPSET = 13
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What a user may ask of an export.
+
+    Attributes:
+        inputs: `name=dtype[dim,...]` or `name=dtype[dim,...]:low..high`, for sources that bring no example inputs.
+        dynamic: `batch` (the default: the first axis of every input), `none`, or `name:axis=symbol,axis=symbol`.
+        opset: ONNX opset of the default domain; None for 18, or for what an imported file has.
+        way: "auto", "torch.export" or "torchscript".
+        dims: Sizes for dynamic dimensions when inputs are made up.
+        data: Real inputs for the parity check; anything that `Dataset.open` reads.
+    """
+
+    inputs: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()
+    opset: int | None = None
+    way: str = "auto"
+    dims: Mapping[str, int] = field(default_factory=dict)
+    data: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One road to ONNX.
+
+    Attributes:
+        name: "torch.export", "torchscript" or "copy".
+        dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
+    """
+
+    name: str
+    dynamic: bool
+
+    def __str__(self) -> str:
+        return self.name if self.dynamic else f"{self.name} with fixed shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs, and what the source model makes of them.
+
+    Attributes:
+        sizes: Size of every symbol.
+        feeds: Inputs by name.
+        outputs: The source's outputs by name.
+    """
+
+    sizes: dict[str, int]
+    feeds: dict[str, Array]
+    outputs: dict[str, Array]
+
+
+class Source(ABC):
+    """A loaded source.
+
+    Attributes:
+        kind: "pytorch", "pt2", "huggingface" or "onnx".
+        label: What the user called it.
+        signature: Inputs with the wanted dynamic dimensions; outputs as observed.
+        ranges: Values that made-up inputs may take.
+        cases: Reference cases: several shapes, batch 1 among them, where dimensions are dynamic.
+        data: Where the values of the cases come from: "example", "text", "generated" or a dataset's name.
+        assets: Files that belong to the model (a tokenizer).
+        notes: What the user must know.
+    """
+
+    kind: str
+    label: str
+    signature: Signature
+    ranges: dict[str, ValueRange]
+    cases: tuple[Case, ...]
+    data: str
+    assets: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def ways(self) -> tuple[Way, ...]:
+        """Roads to ONNX, in the order in which they should be tried."""
+
+    def cases_for(self, way: Way) -> tuple[Case, ...]:
+        """The cases that a result of ``way`` has to reproduce."""
+        return self.cases
+
+    @abstractmethod
+    def write(self, way: Way, target: Path, opset: int | None) -> None:
+        """Write ONNX to ``target``.
+
+        Raises:
+            ExportError: This road does not lead there.
+        """
+
+    @abstractmethod
+    def tools(self) -> dict[str, str]:
+        """Versions of the packages that take part."""

@@ -1,0 +1,61 @@
+"""`file.py:factory` and `package.module:factory`: code that builds the module, run because the user named it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deploykit.data import load_object, user_frame
+from deploykit.errors import DeploykitError, SourceError, first_line
+from deploykit.exporters.base import ExportOptions, Source
+from deploykit.exporters.pytorch import TorchSource, bind_examples, made_up_examples
+from deploykit.extras import require
+
+_EXPECTED = "a torch.nn.Module, or (module, example_inputs)"
+
+
+def open_factory(text: str, options: ExportOptions) -> Source:
+    """Call a factory without arguments; a module at that name is taken as it is.
+
+    Raises:
+        SourceError: Not found, it raised, or it returned something else.
+    """
+    torch = require("torch", extra="torch")
+    found = load_object(text)
+    made = found
+    if not isinstance(found, torch.nn.Module):
+        if not callable(found):
+            raise SourceError(f"{text} is a {type(found).__name__}", expected=f"a function that returns {_EXPECTED}")
+        made = _call(found, text)
+    examples: Any = None
+    if isinstance(made, tuple) and len(made) == 2:
+        made, examples = made
+    if isinstance(made, torch.jit.ScriptModule):
+        raise SourceError(
+            f"{text} gives a TorchScript module, which torch.export cannot read", expected="the Python module it was made from"
+        )
+    if not isinstance(made, torch.nn.Module):
+        raise SourceError(f"{text} returned {_describe(made)}", expected=_EXPECTED, hint="mend the factory")
+    if examples is None:
+        arrays, call, ranges = made_up_examples(made, options, text)
+        return TorchSource(made, arrays, call, options, text, ranges=ranges or None, data="generated")
+    arrays, call = bind_examples(made, examples, text)
+    return TorchSource(made, arrays, call, options, text)
+
+
+def _call(factory: Any, text: str) -> Any:
+    try:
+        return factory()
+    except DeploykitError:
+        raise
+    except Exception as exc:
+        raise SourceError(
+            f"factory {text} failed ({first_line(exc)}{user_frame(exc)})",
+            expected=f"a function without arguments that returns {_EXPECTED}",
+            hint="mend the factory",
+        ) from exc
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
+    return f"{type(value).__name__} {value!r:.40}"

@@ -1,0 +1,137 @@
+"""Import of an existing ONNX file, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit.data import Dataset, ValueRange, generate
+from deploykit.errors import DeploykitError, ExportError, InferenceError, first_line
+from deploykit.exporters.base import ExportOptions, OnnxRunner, Source, Way
+from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
+from deploykit.extras import version_of
+from deploykit.modelfile import check_model, copy_model, read_model, signature_of
+from deploykit.specs import Signature, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class OnnxSource(Source):
+    """An ONNX file; its reference outputs are its own without graph optimizations.
+
+    Args:
+        path: The file.
+        options: `--opset`, `--dynamic`, `--input` and `--exporter` do not apply to a graph that is there already.
+        run_onnx: Runs the file without optimizations.
+    """
+
+    kind = "onnx"
+
+    def __init__(self, path: Path, options: ExportOptions, run_onnx: OnnxRunner) -> None:
+        self.label = str(path)
+        self._path = path
+        model = read_model(path)
+        check_model(model, path)
+        self._refuse_options(options, model)
+        inputs = signature_of(model).inputs
+        self.ranges = vocabulary_ranges(model, inputs)
+        run = run_onnx(path)
+        self.data = options.data or "generated"
+        sizes = guess_sizes(inputs, options)
+        if options.data:
+            cases = cases_from_data(inputs, Dataset.open(options.data), run)
+            self.notes = ()
+        else:
+            examples = generate(inputs, sizes, ranges=self.ranges)
+            try:
+                run(examples)
+            except DeploykitError as exc:
+                raise InferenceError(
+                    f"{path} does not run on made-up inputs ({first_line(exc)})", hint="give real ones: --data FILE, or --dim NAME=SIZE"
+                ) from exc
+            seeds = iter(range(1, 100))
+            cases, notes = make_cases(
+                inputs, examples, run, draw=lambda wanted: generate(inputs, wanted, ranges=self.ranges, seed=next(seeds))
+            )
+            self.notes = tuple(notes)
+        self.cases = tuple(cases)
+        declared = signature_of(model)
+        observed = {s.name: s for s in observed_outputs(cases)}
+        self.signature = Signature(inputs, tuple(_merge(s, observed[s.name]) for s in declared.outputs))
+
+    def _refuse_options(self, options: ExportOptions, model: onnx.ModelProto) -> None:
+        have = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+        asked = [
+            name
+            for name, value in (("--dynamic", options.dynamic), ("--input", options.inputs), ("--exporter", options.way != "auto"))
+            if value
+        ]
+        if options.opset is not None and options.opset != have:
+            asked.append(f"--opset {options.opset}")
+        if asked:
+            raise ExportError(
+                f"{', '.join(asked)} cannot be applied to {self._path}, whose graph is made (opset {have})",
+                hint="export it again from its source",
+            )
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """There is one: copy it."""
+        return (Way("copy", True),)
+
+    def write(self, way: Way, target: Path, opset: int | None) -> None:
+        """Copy the file and its external data."""
+        copy_model(self._path, target)
+
+    def tools(self) -> dict[str, str]:
+        """onnx."""
+        return {"onnx": version_of("onnx") or "unknown"}
+
+
+def _merge(declared: TensorSpec, observed: TensorSpec) -> TensorSpec:
+    """Declared names of dimensions, where they are names; observation fills in what the file leaves open."""
+    if declared.shape is None or observed.shape is None:
+        return observed
+    dims = tuple(
+        o if isinstance(d, str) and d.startswith(f"{declared.name}_dim") else d
+        for d, o in zip(declared.shape, observed.shape, strict=False)
+    )
+    return TensorSpec(declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape)
+
+
+def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[str, int]:
+    """Sizes for made-up inputs: `--dim`, else 2 for first axes, 64 for axes of images, 16 otherwise."""
+    sizes = dict(options.dims)
+    for spec in inputs:
+        for axis, dim in enumerate(spec.shape or ()):
+            if isinstance(dim, str):
+                image = len(spec.shape or ()) == 4 and spec.dtype.startswith("float")
+                sizes.setdefault(dim, 2 if axis == 0 else 64 if image else 16)
+    return sizes
+
+
+def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) -> dict[str, ValueRange]:
+    """Legal values of integer inputs that index a table of weights (token ids), found in the graph.
+
+    Follows each input through Cast, Reshape, Squeeze, Unsqueeze and Identity to Gather nodes over an initializer.
+    """
+    weights = {w.name: list(w.dims) for w in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            weights |= {node.output[0]: list(a.t.dims) for a in node.attribute if a.name == "value"}
+    found: dict[str, ValueRange] = {}
+    for spec in inputs:
+        if spec.dtype not in ("int32", "int64"):
+            continue
+        names, limit = {spec.name}, None
+        for node in model.graph.node:  # topologically sorted, by the standard
+            if node.op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten") and node.input[0] in names:
+                names.add(node.output[0])
+            elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in weights:
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+                size = weights[node.input[0]][axis]
+                limit = size if limit is None else min(limit, size)
+        if limit:
+            found[spec.name] = ValueRange(0, limit - 1)
+    return found

@@ -1,0 +1,279 @@
+"""Dynamic dimensions: what the user asks for, which sizes to check, and the names they get."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from deploykit.data import LABELS, Dataset, ValueRange
+from deploykit.errors import DeploykitError, ExportError, first_line
+from deploykit.exporters.base import Case, ExportOptions
+from deploykit.specs import DTYPES, Array, Dim, Feeds, Signature, TensorSpec, fit_feeds
+
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_INPUT = re.compile(r"(?P<name>[^=]+)=(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?::(?P<low>-?[\d.]+)\.\.(?P<high>-?[\d.]+))?")
+_INPUT_FORM = "name=dtype[dim,...] like x=float32[batch,3,224,224] or ids=int64[batch,sequence]:0..30521"
+_DYNAMIC_FORM = "batch, none, or name:axis=symbol,axis=symbol like x:0=batch,2=height"
+
+
+def parse_input(text: str) -> tuple[TensorSpec, ValueRange | None]:
+    """Read one `--input`.
+
+    Raises:
+        ExportError: Not of the form.
+    """
+    match = _INPUT.fullmatch(text.strip())
+    if match is None or match["dtype"] not in DTYPES:
+        raise ExportError(f"cannot read --input {text!r}", expected=_INPUT_FORM)
+    dims: list[Dim] = []
+    for part in filter(None, (p.strip() for p in match["dims"].split(","))):
+        if part.isdigit() and int(part) > 0:
+            dims.append(int(part))
+        elif _SYMBOL.fullmatch(part):
+            dims.append(part)
+        else:
+            raise ExportError(f"dimension {part!r} in --input {text!r}", expected="a positive number or a name")
+    limits = ValueRange(float(match["low"]), float(match["high"])) if match["low"] is not None else None
+    return TensorSpec(match["name"].strip(), match["dtype"], tuple(dims)), limits
+
+
+def plan_inputs(examples: Mapping[str, Array], options: ExportOptions) -> tuple[TensorSpec, ...]:
+    """Inputs with their dynamic dimensions, from example inputs and the user's wishes.
+
+    Raises:
+        ExportError: A wish that contradicts the example.
+    """
+    wishes = parse_dynamic(options.dynamic, examples)
+    asked = {spec.name: spec for spec, _ in map(parse_input, options.inputs)}
+    specs = []
+    for name, array in examples.items():
+        shape: list[Dim] = [int(s) for s in array.shape]
+        if name in asked:
+            _check_against_example(asked[name], array)
+            shape = list(asked[name].shape or ())
+        for axis, symbol in wishes.get(name, {}).items():
+            shape[axis] = symbol
+        specs.append(TensorSpec(name, array.dtype.name if array.dtype.kind != "O" else "string", tuple(shape)))
+    unknown = [name for name in asked if name not in examples]
+    if unknown:
+        raise ExportError(f"--input names {unknown[0]!r}", expected=f"one of {', '.join(examples)}")
+    return tuple(specs)
+
+
+def _check_against_example(spec: TensorSpec, example: Array) -> None:
+    shape = spec.shape or ()
+    fits = len(shape) == example.ndim and all(
+        isinstance(dim, str) or dim == size for dim, size in zip(shape, example.shape, strict=True)
+    )
+    if not fits or spec.dtype != example.dtype.name:
+        raise ExportError(
+            f"--input {spec} contradicts the example input {example.dtype}{list(example.shape)}",
+            hint="drop --input, or change the example that the factory returns",
+        )
+
+
+def parse_dynamic(texts: Sequence[str], examples: Mapping[str, Array]) -> dict[str, dict[int, str]]:
+    """Read all `--dynamic`: a symbol's name by axis, by input.
+
+    Without any, the first axis of every input is `batch` where all inputs agree on its size.
+
+    Raises:
+        ExportError: Not of the form, or it names an input or an axis that is not there.
+    """
+    wishes: dict[str, dict[int, str]] = {}
+    if "none" in texts:
+        if len(texts) > 1:
+            raise ExportError("--dynamic none together with another --dynamic", hint="give one of them")
+        return {}
+    if not texts or "batch" in texts:
+        wishes = _batch_axes(examples, asked="batch" in texts)
+    for text in texts:
+        if text == "batch":
+            continue
+        name, sep, rest = text.rpartition(":")
+        if not sep:
+            raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
+        if name not in examples:
+            raise ExportError(f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}")
+        for part in rest.split(","):
+            axis_text, _, symbol = part.strip().partition("=")
+            rank = examples[name].ndim
+            if not axis_text.isdigit() or not _SYMBOL.fullmatch(symbol):
+                raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
+            if int(axis_text) >= rank:
+                raise ExportError(
+                    f"--dynamic names axis {axis_text} of {name!r}", expected=f"an axis below {rank}, the rank of the example"
+                )
+            wishes.setdefault(name, {})[int(axis_text)] = symbol
+    return wishes
+
+
+def _batch_axes(examples: Mapping[str, Array], *, asked: bool) -> dict[str, dict[int, str]]:
+    sizes = {name: a.shape[0] for name, a in examples.items() if a.ndim}
+    if len(set(sizes.values())) > 1:
+        if asked:
+            raise ExportError(f"the inputs' first axes differ: {sizes}", hint="name the axes: --dynamic input:axis=batch")
+        return {}
+    return {name: {0: "batch"} for name in sizes}
+
+
+def example_sizes(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, int]:
+    """Size of every symbol in the example inputs.
+
+    Raises:
+        ExportError: One symbol has two sizes.
+    """
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=True):
+            if isinstance(dim, str) and sizes.setdefault(dim, int(size)) != size:
+                raise ExportError(
+                    f"dimension {dim!r} is {sizes[dim]} and {size} in the example inputs",
+                    hint="give the two axes different names with --dynamic",
+                )
+    return sizes
+
+
+def sizes_to_check(sizes: Mapping[str, int], limits: Mapping[str, tuple[int, int]] | None = None) -> list[dict[str, int]]:
+    """At least four sets of sizes: batch 1 and others, larger, smaller and odd.
+
+    Args:
+        sizes: Size of every symbol in the example.
+        limits: Smallest and largest size that the source allows, by symbol.
+    """
+    bounds = limits or {}
+
+    def pick(symbol: str, size: int) -> int:
+        low, high = bounds.get(symbol, (1, 1 << 30))
+        return min(max(size, low), high)
+
+    plans: list[Callable[[str, int], int]] = [
+        lambda s, n: n,
+        lambda s, n: 1 if s == "batch" else n,
+        lambda s, n: 3 if s == "batch" else 2 * n,
+        lambda s, n: 2 if s == "batch" else n // 2 + 1,
+        lambda s, n: 5 if s == "batch" else n + 3,
+    ]
+    found: list[dict[str, int]] = []
+    for plan in plans:
+        wanted = {s: pick(s, plan(s, n)) for s, n in sizes.items()}
+        if wanted not in found:
+            found.append(wanted)
+    return found
+
+
+def vary(example: Array, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """An input like ``example``, of another shape and with other values.
+
+    Reals are the example, tiled, plus noise of half its spread, so that no two rows are equal; integers, booleans and
+    strings are drawn from the values that occur in the example, so that they stay legal.
+    """
+    if example.size == 0:
+        return np.zeros(shape, example.dtype)
+    if example.dtype.kind not in "fc":
+        return rng.choice(example.ravel(), size=shape).astype(example.dtype)
+    tiled = np.tile(example, [-(-want // max(have, 1)) for want, have in zip(shape, example.shape, strict=True)])
+    tiled = tiled[tuple(slice(0, want) for want in shape)]
+    spread = float(example.std()) or 1.0
+    return np.asarray(tiled + rng.standard_normal(shape) * spread / 2).astype(example.dtype)
+
+
+def make_cases(
+    specs: Sequence[TensorSpec],
+    examples: Feeds,
+    reference: Callable[[Feeds], dict[str, Array]],
+    *,
+    limits: Mapping[str, tuple[int, int]] | None = None,
+    draw: Callable[[dict[str, int]], dict[str, Array]] | None = None,
+) -> tuple[list[Case], list[str]]:
+    """Run the source at several shapes.
+
+    Args:
+        specs: Inputs with their dynamic dimensions.
+        examples: One set of inputs that the source accepts.
+        reference: Runs the source.
+        limits: Sizes that the source allows, by symbol.
+        draw: Makes inputs for given sizes; by default variations of the example.
+
+    Returns:
+        The cases, the example first, and notes on shapes that the source itself refuses.
+
+    Raises:
+        ExportError: With dynamic dimensions, only one shape is accepted.
+    """
+    sizes = example_sizes(specs, examples)
+    rng = np.random.default_rng(0)
+
+    def default_draw(wanted: dict[str, int]) -> dict[str, Array]:
+        return {s.name: vary(examples[s.name], s.concrete(wanted), rng) for s in specs}
+
+    make = draw or default_draw
+    cases = [Case(sizes, dict(examples), reference(examples))]
+    notes: list[str] = []
+    for wanted in sizes_to_check(sizes, limits)[1:] if sizes else [{}, {}, {}]:
+        feeds = make(wanted)
+        try:
+            cases.append(Case(wanted, feeds, reference(feeds)))
+        except Exception as exc:
+            if isinstance(exc, DeploykitError) and not sizes:
+                raise
+            text = ", ".join(f"{k}={v}" for k, v in wanted.items())
+            notes.append(f"the source itself does not run at {text} ({first_line(exc, 120)})")
+    if sizes and len(cases) < 2:
+        raise ExportError(
+            f"the source runs at one shape only, {sizes}; {notes[0] if notes else ''}",
+            hint="export it with --dynamic none, or name only the axes that may change",
+        )
+    return cases, notes
+
+
+def cases_from_data(
+    specs: Sequence[TensorSpec], dataset: Dataset, reference: Callable[[Feeds], dict[str, Array]]
+) -> list[Case]:
+    """Cases out of real data: batches of 1, 3 and 5 where the batch is dynamic, three batches of one size otherwise.
+
+    Raises:
+        DataError: The data do not fit the inputs.
+    """
+    signature = Signature(tuple(specs), ())
+    first = [s.shape[0] for s in specs if s.shape]
+    fixed = next((d for d in first if isinstance(d, int)), None)
+    counts = [1, 3, 5] if fixed is None else [fixed] * 3
+    rows = dataset.head(sum(counts))
+    available = len(next(iter(rows.values())))
+    cases, start = [], 0
+    for count in counts:
+        if start + count > available:
+            break
+        part = {k: v[start : start + count] for k, v in rows.items() if k != LABELS}
+        start += count
+        feeds = fit_feeds(signature, part)
+        cases.append(Case(example_sizes(specs, feeds), feeds, reference(feeds)))
+    if not cases:
+        raise ExportError(f"{dataset.source} holds {available} samples", expected=f"at least {counts[0]}")
+    return cases
+
+
+def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
+    """Output specs, with dimension names found by watching the sizes over all cases.
+
+    An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is named
+    after the output.
+    """
+    specs = []
+    for name, first in cases[0].outputs.items():
+        dims = [_observed_dim(name, axis, cases) for axis in range(first.ndim)]
+        specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
+    return tuple(specs)
+
+
+def _observed_dim(name: str, axis: int, cases: Sequence[Case]) -> Dim:
+    sizes = [case.outputs[name].shape[axis] if axis < case.outputs[name].ndim else -1 for case in cases]
+    if len(set(sizes)) == 1:
+        return int(sizes[0])
+    for symbol in cases[0].sizes:
+        if all(case.sizes[symbol] == size for case, size in zip(cases, sizes, strict=True)):
+            return symbol
+    return f"{name}_dim{axis}"

@@ -1,0 +1,84 @@
+"""From the words on the command line to a loaded source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploykit.artifact import is_artifact
+from deploykit.errors import ExportError, SourceError
+from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Source, Way
+
+WAYS = ("auto", "torch.export", "torchscript")
+_KINDS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory, or an .onnx file"
+_FACTORY = "write a factory that builds the module and loads its weights, and export file.py:factory"
+_REFUSED = {
+    ".pt": f"pickled weights do not hold the model's code; {_FACTORY}",
+    ".pth": f"pickled weights do not hold the model's code; {_FACTORY}",
+    ".bin": f"pickled weights do not hold the model's code; {_FACTORY}",
+    ".ckpt": f"pickled weights do not hold the model's code; {_FACTORY}",
+    ".pkl": f"unpickling runs whatever code the file holds; {_FACTORY}",
+    ".joblib": f"unpickling runs whatever code the file holds; {_FACTORY}",
+    ".safetensors": f"weights alone do not hold the model's code; give the directory with config.json, or {_FACTORY}",
+    ".py": "name the function in it: file.py:factory",
+}
+
+
+def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
+    """Load a source and run it for its reference outputs.
+
+    Args:
+        source: A factory, a file or a directory; see `export`.
+        options: What the user asked for.
+        run_onnx: Runs an imported ONNX file without optimizations.
+
+    Raises:
+        SourceError: Not found, not loadable, or it does not accept its own example inputs.
+        ModelError: An ONNX file that is corrupt or unsafe.
+        DataError: Options or data that contradict the model.
+    """
+    if options.way not in WAYS:
+        raise ExportError(f"unknown exporter {options.way!r}", expected=" or ".join(WAYS))
+    if options.opset is not None and options.opset < MIN_OPSET:
+        raise ExportError(f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out")
+    path = Path(source)
+    if path.is_dir():
+        return _open_directory(path, options)
+    if path.suffix == ".onnx" and ":" not in source:
+        from deploykit.exporters.onnx_file import OnnxSource
+
+        return OnnxSource(path, options, run_onnx)
+    if path.suffix == ".pt2":
+        from deploykit.exporters.exported_program import ExportedProgramSource
+
+        return ExportedProgramSource(path, options)
+    if path.suffix in _REFUSED and ":" not in source:
+        where = source if path.exists() else f"{source} (which does not exist)"
+        raise SourceError(f"{where} cannot be exported", hint=_REFUSED[path.suffix])
+    if ":" in source:
+        from deploykit.exporters.factory import open_factory
+
+        return open_factory(source, options)
+    if path.exists():
+        raise SourceError(f"{source} is of no known kind", expected=_KINDS)
+    raise SourceError(f"{source} does not exist", expected=_KINDS)
+
+
+def _open_directory(path: Path, options: ExportOptions) -> Source:
+    if is_artifact(path):
+        raise SourceError(f"{path} is an artifact already", hint=f"go on with it: deploykit simplify -m {path} -o OUT")
+    if (path / "config.json").is_file():
+        from deploykit.exporters.huggingface import open_model_directory
+
+        return open_model_directory(path, options)
+    onnx = sorted(path.glob("*.onnx"))
+    hint = f"give the file: {onnx[0]}" if onnx else None
+    raise SourceError(f"{path} has no config.json", expected="a Hugging Face model directory", hint=hint)
+
+
+def export(source: Source, way: Way, target: Path, *, opset: int | None = None) -> None:
+    """Write ``source`` as ONNX to ``target``.
+
+    Raises:
+        ExportError: This way does not lead there; another of `Source.ways` may.
+    """
+    source.write(way, target, opset)

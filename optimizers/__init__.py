@@ -1,0 +1,14 @@
+"""Optimizers: a model file becomes another. One verb: `optimize`; the config's type selects the step.
+
+A step never changes its input, and says whether it changed anything. Whether the result is right is decided by the
+pipeline, which can run it; steps that have to run models on the way are handed the means.
+"""
+
+from __future__ import annotations
+
+from deploykit.optimizers.base import StepResult
+from deploykit.optimizers.quantize import DynamicConfig, StaticConfig
+from deploykit.optimizers.simplify import SimplifyConfig
+from deploykit.optimizers.steps import StepConfig, optimize
+
+__all__ = ["DynamicConfig", "SimplifyConfig", "StaticConfig", "StepConfig", "StepResult", "optimize"]

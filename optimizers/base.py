@@ -1,0 +1,32 @@
+"""What a step returns, and what it may be handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploykit.specs import Array, Feeds
+
+# Says why a model file is not acceptable (does not load, or differs from the parent); None where it is.
+Check = Callable[[Path], str | None]
+# Opens a model file for plain fp32 inference.
+Opener = Callable[[Path], Callable[[Feeds], dict[str, Array]]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        changed: Whether the result differs from the input.
+        notes: What the user must know.
+        params: The parameters that were really used, for the lineage.
+        tools: Versions of the packages that took part.
+    """
+
+    changed: bool
+    notes: tuple[str, ...] = ()
+    params: dict[str, Any] = field(default_factory=dict)
+    tools: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,107 @@
+"""Put a graph into the form that quantizers can read: new enough, weights as initializers, shapes known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deploykit.errors import OptimizationError, first_line
+
+if TYPE_CHECKING:
+    import onnx
+
+# Per-channel QuantizeLinear came with opset 13.
+_PER_CHANNEL_OPSET = 13
+_QUANTIZED_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
+)
+
+
+def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """Make a quantizable copy.
+
+    Returns:
+        The copy, and notes on what was done.
+
+    Raises:
+        OptimizationError: It is quantized already, or its opset cannot be raised.
+    """
+    import onnx
+
+    quantized = next((n for n in model.graph.node if n.op_type in _QUANTIZED_OPS), None)
+    if quantized is not None:
+        raise OptimizationError(
+            f"the model is quantized already (it has {quantized.op_type})",
+            expected="a floating-point model",
+            hint="start from the model before quantization",
+        )
+    notes: list[str] = []
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    have = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if have < _PER_CHANNEL_OPSET:
+        copy = _raise_opset(copy, have)
+        notes.append(f"opset raised from {have} to {_PER_CHANNEL_OPSET}: per-channel weights need it")
+    lifted = _lift_constants(copy)
+    if lifted:
+        notes.append(f"{lifted} Constant nodes turned into initializers")
+    return infer_shapes(copy), notes
+
+
+def _raise_opset(model: onnx.ModelProto, have: int) -> onnx.ModelProto:
+    from onnx import version_converter
+
+    try:
+        return version_converter.convert_version(model, _PER_CHANNEL_OPSET)
+    except Exception as exc:
+        raise OptimizationError(
+            f"opset {have} cannot be raised to {_PER_CHANNEL_OPSET} ({first_line(exc)})",
+            hint="export the model again with --opset 18, or use per-tensor weights: --per-tensor",
+        ) from exc
+
+
+def _lift_constants(model: onnx.ModelProto) -> int:
+    """Turn Constant nodes of the main graph that hold a tensor into initializers, in place."""
+    import onnx
+
+    kept, lifted = [], 0
+    for node in model.graph.node:
+        tensor = _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        if tensor is None:
+            kept.append(node)
+            continue
+        made = onnx.TensorProto()
+        made.CopyFrom(tensor)
+        made.name = node.output[0]
+        model.graph.initializer.append(made)
+        lifted += 1
+    if lifted:
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+    return lifted
+
+
+def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    import numpy as np
+    from onnx import numpy_helper
+
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return attribute.t
+        if attribute.name in ("value_float", "value_floats"):
+            value = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+            return numpy_helper.from_array(np.asarray(value, np.float32))
+        if attribute.name in ("value_int", "value_ints"):
+            number = attribute.i if attribute.name == "value_int" else list(attribute.ints)
+            return numpy_helper.from_array(np.asarray(number, np.int64))
+    return None
+
+
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Shapes and types where ONNX can infer them; the model as it is where it cannot."""
+    import onnx
+
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except (onnx.shape_inference.InferenceError, ValueError):
+        # Over 2 GB, or a contradiction in the file: quantizers do with fewer shapes.
+        return model

@@ -1,0 +1,61 @@
+"""Which nodes static quantization takes.
+
+Taken are the nodes whose int8 kernels pay, and those between them that would otherwise force a way back to float. What
+is left out matters as much: an Add that applies an attention mask has a range of 1e38 and destroys the model, and
+products of two activations run in float in OpenVINO anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+_CONV = ("Conv", "ConvTranspose")
+# Inside a convolutional trunk these keep integers integers.
+_TRUNK = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Concat", "Reshape", "Transpose")
+_COMPUTE_INPUTS = 2
+
+
+def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> list[str]:
+    """Names of the nodes to quantize; nameless nodes get names, in place.
+
+    Args:
+        model: Constants are initializers.
+        excluded: Names and operator types that stay in floating point.
+    """
+    weights = {w.name: w for w in model.graph.initializer}
+    trunk: set[str] = set()
+    chosen = []
+    for number, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = f"{node.op_type}_{number}"
+        if node.name in excluded or node.op_type in excluded or node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type in _CONV:
+            if node.input[1] in weights:
+                chosen.append(node.name)
+                trunk.add(node.output[0])
+        elif node.op_type in ("MatMul", "Gemm"):
+            if node.input[1] in weights and len(weights[node.input[1]].dims) == _COMPUTE_INPUTS:
+                chosen.append(node.name)
+        elif (node.op_type == "Add" and set(node.input) <= trunk) or (
+            node.op_type in _TRUNK and {i for i in node.input if i and i not in weights} <= trunk
+        ):
+            chosen.append(node.name)
+            trunk.update(node.output)
+    return chosen
+
+
+def watched_tensors(model: onnx.ModelProto, nodes: Set[str]) -> list[str]:
+    """Floating-point activations that touch the chosen nodes: those that need a range."""
+    weights = {w.name for w in model.graph.initializer}
+    found: dict[str, None] = {}
+    for node in model.graph.node:
+        if node.name in nodes:
+            # The shape of Reshape and the bounds of Clip are no activations.
+            data = node.input if node.op_type in ("Add", "Concat", "MatMul") else node.input[:1]
+            found |= dict.fromkeys(n for n in (*data, *node.output) if n and n not in weights)
+    return list(found)

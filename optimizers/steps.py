@@ -1,0 +1,41 @@
+"""The one verb of the optimizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploykit.data import Dataset
+from deploykit.optimizers.base import Check, Opener, StepResult
+from deploykit.optimizers.quantize import DynamicConfig, StaticConfig, quantize_dynamic, quantize_static
+from deploykit.optimizers.simplify import SimplifyConfig, simplify
+
+StepConfig = SimplifyConfig | DynamicConfig | StaticConfig
+
+
+def optimize(
+    model: Path,
+    config: StepConfig,
+    target: Path,
+    *,
+    check: Check,
+    open_model: Opener | None = None,
+    data: Dataset | None = None,
+) -> StepResult:
+    """Apply one step.
+
+    Args:
+        model: The ONNX file to start from; left as it is.
+        config: Its type selects the step.
+        target: Where the result goes; nothing is there yet.
+        check: Says why a candidate is not acceptable; steps with alternatives ask it.
+        open_model: Runs a model file; needed by `StaticConfig`.
+        data: Calibration data; needed by `StaticConfig`.
+
+    Raises:
+        OptimizationError: The step cannot be applied.
+    """
+    if isinstance(config, SimplifyConfig):
+        return simplify(model, config, target, check)
+    if isinstance(config, DynamicConfig):
+        return quantize_dynamic(model, config, target)
+    return quantize_static(model, config, target, open_model, data)

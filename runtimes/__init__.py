@@ -1,0 +1,17 @@
+"""Runtimes: a model becomes a `Session` on a named device. One verb: `open_session`."""
+
+from __future__ import annotations
+
+from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, parse_device
+from deploykit.runtimes.sessions import default_devices, open_session, require_device
+
+__all__ = [
+    "Device",
+    "NodePlacement",
+    "Placement",
+    "Session",
+    "default_devices",
+    "open_session",
+    "parse_device",
+    "require_device",
+]

@@ -1,0 +1,180 @@
+"""ONNX Runtime, any execution provider."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
+from deploykit.extras import require
+from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, SessionOptions
+from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
+
+_CPU = "CPUExecutionProvider"
+_WHEELS = {
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "DmlExecutionProvider": "onnxruntime-directml",
+    "ROCMExecutionProvider": "onnxruntime-rocm",
+    "MIGraphXExecutionProvider": "onnxruntime-rocm",
+    "QNNExecutionProvider": "onnxruntime-qnn",
+}
+_TYPES = {
+    "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
+    "int8": "int8", "int16": "int16", "int32": "int32", "int64": "int64",
+    "uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "uint64": "uint64",
+    "string": "string", "complex64": "complex64", "complex128": "complex128",
+}  # fmt: skip
+# Kernels that compute on integers whatever the type of their first input says.
+_INT8_OPS = ("QLinear", "Integer", "QGemm", "QAttention", "DynamicQuantize", "QMoE")
+
+
+def check_provider(device: Device) -> None:
+    """Refuse a provider that the installed wheel was not built with.
+
+    Raises:
+        DeviceError: It was not.
+    """
+    ort = require("onnxruntime", extra="ort")
+    built = ort.get_available_providers()
+    if device.target in built:
+        return
+    wheel = _WHEELS.get(device.target)
+    raise DeviceError(
+        f"onnxruntime {ort.__version__} here has no {device.target} (it has: {', '.join(built)})",
+        hint=(f"run: pip uninstall onnxruntime; pip install {wheel}; " if wheel else "") + "see: deploykit doctor",
+    )
+
+
+class OrtSession(Session):
+    """A model in ONNX Runtime; nodes never fall back to the CPU unasked.
+
+    Args:
+        path: The `.onnx` file.
+        device: With runtime "ort".
+        options: Threads and the like; `extra` entries with a dot in their name are session configuration, the others
+            are options of the provider.
+    """
+
+    def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
+        ort = require("onnxruntime", extra="ort")
+        if path.suffix != ".onnx":
+            raise ModelError(f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint="use --device openvino:cpu")
+        check_provider(device)
+        _check_file(path)
+        self.device = device
+        self._path = path
+        self._options = options
+        self._ort = ort
+        self.settings = {"intra_op_num_threads": options.threads, "optimize": options.optimize, **(options.extra or {})}
+        self._session = self._create(self._session_options())
+        used = self._session.get_providers()
+        if not used or used[0] != device.target:
+            raise DeviceError(
+                f"{device.target} could not be started (onnxruntime offered {', '.join(used)})",
+                hint="check driver and libraries, see: deploykit doctor",
+            )
+        self.signature = Signature(
+            tuple(_spec(v) for v in self._session.get_inputs()), tuple(_spec(v) for v in self._session.get_outputs())
+        )
+        self._outputs = [s.name for s in self.signature.outputs]
+
+    def _session_options(self) -> Any:
+        ort, options = self._ort, self._options
+        made = ort.SessionOptions()
+        made.intra_op_num_threads = options.threads or 0
+        made.inter_op_num_threads = 1
+        made.log_severity_level = 4
+        level = ort.GraphOptimizationLevel
+        made.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
+        if self.device.target != _CPU:
+            made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        for key, value in (options.extra or {}).items():
+            if "." in key:
+                made.add_session_config_entry(key, str(value))
+        return made
+
+    def _create(self, made: Any) -> Any:
+        provider = {k: str(v) for k, v in (self._options.extra or {}).items() if "." not in k}
+        if self.device.target == "CUDAExecutionProvider" and self._options.precision == "fp32":
+            provider.setdefault("use_tf32", "0")
+        try:
+            return self._ort.InferenceSession(str(self._path), made, providers=[(self.device.target, provider)])
+        except Exception as exc:
+            text = str(exc)
+            if "disable_cpu_ep_fallback" in text or "fallback to CPU EP" in text:
+                raise DeviceError(
+                    f"{self._path}: not every node can run on {self.device.target}", hint="choose another --device"
+                ) from exc
+            raise InferenceError(
+                f"ONNX Runtime cannot load {self._path} ({_clean(exc)})", hint="check it: deploykit inspect " + str(self._path)
+            ) from exc
+
+    def _run(self, feeds: Feeds) -> dict[str, Array]:
+        return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+
+    def _translate(self, exc: Exception) -> Exception:
+        return InferenceError(f"ONNX Runtime failed while it ran {self._path} ({_clean(exc)})")
+
+    def placement(self, feeds: Feeds) -> Placement:
+        """Profile one run (after one to warm up) in a session of its own; every executed node, with its provider."""
+        with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
+            made = self._session_options()
+            made.enable_profiling = True
+            made.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._create(made)
+            session.run(None, dict(feeds))
+            session.run(None, dict(feeds))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        # Two runs: of each node keep the last, which no allocation disturbed.
+        nodes = {
+            e["name"]: _node(e) for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")
+        }
+        return Placement(self.device.target, tuple(nodes.values()))
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+def _node(event: dict[str, Any]) -> NodePlacement:
+    args = event.get("args", {})
+    op = args.get("op_name", "")
+    types = [t for entry in args.get("input_type_shape", []) for t in entry]
+    precision = "int8" if any(mark in op for mark in _INT8_OPS) else _TYPES.get(types[0], types[0]) if types else ""
+    return NodePlacement(
+        event["name"].removesuffix("_kernel_time"), op, args.get("provider", ""), precision, float(event.get("dur", 0))
+    )
+
+
+def _spec(value: Any) -> TensorSpec:
+    kind = value.type
+    if not kind.startswith("tensor("):
+        raise ModelError(f"{value.name!r} is a {kind}", expected="tensors as inputs and outputs")
+    inner = kind.removeprefix("tensor(").removesuffix(")")
+    dims: list[Dim] = [
+        int(d) if isinstance(d, int) else str(d) if d else f"{value.name}_dim{axis}" for axis, d in enumerate(value.shape)
+    ]
+    return TensorSpec(value.name, _TYPES.get(inner, inner), tuple(dims))
+
+
+def _check_file(path: Path) -> None:
+    """Look at external data before the runtime does; the weights themselves are not read."""
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path} is empty", expected="an .onnx file")
+    from deploykit.extras import available
+
+    # A serving image may hold the runtime without onnx; an artifact there was verified when it was opened.
+    if available("onnx"):
+        from deploykit.modelfile import read_model
+
+        read_model(path, weights=False)
+
+
+def _clean(exc: Exception) -> str:
+    """ONNX Runtime's message without its error class and source positions."""
+    text = first_line(exc)
+    return text.split(" : ", 2)[-1] if " : " in text else text

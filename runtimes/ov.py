@@ -1,0 +1,162 @@
+"""OpenVINO, any device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
+from deploykit.extras import require
+from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, SessionOptions
+from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
+
+_TYPES = {
+    "f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16", "boolean": "bool",
+    "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "u16": "uint16", "u32": "uint32", "u64": "uint64", "string": "string",
+}  # fmt: skip
+_INTEGER = ("i8", "u8", "i4", "u4")
+# Virtual devices that choose a real one; they exist wherever any device does.
+_VIRTUAL = ("AUTO", "MULTI", "HETERO", "BATCH")
+
+
+def check_device(device: Device) -> None:
+    """Refuse a device that OpenVINO does not find.
+
+    Raises:
+        DeviceError: It does not.
+    """
+    ov = require("openvino", extra="openvino")
+    found = list(ov.Core().available_devices)
+    base = device.target.split(":")[0]
+    if base in _VIRTUAL and found:
+        return
+    if any(name == base or name.split(".")[0] == base for name in found):
+        return
+    raise DeviceError(
+        f"OpenVINO {ov.__version__.split('-')[0]} finds no {device.target} (it finds: {', '.join(found) or 'nothing'})",
+        hint="install the device's driver, or choose another --device; see: deploykit doctor",
+    )
+
+
+class OpenVinoSession(Session):
+    """A model in OpenVINO, compiled for latency.
+
+    Args:
+        path: `.onnx`, or `.xml` with its `.bin`.
+        device: With runtime "openvino".
+        options: Threads and the like; `extra` holds OpenVINO properties and wins over everything set here.
+    """
+
+    def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
+        ov = require("openvino", extra="openvino")
+        check_device(device)
+        if path.suffix == ".onnx":
+            from deploykit.modelfile import read_model
+
+            read_model(path, weights=False)  # external data is checked before the runtime sees it
+        self.device = device
+        self._path = path
+        self._ov = ov
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if device.target.startswith("CPU"):
+            config |= {"INFERENCE_NUM_THREADS": options.threads, "NUM_STREAMS": 1}
+        if options.precision == "fp32":
+            config["INFERENCE_PRECISION_HINT"] = "f32"
+        self.settings = config | dict(options.extra or {})
+        core = ov.Core()
+        try:
+            self._model = core.read_model(str(path))
+        except Exception as exc:
+            raise ModelError(f"OpenVINO cannot read {path} ({_clean(exc)})", hint="check the file: deploykit inspect") from exc
+        if not options.optimize:
+            # OpenVINO has no such switch; a session that pretended to obey would be a lie.
+            raise DeviceError("OpenVINO always optimizes the graph", hint="use --device ort:cpu")
+        self._compiled = self._compile(core, self.settings)
+        self._request = self._compiled.create_infer_request()
+        self.signature = Signature(
+            tuple(_spec(p, f"input_{i}") for i, p in enumerate(self._compiled.inputs)),
+            tuple(_spec(p, f"output_{i}") for i, p in enumerate(self._compiled.outputs)),
+        )
+        self._outputs = [s.name for s in self.signature.outputs]
+        # A port may have several names; whichever the caller knows it by, feeds go by ours.
+        self._ports = {s.name: i for i, s in enumerate(self.signature.inputs)}
+
+    def _compile(self, core: Any, config: dict[str, Any]) -> Any:
+        try:
+            return core.compile_model(self._model, self.device.target, config)
+        except Exception as exc:
+            raise InferenceError(f"OpenVINO cannot compile {self._path} for {self.device.target} ({_clean(exc)})") from exc
+
+    def _run(self, feeds: Feeds) -> dict[str, Array]:
+        ports = self._ports
+        if len(feeds) != len(ports):
+            raise KeyError("one array an input")
+        for spec in self.signature.inputs:
+            # OpenVINO would convert in silence.
+            if feeds[spec.name].dtype.name != spec.dtype and spec.dtype != "string":
+                raise TypeError(f"dtype of {spec.name}")
+        results = self._request.infer({ports[name]: array for name, array in feeds.items()}, share_inputs=True)
+        return {name: results[i] for i, name in enumerate(self._outputs)}
+
+    def _translate(self, exc: Exception) -> Exception:
+        return InferenceError(f"OpenVINO failed while it ran {self._path} ({_clean(exc)})")
+
+    def placement(self, feeds: Feeds) -> Placement:
+        """Compile once more with performance counters and read every executed node's precision and time."""
+        compiled = self._compile(self._ov.Core(), self.settings | {"PERF_COUNT": True})
+        request = compiled.create_infer_request()
+        arrays = {self._ports[name]: array for name, array in feeds.items()}
+        request.infer(arrays)
+        request.infer(arrays)
+        precisions = _runtime_precisions(compiled)
+        devices = compiled.get_property("EXECUTION_DEVICES")
+        on = devices[0] if devices else self.device.target
+        asked = self.device.target if self.device.target.split(":")[0] not in _VIRTUAL else on
+        nodes = []
+        for info in request.profiling_info:
+            # Constants, results and what was folded into a neighbour do not run.
+            if info.status.name != "EXECUTED" or info.node_type in ("Parameter", "Input", "Output", "Result", "Constant"):
+                continue
+            raw = precisions.get(info.node_name, info.exec_type.rpartition("_")[2])
+            precision = "int8" if raw.lower() in _INTEGER else _TYPES.get(raw.lower(), raw)
+            micros = info.real_time.total_seconds() * 1e6
+            nodes.append(NodePlacement(info.node_name, info.node_type, on, precision, micros))
+        return Placement(asked, tuple(nodes))
+
+    def close(self) -> None:
+        """Free the compiled model."""
+        self._request = self._compiled = self._model = None
+
+
+def _runtime_precisions(compiled: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        if "runtimePrecision" in info:
+            found[node.get_friendly_name()] = str(info["runtimePrecision"].value)
+    return found
+
+
+def _spec(port: Any, fallback: str) -> TensorSpec:
+    kind = port.element_type.get_type_name()
+    name = port.get_any_name() if port.names else fallback
+    shape = port.partial_shape
+    if shape.rank.is_dynamic:
+        return TensorSpec(name, _TYPES.get(kind, kind), None)
+    dims: list[Dim] = []
+    for axis, dim in enumerate(shape):
+        if dim.is_static:
+            dims.append(int(dim.get_length()))
+        else:
+            dims.append(f"{name}_dim{axis}")
+    return TensorSpec(name, _TYPES.get(kind, kind), tuple(dims))
+
+
+def _clean(exc: Exception) -> str:
+    """The line of OpenVINO's message that says something, without its source positions."""
+    lines = [line.strip() for line in str(exc).splitlines()]
+    useful = [
+        line for line in lines if line and not line.startswith(("Exception from", "Check '", "While validating"))
+    ]
+    return first_line(RuntimeError(useful[0] if useful else first_line(exc))).removeprefix("RuntimeError: ")
