@@ -47,7 +47,11 @@ def predictions(outputs: dict[str, Array]) -> Array:
             limit = 0.5 if ((flat >= 0) & (flat <= 1)).all() else 0.0
             return (flat > limit).astype(np.int64)
     shapes = {name: list(a.shape) for name, a in outputs.items()}
-    raise DataError(f"outputs {shapes} hold no classes", expected="[batch, classes]", hint="leave the labels out of the data")
+    raise DataError(
+        f"outputs {shapes} hold no classes",
+        expected="[batch, classes]",
+        hint="leave the labels out of the data",
+    )
 
 
 def classification_scores(labels: Array, predicted: Array) -> Scores:
@@ -77,5 +81,9 @@ def classification_scores(labels: Array, predicted: Array) -> Scores:
     both = precision + recall
     f1 = np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
     return Scores(
-        int(truth.size), float(np.mean(truth == guess)), float(precision.mean()), float(recall.mean()), float(f1.mean())
+        int(truth.size),
+        float(np.mean(truth == guess)),
+        float(precision.mean()),
+        float(recall.mean()),
+        float(f1.mean()),
     )

@@ -12,6 +12,10 @@ import numpy as np
 from deploykit.specs import Array
 
 
+# Beyond this a value is a mask constant; squares of smaller ones do not overflow.
+_MASK_MAGNITUDE = 1e30
+
+
 class Verdict(StrEnum):
     """Outcome of a comparison."""
 
@@ -96,7 +100,7 @@ class Parity:
     outputs: tuple[OutputDiff, ...]
     cases: int
     shapes: tuple[dict[str, list[int]], ...]
-    tolerance: Tolerance | None
+    tolerance: Tolerance | None  # the loosest of those used; None where values were judged by their cosine
     reason: str = ""
 
     @property
@@ -119,7 +123,9 @@ class Parity:
 Outputs = Mapping[str, Array]
 
 
-def compare(expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None = None) -> Parity:
+def compare(
+    expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None = None
+) -> Parity:
     """Compare outputs case by case.
 
     Args:
@@ -131,7 +137,11 @@ def compare(expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: T
     bad = [d for d in diffs if not d.equal]
     reason = f"{bad[0].name}: {bad[0].reason}" if bad else ""
     shapes = tuple({name: list(a.shape) for name, a in case.items()} for case in expected)
-    return Parity(Verdict.FAILED if bad else Verdict.PASSED, diffs, len(expected), shapes, tolerance or Tolerance(), reason)
+    dtypes = [np.asarray(a).dtype.name for a in expected[0].values()]
+    loosest = max((Tolerance.for_dtype(d) for d in dtypes), key=lambda t: t.atol, default=Tolerance())
+    return Parity(
+        Verdict.FAILED if bad else Verdict.PASSED, diffs, len(expected), shapes, tolerance or loosest, reason
+    )
 
 
 def check_vacuity(expected: Sequence[Outputs], tolerance: Tolerance | None = None) -> str:
@@ -198,7 +208,7 @@ def _why_unequal(have: Array, want: Array, tol: Tolerance) -> tuple[str, float, 
     inf = float("inf")
     if have.shape != want.shape:
         return f"shape {list(have.shape)} instead of {list(want.shape)}", inf, inf, 0.0, -inf
-    if have.dtype != want.dtype and "O" not in have.dtype.kind + want.dtype.kind:
+    if have.dtype != want.dtype and not {have.dtype.kind, want.dtype.kind} <= set("OUS"):
         return f"{have.dtype} instead of {want.dtype}", inf, inf, 0.0, -inf
     if want.size == 0:
         return "", 0.0, 0.0, 1.0, inf
@@ -218,13 +228,20 @@ def _why_unequal(have: Array, want: Array, tol: Tolerance) -> tuple[str, float, 
         return f"infinite on one side only, first at flat index {where}", inf, inf, 0.0, -inf
     finite = np.isfinite(y)
     x, y = x[finite], y[finite]
+    # Mask constants (-3.4e38) are compared one by one: in the scale, they would wave everything else through.
+    mask = (np.abs(x) >= _MASK_MAGNITUDE) | (np.abs(y) >= _MASK_MAGNITUDE)
+    off = mask & ~np.isclose(x, y, rtol=tol.rtol, atol=0)
+    if off.any():
+        where = int(np.flatnonzero(off)[0])
+        return f"{x[where]:.6g} instead of {y[where]:.6g}", inf, inf, 0.0, -inf
+    x, y = x[~mask], y[~mask]
     if y.size == 0:
         return "", 0.0, 0.0, 1.0, inf
     return _measure(x, y, tol)
 
 
 def _as_real(array: Array) -> Array:
-    wide = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+    wide = array.reshape(-1).astype(np.complex128 if array.dtype.kind == "c" else np.float64)
     return wide.view(np.float64) if wide.dtype.kind == "c" else wide
 
 
@@ -235,7 +252,9 @@ def _measure(x: Array, y: Array, tol: Tolerance) -> tuple[str, float, float, flo
     max_abs = float(error.max())
     norms = signal * float(np.linalg.norm(x))
     cosine = float(x @ y) / norms if norms else float(signal == noise == 0.0)
-    sqnr = 20 * np.log10(signal / noise) if noise and signal else (float("inf") if not noise else float("-inf"))
+    sqnr = (
+        20 * np.log10(signal / noise) if noise and signal else (float("inf") if not noise else float("-inf"))
+    )
     max_rel = max_abs / scale if scale else (float("inf") if max_abs else 0.0)
     reason = ""
     over = error > tol.atol * scale + tol.rtol * np.abs(y)
@@ -248,6 +267,26 @@ def _measure(x: Array, y: Array, tol: Tolerance) -> tuple[str, float, float, flo
     elif noise > tol.norm * signal:
         reason = f"the difference is {noise / signal:.2e} of the output's norm, allowed are {tol.norm:.0e}"
     return reason, max_abs, max_rel, cosine, float(sqnr)
+
+
+def without_padding(outputs: Sequence[Outputs], feeds: Sequence[Outputs]) -> list[dict[str, Array]]:
+    """Drop what stands at padded positions, for lossy comparisons.
+
+    An input `attention_mask` [batch, sequence] says which positions are real. Outputs [batch, sequence, ...] hold numbers
+    at the others too, which no user reads, which follow from no data, and which quantization changes most.
+
+    Args:
+        outputs: One mapping a case.
+        feeds: The inputs of the same cases.
+    """
+    return [_real_positions(o, f.get("attention_mask")) for o, f in zip(outputs, feeds, strict=True)]
+
+
+def _real_positions(outputs: Outputs, mask: Array | None) -> dict[str, Array]:
+    if mask is None or mask.ndim != 2 or not mask.any():
+        return dict(outputs)
+    real = mask.astype(bool)
+    return {n: a[real] if a.ndim > 2 and a.shape[:2] == mask.shape else a for n, a in outputs.items()}
 
 
 def compare_lossy(expected: Sequence[Outputs], actual: Sequence[Outputs], min_cosine: float) -> Parity:
@@ -284,7 +323,10 @@ def top1_agreement(expected: Sequence[Outputs], actual: Sequence[Outputs]) -> fl
     """Share of rows whose largest entry is the same, for outputs [batch, classes]; None where there is no such output."""
     for name, first in expected[0].items():
         if first.ndim == 2 and first.shape[1] > 1 and first.dtype.kind == "f":
-            pairs = [(np.asarray(e[name]).argmax(1), np.asarray(a[name]).argmax(1)) for e, a in zip(expected, actual, strict=True)]
+            pairs = [
+                (np.asarray(e[name]).argmax(1), np.asarray(a[name]).argmax(1))
+                for e, a in zip(expected, actual, strict=True)
+            ]
             rows = sum(len(e) for e, _ in pairs)
             return sum(int((e == a).sum()) for e, a in pairs) / rows if rows else None
     return None

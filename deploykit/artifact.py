@@ -38,6 +38,8 @@ from deploykit.specs import Array, Signature, TensorSpec
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
+LOG = "export.log"
+ASSETS = "assets/"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
 _GOLDEN_LIMIT_BYTES = 32 * 2**20
 # A writer takes its lock a moment after it made the directory; nobody may sweep it in between.
@@ -119,11 +121,20 @@ class Artifact:
             ArtifactError: No artifact, an unknown schema version, or a file that is missing, added or changed.
         """
         root = Path(path)
+        try:
+            return cls._open(root)
+        except OSError as exc:
+            raise ArtifactError(f"cannot read {exc.filename or root}: {exc.strerror or exc}") from exc
+
+    @classmethod
+    def _open(cls, root: Path) -> Artifact:
         raw = _read_manifest(root)
         try:
             version = json.loads(raw).get("schema_version")
         except (ValueError, AttributeError, RecursionError) as exc:
-            raise ArtifactError(f"{root / MANIFEST} is not JSON ({first_line(exc)})", hint="make it again") from exc
+            raise ArtifactError(
+                f"{root / MANIFEST} is not JSON ({first_line(exc)})", hint="make it again"
+            ) from exc
         if version != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{root} has manifest schema {version!r}",
@@ -134,7 +145,7 @@ class Artifact:
             manifest = Manifest.model_validate_json(raw)
         except ValidationError as exc:
             error = exc.errors()[0]
-            where = ".".join(str(p) for p in error["loc"])
+            where = ".".join(str(p)[:80] for p in error["loc"])
             raise ArtifactError(f"{root / MANIFEST}: {where}: {error['msg']}", hint="make it again") from exc
         _check_files(root, manifest)
         return cls(root, manifest, hashlib.sha256(raw).hexdigest())
@@ -160,8 +171,12 @@ class Artifact:
     @property
     def size_bytes(self) -> int:
         """Size of the model with its weights, in bytes."""
-        stem = Path(self.manifest.model).stem
-        return sum(f.bytes for name, f in self.manifest.files.items() if Path(name).name.split(".")[0] == stem)
+        # External data may have any name, so that the companions are named instead.
+        return sum(
+            f.bytes
+            for name, f in self.manifest.files.items()
+            if name not in (GOLDEN, LOG) and not name.startswith(ASSETS)
+        )
 
     def golden(self) -> list[tuple[dict[str, Array], dict[str, Array]]]:
         """Golden cases: inputs, and the outputs that the source model gave for them."""
@@ -178,9 +193,14 @@ def is_artifact(path: Path) -> bool:
 def _read_manifest(root: Path) -> bytes:
     file = root / MANIFEST
     if not root.is_dir() or not file.is_file():
-        raise ArtifactError(f"{root} is no artifact: it has no {MANIFEST}", hint=f"make one: deploykit export SOURCE -o {root}")
+        raise ArtifactError(
+            f"{root} is no artifact: it has no {MANIFEST}",
+            hint=f"make one: deploykit export SOURCE -o {root}",
+        )
     if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise ArtifactError(f"{file} is larger than {_MANIFEST_LIMIT_BYTES} bytes", hint="make the artifact again")
+        raise ArtifactError(
+            f"{file} is larger than {_MANIFEST_LIMIT_BYTES} bytes", hint="make the artifact again"
+        )
     return file.read_bytes()
 
 
@@ -195,18 +215,24 @@ def _check_files(root: Path, manifest: Manifest) -> None:
                 continue
             relative = path.relative_to(root).as_posix()
             if not stat.S_ISREG(mode):
-                raise ArtifactError(f"{path} is a link or a special file", expected="regular files only", hint=again)
+                raise ArtifactError(
+                    f"{path} is a link or a special file", expected="regular files only", hint=again
+                )
             found.add(relative)
     found.discard(MANIFEST)
     for name in sorted(found - manifest.files.keys()):
         raise ArtifactError(f"{root} holds {name}, which its manifest does not list", hint=again)
     for name, entry in manifest.files.items():
         if name not in found:
-            raise ArtifactError(f"{root} lacks {name}", expected="every file of the manifest", hint="make it again")
+            raise ArtifactError(
+                f"{root} lacks {name}", expected="every file of the manifest", hint="make it again"
+            )
         if (root / name).stat().st_size != entry.bytes or sha256_of(root / name) != entry.sha256:
             raise ArtifactError(f"{root / name} does not have the sha256 of the manifest", hint=again)
     if manifest.model not in manifest.files:
-        raise ArtifactError(f"{root}: the manifest's model {manifest.model!r} is not among its files", hint="make it again")
+        raise ArtifactError(
+            f"{root}: the manifest's model {manifest.model!r} is not among its files", hint="make it again"
+        )
 
 
 def sha256_of(path: Path) -> str:
@@ -225,7 +251,8 @@ def write_golden(path: Path, cases: Iterable[tuple[Mapping[str, Array], Mapping[
         How many were kept.
     """
     sized = sorted(
-        ((sum(a.nbytes for a in (*i.values(), *o.values())), n, i, o) for n, (i, o) in enumerate(cases)), key=lambda c: c[:2]
+        ((sum(a.nbytes for a in (*i.values(), *o.values())), n, i, o) for n, (i, o) in enumerate(cases)),
+        key=lambda c: c[:2],
     )
     arrays: dict[str, Array] = {}
     total = kept = 0
@@ -298,7 +325,9 @@ class ArtifactWriter:
             raise error from exc
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         """Remove the staging directory unless it was committed; translate a storage failure."""
         self._discard()
         if isinstance(exc, OSError):
@@ -333,7 +362,8 @@ class ArtifactWriter:
             lineage=lineage,
             evidence=evidence,
             files={
-                p.relative_to(self.dir).as_posix(): FileEntry(sha256=sha256_of(p), bytes=p.stat().st_size) for p in paths
+                p.relative_to(self.dir).as_posix(): FileEntry(sha256=sha256_of(p), bytes=p.stat().st_size)
+                for p in paths
             },
         )
         raw = (manifest.model_dump_json(indent=2) + "\n").encode()
@@ -369,8 +399,9 @@ class ArtifactWriter:
     def _sweep(self) -> None:
         """Remove staging directories whose writer is gone: nobody holds the lock on them."""
         for stale in self.output.parent.glob(f"{_escape(self._prefix())}*"):
-            if time.time() - stale.stat().st_mtime < _LOCK_GRACE_S:
-                continue
+            with contextlib.suppress(FileNotFoundError):  # another writer swept it
+                if time.time() - stale.lstat().st_mtime < _LOCK_GRACE_S:
+                    continue
             lock = _take_lock(stale)
             if lock is not None:
                 shutil.rmtree(stale, ignore_errors=True)
@@ -400,12 +431,17 @@ def check_free(output: Path) -> None:
 
 
 def _taken(output: Path) -> OutputExistsError:
-    return OutputExistsError(f"{output} exists and is left as it is", hint="choose another -o, or remove it first")
+    return OutputExistsError(
+        f"{output} exists and is left as it is", hint="choose another -o, or remove it first"
+    )
 
 
 def _entry(spec: TensorSpec, limits: ValueRange | None) -> TensorEntry:
     return TensorEntry(
-        name=spec.name, dtype=spec.dtype, shape=spec.shape, range=(limits.low, limits.high) if limits else None
+        name=spec.name,
+        dtype=spec.dtype,
+        shape=spec.shape,
+        range=(limits.low, limits.high) if limits else None,
     )
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +112,7 @@ class Dataset:
         """The first ``count`` samples, or all where there are fewer.
 
         Raises:
-            DataError: There is none.
+            DataError: There is none, or the batches of a function do not fit together.
         """
         parts: list[dict[str, Array]] = []
         found = 0
@@ -121,10 +123,15 @@ class Dataset:
                 break
         if not parts:
             raise DataError(f"{self.source} holds no samples")
-        return {
-            name: parts[0][name][:count] if len(parts) == 1 else np.concatenate([p[name] for p in parts])[:count]
-            for name in parts[0]
-        }
+        if len(parts) == 1:
+            return {name: array[:count] for name, array in parts[0].items()}
+        try:
+            return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+        except (KeyError, ValueError) as exc:
+            raise DataError(
+                f"{self.source}: batches do not fit together ({first_line(exc)})",
+                expected="the same names and, but for the first axis, the same shapes in every batch",
+            ) from exc
 
 
 def _common_length(source: str, arrays: Mapping[str, Any]) -> int:
@@ -135,7 +142,9 @@ def _common_length(source: str, arrays: Mapping[str, Any]) -> int:
         raise DataError(f"{source}: {flat[0]!r} is a scalar", expected="the samples along the first axis")
     lengths = {name: int(a.shape[0]) for name, a in arrays.items()}
     if len(set(lengths.values())) != 1:
-        raise DataError(f"{source}: arrays of different lengths {lengths}", expected="one row a sample in every array")
+        raise DataError(
+            f"{source}: arrays of different lengths {lengths}", expected="one row a sample in every array"
+        )
     length = next(iter(lengths.values()))
     if length == 0:
         raise DataError(f"{source} holds no samples")
@@ -154,11 +163,18 @@ def _from_directory(path: Path) -> Dataset:
     arrays: dict[str, Array] = {}
     for file in files:
         try:
-            arrays[file.stem] = np.load(file, mmap_mode="r", allow_pickle=False)
+            # Not numpy.load, which would take an .npz, or a pickle, under this name.
+            arrays[file.stem] = np.lib.format.open_memmap(file, mode="r")
         except (ValueError, OSError, EOFError) as exc:
-            raise DataError(f"cannot read {file} ({first_line(exc)})", expected="a .npy file without objects") from exc
+            raise DataError(
+                f"cannot read {file} ({first_line(exc)})", expected="a .npy file without objects"
+            ) from exc
     length = _common_length(str(path), arrays)
     return Dataset(str(path), lambda size: _slices(arrays, length, size), length=length, names=tuple(arrays))
+
+
+# What zipfile and numpy raise for archives that are cut off, damaged, encrypted or packed by an unknown method.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +203,19 @@ def _from_npz(path: Path) -> Dataset:
                     name = info.filename.removesuffix(".npy")
                     with archive.open(info) as stream:
                         members[name] = _read_header(stream, name)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as exc:
-        raise DataError(f"cannot read {path} ({first_line(exc)})", expected="a .npz file written by numpy.savez") from exc
+    except _UNREADABLE as exc:
+        raise DataError(
+            f"cannot read {path} ({first_line(exc)})", expected="a .npz file written by numpy.savez"
+        ) from exc
     length = _common_length(str(path), members)
     return Dataset(
         str(path), lambda size: _npz_batches(path, members, length, size), length=length, names=tuple(members)
     )
 
 
-def _npz_batches(path: Path, members: Mapping[str, _Member], length: int, size: int) -> Iterator[dict[str, Array]]:
+def _npz_batches(
+    path: Path, members: Mapping[str, _Member], length: int, size: int
+) -> Iterator[dict[str, Array]]:
     """Stream rows out of the archive, so that a file larger than memory is no trouble."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -209,16 +229,20 @@ def _npz_batches(path: Path, members: Mapping[str, _Member], length: int, size: 
             for start in range(0, length, size):
                 count = min(size, length - start)
                 yield {
-                    name: whole[name][start : start + count] if name in whole else _rows(stream, members[name], count)
+                    name: whole[name][start : start + count]
+                    if name in whole
+                    else _rows(stream, members[name], count)
                     for name, stream in streams.items()
                 }
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as exc:
-        raise DataError(f"cannot read {path} ({first_line(exc)})", hint="write it again with numpy.savez") from exc
+    except _UNREADABLE as exc:
+        raise DataError(
+            f"cannot read {path} ({first_line(exc)})", hint="write it again with numpy.savez"
+        ) from exc
 
 
 def _rows(stream: IO[bytes], member: _Member, count: int) -> Array:
     shape = (count, *member.shape[1:])
-    wanted = int(np.prod(shape)) * member.dtype.itemsize
+    wanted = math.prod(shape) * member.dtype.itemsize
     data = stream.read(wanted)
     if len(data) != wanted:
         raise EOFError(f"{member.name} is cut off")
@@ -231,19 +255,25 @@ def _from_function(text: str) -> Dataset:
     except SourceError as exc:
         raise DataError(str(exc)) from exc
     if not callable(function):
-        raise DataError(f"{text} is no function", expected="a function that returns or yields dictionaries of arrays")
+        raise DataError(
+            f"{text} is no function", expected="a function that returns or yields dictionaries of arrays"
+        )
 
     def batches(size: int) -> Iterator[dict[str, Array]]:
         try:
             made = function()
             groups = [made] if isinstance(made, Mapping) else made
             if not isinstance(groups, Iterable):
-                raise DataError(f"{text} returned {type(made).__name__}", expected="a dictionary of arrays, or several")
+                raise DataError(
+                    f"{text} returned {type(made).__name__}", expected="a dictionary of arrays, or several"
+                )
             yield from _regroup(text, groups, size)
         except DeploykitError:
             raise
         except Exception as exc:
-            raise DataError(f"{text} failed ({first_line(exc)}{user_frame(exc)})", hint="mend the function") from exc
+            raise DataError(
+                f"{text} failed ({first_line(exc)}{user_frame(exc)})", hint="mend the function"
+            ) from exc
 
     return Dataset(text, batches)
 
@@ -265,11 +295,17 @@ def load_object(text: str) -> Any:
     """
     where, sep, name = text.rpartition(":")
     if not sep or not where or not name.isidentifier():
-        raise SourceError(f"{text!r} names no function", expected="path/file.py:function or package.module:function")
+        raise SourceError(
+            f"{text!r} names no function", expected="path/file.py:function or package.module:function"
+        )
     module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     if not hasattr(module, name):
-        known = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8])
-        raise SourceError(f"{where} has no {name!r}", expected=f"one of: {known}" if known else "a function there")
+        known = ", ".join(
+            sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8]
+        )
+        raise SourceError(
+            f"{where} has no {name!r}", expected=f"one of: {known}" if known else "a function there"
+        )
     return getattr(module, name)
 
 
@@ -291,7 +327,9 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as exc:
         del sys.modules[name]
-        raise SourceError(f"{path} failed on import ({first_line(exc)}{user_frame(exc)})", hint="mend the file") from exc
+        raise SourceError(
+            f"{path} failed on import ({first_line(exc)}{user_frame(exc)})", hint="mend the file"
+        ) from exc
     return module
 
 
@@ -304,11 +342,14 @@ def _load_module(name: str) -> ModuleType:
     except ModuleNotFoundError as exc:
         if exc.name and (name == exc.name or name.startswith(exc.name + ".")):
             raise SourceError(
-                f"module {name} cannot be found", expected="package.module:function on the Python path, or file.py:function"
+                f"module {name} cannot be found",
+                expected="package.module:function on the Python path, or file.py:function",
             ) from exc
         raise SourceError(f"{name} failed on import ({first_line(exc)}{user_frame(exc)})") from exc
     except Exception as exc:
-        raise SourceError(f"{name} failed on import ({first_line(exc)}{user_frame(exc)})", hint="mend the module") from exc
+        raise SourceError(
+            f"{name} failed on import ({first_line(exc)}{user_frame(exc)})", hint="mend the module"
+        ) from exc
 
 
 def user_frame(exc: BaseException) -> str:
@@ -317,7 +358,11 @@ def user_frame(exc: BaseException) -> str:
     frame = exc.__traceback__
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if not file.startswith("<") and "site-packages" not in file and Path(file).parts[-2:-1] != ("deploykit",):
+        if (
+            not file.startswith("<")
+            and "site-packages" not in file
+            and Path(file).parts[-2:-1] != ("deploykit",)
+        ):
             found = f" at {Path(file).name}:{frame.tb_lineno}"
         frame = frame.tb_next
     return found
@@ -348,7 +393,9 @@ def generate(
     return {spec.name: _draw(spec, spec.concrete(sizes), found.get(spec.name), rng) for spec in specs}
 
 
-def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, rng: np.random.Generator) -> Array:
+def _draw(
+    spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, rng: np.random.Generator
+) -> Array:
     if spec.dtype == "string":
         raise DataError(f"cannot make up strings for {spec.name!r}", hint="give real inputs with --data")
     if spec.dtype == "bfloat16":
@@ -361,7 +408,9 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, r
     if dtype.kind in "iu":
         low, high = (int(limits.low), int(limits.high)) if limits else (0, 1)
         return rng.integers(low, high + 1, shape).astype(dtype)
-    middle, spread = ((limits.low + limits.high) / 2, (limits.high - limits.low) / 2) if limits else (0.0, 1.0)
+    middle, spread = (
+        ((limits.low + limits.high) / 2, (limits.high - limits.low) / 2) if limits else (0.0, 1.0)
+    )
     return np.asarray(rng.standard_normal(shape) * (spread or 1.0) + middle).astype(dtype)
 
 

@@ -24,6 +24,8 @@ bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import errno
+from functools import partial
+from typing import Any
 
 _STORAGE_ERRNOS = {
     errno.ENOSPC,
@@ -52,6 +54,10 @@ class DeploykitError(Exception):
         self.what = what
         self.expected = expected
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross process boundaries; ``Exception`` would pickle keyword arguments as positional ones."""
+        return partial(type(self), expected=self.expected, hint=self.hint), (self.what,)
 
     def __str__(self) -> str:
         """One line: what happened; what was expected; what to do."""

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 # protobuf refuses messages of 2 GiB; above this, weights go to a file of their own.
 _INLINE_LIMIT_BYTES = 1_900_000_000
+# The fields of onnx.proto below which there may be tensors.
+_TENSOR_FIELDS = frozenset(
+    {
+        "graph", "node", "initializer", "sparse_initializer", "values", "indices", "functions", "training_info",
+        "initialization", "algorithm", "attribute", "attribute_proto", "t", "tensors", "sparse_tensor",
+        "sparse_tensors", "g", "graphs",
+    }
+)  # fmt: skip
 _RE_EXPORT = "export it again from its source, or fetch the file again"
 
 
@@ -41,18 +49,29 @@ def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     if not path.exists():
         raise ModelError(f"{path} does not exist", expected="an .onnx file or an artifact directory")
     if path.is_dir():
-        raise ModelError(f"{path} is a directory without manifest.json", expected="an .onnx file or an artifact directory")
+        raise ModelError(
+            f"{path} is a directory without manifest.json", expected="an .onnx file or an artifact directory"
+        )
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, UnicodeDecodeError) as exc:
-        raise ModelError(f"{path} is not an ONNX file, or is cut off ({first_line(exc)})", hint=_RE_EXPORT) from exc
+        raise ModelError(
+            f"{path} is not an ONNX file, or is cut off ({first_line(exc)})", hint=_RE_EXPORT
+        ) from exc
     except OSError as exc:
         raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
     if not model.opset_import or not model.graph.output:
-        raise ModelError(f"{path} holds no graph", expected="a model with an opset and outputs", hint=_RE_EXPORT)
+        raise ModelError(
+            f"{path} holds no graph", expected="a model with an opset and outputs", hint=_RE_EXPORT
+        )
     check_external_data(model, path)
     if weights:
-        onnx.load_external_data_for_model(model, str(path.parent))
+        try:
+            onnx.load_external_data_for_model(model, str(path.parent))
+        except (onnx.checker.ValidationError, ValueError, OSError) as exc:
+            raise ModelError(
+                f"{path}: cannot read its external data ({first_line(exc)})", hint=_RE_EXPORT
+            ) from exc
     return model
 
 
@@ -78,11 +97,26 @@ def external_files(model: onnx.ModelProto) -> set[str]:
 
 def _external_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, str]]]:
     import onnx
-    from onnx.external_data_helper import _get_all_tensors
 
-    for tensor in _get_all_tensors(model):
+    for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor.name, {entry.key: entry.value for entry in tensor.external_data}
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            # Of a key given twice, libraries take different ones; without a location the tensor is refused.
+            yield tensor.name, entries if len(entries) == len(tensor.external_data) else {}
+
+
+def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere in a message: weights, sparse ones, attributes, subgraphs, functions, training graphs."""
+    import onnx
+
+    for field, value in message.ListFields():
+        if field.name not in _TENSOR_FIELDS or field.message_type is None:
+            continue
+        for item in (value,) if hasattr(value, "ListFields") else value:
+            if isinstance(item, onnx.TensorProto):
+                yield item
+            else:
+                yield from _tensors(item)
 
 
 def check_external_data(model: onnx.ModelProto, path: Path) -> None:
@@ -112,9 +146,11 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _unsafe(folder: Path, location: str) -> str | None:
-    if not location or "\0" in location:
+    if "\\" in location:
+        return "has a backslash, which Windows takes for a folder and Linux does not"
+    parts = Path(location).parts
+    if not parts or "\0" in location:
         return "has no location"
-    parts = Path(location.replace("\\", "/")).parts
     if Path(location).is_absolute() or ".." in parts:
         return "leaves the model's folder"
     here = folder
@@ -141,13 +177,20 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     if model.ByteSize() < _INLINE_LIMIT_BYTES:
         onnx.save(model, str(path))
     else:
-        onnx.save(model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+        onnx.save(
+            model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024
+        )
 
 
 def copy_model(source: Path, target: Path) -> None:
     """Copy an ONNX file with its external data, each as a real file, to ``target`` and its folder."""
     model = read_model(source, weights=False)
     for location in sorted(external_files(model)):
+        if Path(location) == Path(target.name):
+            raise ModelError(
+                f"{source}: its external data are named {location!r}",
+                expected="another name than the model's",
+            )
         copy = target.parent / location
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.parent / location, copy)
@@ -209,7 +252,9 @@ def dtype_name(elem_type: int) -> str:
     try:
         return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type).name)
     except (KeyError, ValueError) as exc:
-        raise ModelError(f"unknown tensor element type {elem_type}", expected="a type of the ONNX standard") from exc
+        raise ModelError(
+            f"unknown tensor element type {elem_type}", expected="a type of the ONNX standard"
+        ) from exc
 
 
 def rename_dimensions(model: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]) -> None:

@@ -120,7 +120,9 @@ def quiet(log: Path) -> Iterator[None]:
 
 
 def _warning_writer(sink: IO[str]) -> Any:
-    def write(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    def write(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         sink.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
     return write

@@ -54,7 +54,8 @@ class TensorSpec:
         missing = [s for s in self.symbols if s not in sizes]
         if missing:
             raise DataError(
-                f"no size for dimension {missing[0]!r} of {self.name!r}", hint=f"add --dim {missing[0]}=SIZE or --data"
+                f"no size for dimension {missing[0]!r} of {self.name!r}",
+                hint=f"add --dim {missing[0]}=SIZE or --data",
             )
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
 
@@ -83,7 +84,7 @@ class Signature:
 def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
     """Check ``feeds`` against the inputs; widen dtypes where no value can change.
 
-    Integers are cast where every value survives, float64 becomes float32 or narrower. Names beside the inputs are
+    Integers are cast where every value survives, float64 becomes float32 or narrower where it stays finite. Names beside the inputs are
     ignored, so that labels and spare columns may stay in a dataset.
 
     Returns:
@@ -110,11 +111,15 @@ def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
     wanted = spec.shape or ()
     if len(shape) != len(wanted):
-        raise DataError(f"{spec.name!r} has shape {tuple(shape)}, {len(shape)} dimensions", expected=str(spec))
+        raise DataError(
+            f"{spec.name!r} has shape {tuple(shape)}, {len(shape)} dimensions", expected=str(spec)
+        )
     for axis, (dim, size) in enumerate(zip(wanted, shape, strict=True)):
         if isinstance(dim, int):
             if dim != size:
-                raise DataError(f"{spec.name!r} has shape {tuple(shape)}: axis {axis} is {size}", expected=str(spec))
+                raise DataError(
+                    f"{spec.name!r} has shape {tuple(shape)}: axis {axis} is {size}", expected=str(spec)
+                )
             continue
         seen = sizes.setdefault(dim, (size, spec.name))
         if seen[0] != size:
@@ -131,15 +136,27 @@ def _fit_dtype(spec: TensorSpec, value: Array) -> Array:
             raise DataError(f"{spec.name!r} is {array.dtype}", expected="strings")
         return array.astype(object)
     if array.dtype.name == spec.dtype:
-        return array
-    if spec.dtype == "bfloat16":
-        raise DataError(f"{spec.name!r} is {array.dtype}", expected="ml_dtypes.bfloat16 values")
-    wanted = np.dtype(spec.dtype)
+        # Runtimes read the bytes as they lie there, whatever the byte order says.
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    try:
+        wanted = np.dtype(spec.dtype)
+    except TypeError:  # bfloat16, float8 and int4 are ml_dtypes' types
+        raise DataError(
+            f"{spec.name!r} is {array.dtype}", expected=f"ml_dtypes.{spec.dtype} values"
+        ) from None
     kinds = array.dtype.kind + wanted.kind
     if kinds in ("ii", "uu", "iu", "ui"):
         info = np.iinfo(wanted)
         if array.size == 0 or (array.min() >= info.min and array.max() <= info.max):  # type: ignore[operator]
             return array.astype(wanted)
-    elif kinds in ("ff", "bi", "bu", "bf"):
+    elif kinds in ("bi", "bu", "bf"):
         return array.astype(wanted)
-    raise DataError(f"{spec.name!r} is {array.dtype}, which does not become {spec.dtype} unchanged", expected=str(spec))
+    elif kinds == "ff":
+        with np.errstate(over="ignore"):
+            narrow = array.astype(wanted)
+        if not np.array_equal(np.isinf(narrow), np.isinf(array)):
+            raise DataError(f"{spec.name!r} holds values too large for {spec.dtype}", expected=str(spec))
+        return narrow
+    raise DataError(
+        f"{spec.name!r} is {array.dtype}, which does not become {spec.dtype} unchanged", expected=str(spec)
+    )

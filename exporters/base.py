@@ -22,8 +22,8 @@ class ExportOptions:
     """What a user may ask of an export.
 
     Attributes:
-        inputs: `name=dtype[dim,...]` or `name=dtype[dim,...]:low..high`, for sources that bring no example inputs.
-        dynamic: `batch` (the default: the first axis of every input), `none`, or `name:axis=symbol,axis=symbol`.
+        inputs: `name=dtype[dim,...]` or `name=dtype[dim,...]:low..high`, for sources without example inputs.
+        dynamic: `batch` (the default: the first axis of every input), `none`, or `name:axis=symbol,...`.
         opset: ONNX opset of the default domain; None for 18, or for what an imported file has.
         way: "auto", "torch.export" or "torchscript".
         dims: Sizes for dynamic dimensions when inputs are made up.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deploykit.data import Dataset, ValueRange, generate
+from deploykit.data import Dataset, generate
 from deploykit.errors import ExportError, SourceError, first_line
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, ExportOptions, Source, Way
@@ -15,6 +17,9 @@ from deploykit.exporters.pytorch import observed_range
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import require, version_of
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
+
+
+_AGAIN = "export it again with torch.export(..., dynamic_shapes=...)"
 
 
 class ExportedProgramSource(Source):
@@ -34,8 +39,8 @@ class ExportedProgramSource(Source):
             raise ExportError(f"{path} cannot go through TorchScript", hint="leave --exporter out")
         if options.inputs:
             raise ExportError(f"the inputs of {path} are fixed in the file", hint="leave --input out")
-        specs, limits = _inputs(self._program, options)
-        self._module = _Runner(self._program, tuple(s.name for s in specs))
+        specs, limits, slots = _inputs(self._program, options)
+        self._module = _Runner(self._program, slots)
         examples, self.data = self._examples(specs, limits)
         self.ranges = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
         try:
@@ -65,7 +70,9 @@ class ExportedProgramSource(Source):
 
             tensors = [t for t in _pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
             if len(tensors) == len(specs):
-                return {s.name: torch_onnx.to_numpy(t) for s, t in zip(specs, tensors, strict=True)}, "example"
+                return {
+                    s.name: torch_onnx.to_numpy(t) for s, t in zip(specs, tensors, strict=True)
+                }, "example"
         sizes = {s: max(limits.get(s, (2, 0))[0], 2) for spec in specs for s in spec.symbols}
         return generate(specs, sizes), "generated"
 
@@ -76,7 +83,9 @@ class ExportedProgramSource(Source):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Translate the program as it is."""
-        torch_onnx.write(torch_onnx.Job(self._program, {}, self.signature, opset or DEFAULT_OPSET), way.name, target)
+        torch_onnx.write(
+            torch_onnx.Job(self._program, {}, self.signature, opset or DEFAULT_OPSET), way.name, target
+        )
 
     def tools(self) -> dict[str, str]:
         """torch and onnxscript."""
@@ -88,7 +97,10 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise SourceError(f"{path} does not exist", expected="a file written by torch.export.save")
     if not zipfile.is_zipfile(path):
-        raise SourceError(f"{path} is not a .pt2 archive, or is cut off", expected="a file written by torch.export.save")
+        raise SourceError(
+            f"{path} is not a .pt2 archive, or is cut off", expected="a file written by torch.export.save"
+        )
+    _refuse_pickles(torch, path)
     try:
         return torch.export.load(str(path))
     except Exception as exc:
@@ -99,47 +111,123 @@ def _load(path: Path) -> Any:
         ) from exc
 
 
-class _Runner:
-    """The program's module with inputs by position and outputs by name."""
+def _refuse_pickles(torch: Any, path: Path) -> None:
+    """Refuse what torch.export.load would unpickle without a guard.
 
-    def __init__(self, program: Any, names: tuple[str, ...]) -> None:
+    It takes a full unpickler, which runs whatever code the file holds, for example inputs that are no plain
+    tensors, for payloads that the archive marks as pickled, and for custom objects. Plain programs have none.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            suspect = "two members of one name" if len(set(names)) < len(names) else ""
+            for name in names:
+                suspect = suspect or _pickled(torch, name, archive)
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as exc:
+        raise SourceError(
+            f"{path} is damaged ({first_line(exc)})", hint="save it again with torch.export.save"
+        ) from exc
+    if suspect:
+        raise SourceError(
+            f"{path} holds {suspect}, and loading it could run code",
+            expected="a program of plain tensors",
+            hint="export file.py:factory instead",
+        )
+
+
+def _pickled(torch: Any, name: str, archive: zipfile.ZipFile) -> str:
+    """What in one member needs the full unpickler; empty where nothing does."""
+    if name.endswith(".pt"):
+        data = archive.read(name)
+        try:
+            torch.load(io.BytesIO(data), weights_only=True) if data else None
+        except Exception:  # noqa: BLE001 - whatever the reason, the full unpickler would be next
+            return f"pickled objects in {name}"
+    elif name.endswith("_config.json"):
+        payloads = json.loads(archive.read(name)).get("config", {})
+        plain = ("weight_", "tensor_")
+        if any(
+            p.get("use_pickle") or not str(p.get("path_name")).startswith(plain) for p in payloads.values()
+        ):
+            return f"pickled payloads by {name}"
+    return ""
+
+
+class _Runner:
+    """The program's module with tensors by position and outputs by name.
+
+    Args:
+        program: The exported program.
+        slots: Every input of the program in order: a name for a tensor, a value in a tuple for a constant.
+    """
+
+    def __init__(self, program: Any, slots: tuple[str | tuple[Any], ...]) -> None:
         self._module = program.module()
-        spec = program.call_spec.in_spec
-        self._spec = spec
-        self.input_names = names
+        self._spec = program.call_spec.in_spec
+        self._slots = slots
         self.output_names: tuple[str, ...] = ()
 
     def __call__(self, *tensors: Any) -> tuple[Any, ...]:
         from torch.utils import _pytree
 
-        args, kwargs = _pytree.tree_unflatten(list(tensors), self._spec)
-        outputs = torch_onnx.flatten_outputs(self._module(*args, **kwargs))
-        self.output_names = tuple(f"{n}_out" if n in self.input_names else n for n in outputs)
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(slot, str) else slot[0] for slot in self._slots]
+        args, kwargs = _pytree.tree_unflatten(leaves, self._spec)
+        taken = tuple(slot for slot in self._slots if isinstance(slot, str))
+        outputs = torch_onnx.flatten_outputs(self._module(*args, **kwargs), taken)
+        self.output_names = tuple(outputs)
         return tuple(outputs.values())
 
 
-def _inputs(program: Any, options: ExportOptions) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]]]:
-    """Input specs with readable symbols, and the sizes that the program allows."""
-    placeholders = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
-    names: dict[str, str] = {}
+def _inputs(
+    program: Any, options: ExportOptions
+) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]], tuple[str | tuple[Any], ...]]:
+    """Input specs with readable symbols, the sizes that the program allows, and all slots (see `_Runner`)."""
+    from torch.export.graph_signature import ConstantArgument, InputKind
+
+    placeholders = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    symbols: dict[str, str] = {}
     specs: list[TensorSpec] = []
     limits: dict[str, tuple[int, int]] = {}
-    for name in program.graph_signature.user_inputs:
+    slots: list[str | tuple[Any]] = []
+    for entry in program.graph_signature.input_specs:
+        if entry.kind is not InputKind.USER_INPUT:
+            continue
+        if isinstance(entry.arg, ConstantArgument):
+            slots.append((entry.arg.value,))
+            continue
+        name = entry.arg.name
         value = placeholders.get(name)
         if not hasattr(value, "shape"):
             raise SourceError(f"input {name!r} is a {type(value).__name__}", expected="tensors as inputs")
-        dims: list[Dim] = []
-        for axis, size in enumerate(value.shape):
-            if isinstance(size, int):
-                dims.append(size)
-                continue
-            symbol = names.setdefault(str(size), _readable(name, axis, value, set(names.values())))
-            bounds = program.range_constraints.get(size.node.expr)
-            if bounds is not None:
-                limits[symbol] = (int(max(bounds.lower, 1)), int(min(bounds.upper, 1 << 30)))
-            dims.append(symbol)
-        specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(dims)))
-    return _renamed(specs, limits, options)
+        slots.append(name)
+        dims = tuple(_dim(program, name, axis, value, symbols, limits) for axis in range(value.ndim))
+        specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), dims))
+    renamed, bounds = _renamed(specs, limits, options)
+    return renamed, bounds, tuple(slots)
+
+
+def _dim(
+    program: Any,
+    name: str,
+    axis: int,
+    value: Any,
+    symbols: dict[str, str],
+    limits: dict[str, tuple[int, int]],
+) -> Dim:
+    """Size of one axis, or its symbol; new symbols and their limits are written down."""
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return size
+    if str(size) not in symbols:
+        symbols[str(size)] = _readable(name, axis, value, set(symbols.values()))
+    symbol = symbols[str(size)]
+    bounds = program.range_constraints.get(size.node.expr)
+    if bounds is not None:
+        # torch writes 2 where nobody gave a lower limit, because it traces with 2; a true limit refuses to run.
+        low = 1 if bounds.lower <= 2 else int(bounds.lower)
+        limits[symbol] = (low, int(min(bounds.upper, 1 << 30)))
+    return symbol
 
 
 def _readable(name: str, axis: int, value: Any, taken: set[str]) -> str:
@@ -156,25 +244,33 @@ def _readable(name: str, axis: int, value: Any, taken: set[str]) -> str:
 def _renamed(
     specs: list[TensorSpec], limits: dict[str, tuple[int, int]], options: ExportOptions
 ) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]]]:
-    wishes = [text for text in options.dynamic if text not in ("batch", "none")]
+    if "batch" in options.dynamic and not any(s.shape and isinstance(s.shape[0], str) for s in specs):
+        raise ExportError(
+            "--dynamic 'batch' asks for a dimension that is fixed in the .pt2 file", hint=_AGAIN
+        )
     renames: dict[str, str] = {}
-    for text in wishes:
+    for text in options.dynamic:
+        if text in ("batch", "none"):
+            continue
         name, _, rest = text.rpartition(":")
-        spec = next((s for s in specs if s.name == name), None)
+        shape = next((s.shape or () for s in specs if s.name == name), ())
         for part in rest.split(","):
             axis, _, symbol = part.strip().partition("=")
-            shape = (spec.shape or ()) if spec else ()
-            if not axis.isdigit() or int(axis) >= len(shape) or not isinstance(shape[int(axis)], str) or not symbol:
+            fixed = not axis.isdecimal() or int(axis) >= len(shape) or isinstance(shape[int(axis)], int)
+            if fixed or not symbol.isidentifier():
                 raise ExportError(
-                    f"--dynamic {text!r} asks for a dimension that is fixed in the .pt2 file",
-                    hint="export it again with torch.export(..., dynamic_shapes=...)",
+                    f"--dynamic {text!r} asks for a dimension that is fixed in the .pt2 file", hint=_AGAIN
                 )
             renames[str(shape[int(axis)])] = symbol
     if "none" in options.dynamic and any(s.symbols for s in specs):
-        raise ExportError("--dynamic none cannot be applied to a .pt2 file with dynamic dimensions", hint="leave it out")
+        raise ExportError(
+            "--dynamic none cannot be applied to a .pt2 file with dynamic dimensions", hint="leave it out"
+        )
     return (
         tuple(
-            TensorSpec(s.name, s.dtype, tuple(renames.get(d, d) if isinstance(d, str) else d for d in s.shape or ()))
+            TensorSpec(
+                s.name, s.dtype, tuple(renames.get(d, d) if isinstance(d, str) else d for d in s.shape or ())
+            )
             for s in specs
         ),
         {renames.get(k, k): v for k, v in limits.items()},

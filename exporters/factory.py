@@ -1,7 +1,8 @@
-"""`file.py:factory` and `package.module:factory`: code that builds the module, run because the user named it."""
+"""`file.py:factory` and `package.module:factory`: code that builds the module; the user named it, so it is run."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from deploykit.data import load_object, user_frame
@@ -24,14 +25,19 @@ def open_factory(text: str, options: ExportOptions) -> Source:
     made = found
     if not isinstance(found, torch.nn.Module):
         if not callable(found):
-            raise SourceError(f"{text} is a {type(found).__name__}", expected=f"a function that returns {_EXPECTED}")
+            raise SourceError(
+                f"{text} is a {type(found).__name__}", expected=f"a function that returns {_EXPECTED}"
+            )
         made = _call(found, text)
+    else:
+        made = _copy(found, text)
     examples: Any = None
     if isinstance(made, tuple) and len(made) == 2:
         made, examples = made
     if isinstance(made, torch.jit.ScriptModule):
         raise SourceError(
-            f"{text} gives a TorchScript module, which torch.export cannot read", expected="the Python module it was made from"
+            f"{text} gives a TorchScript module, which torch.export cannot read",
+            expected="the Python module it was made from",
         )
     if not isinstance(made, torch.nn.Module):
         raise SourceError(f"{text} returned {_describe(made)}", expected=_EXPECTED, hint="mend the factory")
@@ -40,6 +46,17 @@ def open_factory(text: str, options: ExportOptions) -> Source:
         return TorchSource(made, arrays, call, options, text, ranges=ranges or None, data="generated")
     arrays, call = bind_examples(made, examples, text)
     return TorchSource(made, arrays, call, options, text)
+
+
+def _copy(module: Any, text: str) -> Any:
+    """A copy to move and to switch to evaluation mode; the module may be in use."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as exc:
+        raise SourceError(
+            f"module {text} cannot be copied ({first_line(exc)})",
+            hint="name a function that builds it instead",
+        ) from exc
 
 
 def _call(factory: Any, text: str) -> Any:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+_SAME_VALUES = ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
+
+
 class OnnxSource(Source):
     """An ONNX file; its reference outputs are its own without graph optimizations.
 
@@ -48,11 +51,15 @@ class OnnxSource(Source):
                 run(examples)
             except DeploykitError as exc:
                 raise InferenceError(
-                    f"{path} does not run on made-up inputs ({first_line(exc)})", hint="give real ones: --data FILE, or --dim NAME=SIZE"
+                    f"{path} does not run on made-up inputs ({first_line(exc)})",
+                    hint="give real ones: --data FILE, or --dim NAME=SIZE",
                 ) from exc
             seeds = iter(range(1, 100))
             cases, notes = make_cases(
-                inputs, examples, run, draw=lambda wanted: generate(inputs, wanted, ranges=self.ranges, seed=next(seeds))
+                inputs,
+                examples,
+                run,
+                draw=lambda wanted: generate(inputs, wanted, ranges=self.ranges, seed=next(seeds)),
             )
             self.notes = tuple(notes)
         self.cases = tuple(cases)
@@ -64,7 +71,11 @@ class OnnxSource(Source):
         have = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
         asked = [
             name
-            for name, value in (("--dynamic", options.dynamic), ("--input", options.inputs), ("--exporter", options.way != "auto"))
+            for name, value in (
+                ("--dynamic", options.dynamic),
+                ("--input", options.inputs),
+                ("--exporter", options.way != "auto"),
+            )
             if value
         ]
         if options.opset is not None and options.opset != have:
@@ -97,7 +108,9 @@ def _merge(declared: TensorSpec, observed: TensorSpec) -> TensorSpec:
         o if isinstance(d, str) and d.startswith(f"{declared.name}_dim") else d
         for d, o in zip(declared.shape, observed.shape, strict=False)
     )
-    return TensorSpec(declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape)
+    return TensorSpec(
+        declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape
+    )
 
 
 def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[str, int]:
@@ -114,19 +127,17 @@ def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[
 def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) -> dict[str, ValueRange]:
     """Legal values of integer inputs that index a table of weights (token ids), found in the graph.
 
-    Follows each input through Cast, Reshape, Squeeze, Unsqueeze and Identity to Gather nodes over an initializer.
+    Follows each input through Cast, Reshape, Squeeze, Unsqueeze and Identity to Gather nodes over an initializer, which
+    may be quantized.
     """
-    weights = {w.name: list(w.dims) for w in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            weights |= {node.output[0]: list(a.t.dims) for a in node.attribute if a.name == "value"}
+    weights = _tables(model)
     found: dict[str, ValueRange] = {}
     for spec in inputs:
         if spec.dtype not in ("int32", "int64"):
             continue
         names, limit = {spec.name}, None
         for node in model.graph.node:  # topologically sorted, by the standard
-            if node.op_type in ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten") and node.input[0] in names:
+            if node.op_type in _SAME_VALUES and node.input[0] in names:
                 names.add(node.output[0])
             elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in weights:
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
@@ -135,3 +146,14 @@ def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) ->
         if limit:
             found[spec.name] = ValueRange(0, limit - 1)
     return found
+
+
+def _tables(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Shapes of all constants, and of what is only another form of one."""
+    tables = {w.name: list(w.dims) for w in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            tables.update((node.output[0], list(a.t.dims)) for a in node.attribute if a.name == "value")
+        elif node.op_type in ("DequantizeLinear", "Cast", "Identity") and node.input[0] in tables:
+            tables[node.output[0]] = tables[node.input[0]]
+    return tables

@@ -15,6 +15,7 @@ from deploykit.errors import DeploykitError, ExportError, SourceError, first_lin
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
 from deploykit.exporters.shapes import (
+    asks_for_dynamic,
     cases_from_data,
     example_sizes,
     make_cases,
@@ -77,33 +78,55 @@ class TorchSource(Source):
         notes: Sequence[str] = (),
         assets: tuple[Path, ...] = (),
     ) -> None:
-        torch = require("torch", extra="torch")
         self.kind = kind
         self.label = label
         self.assets = assets
         found = list(notes)
-        if module.training:
+        if any(part.training for part in module.modules()):
             found.append("the module was in training mode; it is exported in evaluation mode")
-        self._module = torch_onnx.flatten_module(module.eval().cpu(), call)
+        self._module = torch_onnx.flatten_module(_on_cpu(module, label), call)
         self._examples = examples
         self._options = options
-        self.ranges = ranges or {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
+        self._draw = draw
+        observed = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
+        self.ranges = observed | (ranges or {})
         dynamic = plan_inputs(examples, options) if specs is None else tuple(specs)
         self.data = options.data or data
         self._run_example()
         if options.data:
             cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:
-            cases, refused = make_cases(dynamic, examples, self._reference, draw=draw, limits=limits)
+            dynamic, cases, refused = self._observe(dynamic, limits)
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
         self.notes = tuple(found)
         self._fixed_cases: tuple[Case, ...] | None = None
 
+    def _observe(
+        self, specs: tuple[TensorSpec, ...], limits: Mapping[str, tuple[int, int]] | None
+    ) -> tuple[tuple[TensorSpec, ...], list[Case], list[str]]:
+        """Run the module at several shapes; fall back to the example's where nobody asked for dynamic ones."""
+        try:
+            return specs, *make_cases(specs, self._examples, self._reference, draw=self._draw, limits=limits)
+        except ExportError as exc:
+            if asks_for_dynamic(self._options):
+                raise
+            fixed = self._fixed(specs)
+            cases, notes = make_cases(fixed, self._examples, self._reference, draw=self._fixed_draw(specs))
+            return fixed, cases, [f"the shapes are fixed, because {exc.what}", *notes]
+
+    def _fixed(self, specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(s.name, s.dtype, self._examples[s.name].shape) for s in specs)
+
+    def _fixed_draw(self, specs: Sequence[TensorSpec]) -> Callable[[dict[str, int]], dict[str, Array]] | None:
+        draw, sizes = self._draw, example_sizes(specs, self._examples)
+        return None if draw is None else lambda _: draw(sizes)
+
     def _run_example(self) -> None:
         try:
             outputs = self._reference(self._examples)
+            again = self._reference(self._examples)
         except DeploykitError:
             raise
         except Exception as exc:
@@ -115,6 +138,13 @@ class TorchSource(Source):
             ) from exc
         if not outputs:
             raise SourceError(f"{self.label} returns no tensors", expected="at least one tensor as output")
+        unsteady = [name for name, array in outputs.items() if not _same(array, again.get(name))]
+        if unsteady:
+            raise SourceError(
+                f"{self.label} gives another {unsteady[0]!r} when it runs again on the same inputs",
+                expected="outputs that depend on nothing but the inputs",
+                hint="take random numbers and state out of forward",
+            )
 
     def _reference(self, feeds: Feeds) -> dict[str, Array]:
         return torch_onnx.run_module(self._module, feeds)
@@ -125,7 +155,7 @@ class TorchSource(Source):
         has_dynamic = bool(self.signature.symbols)
         names = ("torch.export", "torchscript") if self._options.way == "auto" else (self._options.way,)
         ways = [Way(name, has_dynamic) for name in names]
-        if has_dynamic and not self._options.dynamic:
+        if has_dynamic and not asks_for_dynamic(self._options):
             ways += [Way(name, False) for name in names]
         return tuple(ways)
 
@@ -134,16 +164,17 @@ class TorchSource(Source):
         if way.dynamic or not self.signature.symbols:
             return self.cases
         if self._fixed_cases is None:
-            fixed = [TensorSpec(s.name, s.dtype, self._examples[s.name].shape) for s in self.signature.inputs]
-            self._fixed_cases = tuple(make_cases(fixed, self._examples, self._reference)[0])
+            specs = self.signature.inputs
+            draw = self._fixed_draw(specs)
+            self._fixed_cases = tuple(
+                make_cases(self._fixed(specs), self._examples, self._reference, draw=draw)[0]
+            )
         return self._fixed_cases
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Export, then put names and shapes in order."""
         cases = self.cases_for(way)
-        inputs = self.signature.inputs
-        if not way.dynamic:
-            inputs = tuple(TensorSpec(s.name, s.dtype, self._examples[s.name].shape) for s in inputs)
+        inputs = self.signature.inputs if way.dynamic else self._fixed(self.signature.inputs)
         job = torch_onnx.Job(
             module=self._module,
             feeds=export_feeds(inputs, self._examples) if way.dynamic else self._examples,
@@ -156,6 +187,32 @@ class TorchSource(Source):
         """torch, onnxscript, and transformers where it built the module."""
         names = ["torch", "onnxscript", "onnx", *(["transformers"] if self.kind == "huggingface" else [])]
         return {name: found for name in names if (found := version_of(name))}
+
+
+def _on_cpu(module: Any, label: str) -> Any:
+    """The module on the CPU, in evaluation mode.
+
+    Raises:
+        SourceError: It has no values yet (a module on the meta device), or cannot be moved.
+    """
+    try:
+        return module.eval().cpu()
+    except Exception as exc:
+        raise SourceError(
+            f"{label} cannot be moved to the CPU ({first_line(exc)})",
+            expected="a module whose weights are loaded",
+            hint="mend the factory",
+        ) from exc
+
+
+def _same(first: Array, second: Array | None) -> bool:
+    """Equal, but for sums in another order."""
+    if second is None or first.shape != second.shape:
+        return False
+    if first.dtype.kind not in "fc":
+        return bool(np.array_equal(first, second))
+    scale = float(np.nanmax(np.abs(first), initial=0.0)) or 1.0
+    return bool(np.allclose(first / scale, second / scale, rtol=1e-3, atol=1e-3, equal_nan=True))
 
 
 def export_feeds(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, Array]:
@@ -197,11 +254,14 @@ def bind_examples(module: Any, given: Any, label: str) -> tuple[dict[str, Array]
     torch = require("torch", extra="torch")
     args = () if isinstance(given, Mapping) else tuple(given) if isinstance(given, list | tuple) else (given,)
     kwargs = dict(given) if isinstance(given, Mapping) else {}
+    signature = inspect.signature(module.forward)
     try:
-        signature = inspect.signature(module.forward)
         bound = signature.bind(*args, **kwargs)
     except TypeError as exc:
-        raise SourceError(f"the example inputs of {label} do not fit forward{signature} ({exc})") from exc
+        raise SourceError(
+            f"the example inputs of {label} do not fit forward{signature} ({first_line(exc)})",
+            hint="mend the example that the factory returns, or --input",
+        ) from exc
     named: dict[str, Any] = {}
     positional = 0
     for name, value in bound.arguments.items():
@@ -224,18 +284,25 @@ def bind_examples(module: Any, given: Any, label: str) -> tuple[dict[str, Array]
                 hint="wrap the module in one whose forward takes tensors",
             )
     if not tensors:
-        raise SourceError(f"the example inputs of {label} hold no tensor", expected="a tensor, a tuple or a dictionary of them")
+        raise SourceError(
+            f"the example inputs of {label} hold no tensor",
+            expected="a tensor, a tuple or a dictionary of them",
+        )
     if constants and positional:
         # Constants between positional tensors: pass everything by keyword instead.
         star = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values())
         if star:
-            raise SourceError(f"{label} mixes constants with *args", hint="wrap the module in one that takes tensors only")
+            raise SourceError(
+                f"{label} mixes constants with *args", hint="wrap the module in one that takes tensors only"
+            )
         positional = 0
     arrays = {n: torch_onnx.to_numpy(v) for n, v in tensors.items()}
     return arrays, Call(tuple(tensors), positional, constants)
 
 
-def made_up_examples(module: Any, options: ExportOptions, label: str) -> tuple[dict[str, Array], Call, dict[str, ValueRange]]:
+def made_up_examples(
+    module: Any, options: ExportOptions, label: str
+) -> tuple[dict[str, Array], Call, dict[str, ValueRange]]:
     """Example inputs from `--input`, for a module that comes without.
 
     Raises:
@@ -254,8 +321,5 @@ def made_up_examples(module: Any, options: ExportOptions, label: str) -> tuple[d
     ranges = {spec.name: limits for spec, limits in parsed if limits is not None}
     sizes = {s: options.dims.get(s, _SIZE_GUESS.get(s, 16)) for spec in specs for s in spec.symbols}
     arrays = generate(specs, sizes, ranges=ranges)
-    torch = require("torch", extra="torch")
-    bound, call = bind_examples(module, {n: torch.from_numpy(a) for n, a in arrays.items()}, label)
-    if set(bound) != set(arrays):
-        raise ExportError(f"--input names do not fit the parameters of {label}: {', '.join(bound)}")
+    bound, call = bind_examples(module, {n: torch_onnx.from_numpy(a) for n, a in arrays.items()}, label)
     return bound, call, ranges

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,11 @@ from deploykit.exporters.base import Case, ExportOptions
 from deploykit.specs import DTYPES, Array, Dim, Feeds, Signature, TensorSpec, fit_feeds
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
-_INPUT = re.compile(r"(?P<name>[^=]+)=(?P<dtype>\w+)\[(?P<dims>[^\]]*)\](?::(?P<low>-?[\d.]+)\.\.(?P<high>-?[\d.]+))?")
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_INPUT = re.compile(
+    r"(?P<name>[^=]+)=(?P<dtype>\w+)\[(?P<dims>[^\]]*)\]"
+    rf"(?::(?P<low>{_NUMBER})\.\.(?P<high>{_NUMBER}))?"
+)
 _INPUT_FORM = "name=dtype[dim,...] like x=float32[batch,3,224,224] or ids=int64[batch,sequence]:0..30521"
 _DYNAMIC_FORM = "batch, none, or name:axis=symbol,axis=symbol like x:0=batch,2=height"
 
@@ -29,13 +33,19 @@ def parse_input(text: str) -> tuple[TensorSpec, ValueRange | None]:
         raise ExportError(f"cannot read --input {text!r}", expected=_INPUT_FORM)
     dims: list[Dim] = []
     for part in filter(None, (p.strip() for p in match["dims"].split(","))):
-        if part.isdigit() and int(part) > 0:
+        if part.isdecimal() and int(part) > 0:
             dims.append(int(part))
         elif _SYMBOL.fullmatch(part):
             dims.append(part)
         else:
-            raise ExportError(f"dimension {part!r} in --input {text!r}", expected="a positive number or a name")
+            raise ExportError(
+                f"dimension {part!r} in --input {text!r}", expected="a positive number or a name"
+            )
     limits = ValueRange(float(match["low"]), float(match["high"])) if match["low"] is not None else None
+    if limits is not None and limits.low > limits.high:
+        raise ExportError(
+            f"the range {match['low']}..{match['high']} in --input {text!r}", expected="LOW..HIGH"
+        )
     return TensorSpec(match["name"].strip(), match["dtype"], tuple(dims)), limits
 
 
@@ -45,21 +55,35 @@ def plan_inputs(examples: Mapping[str, Array], options: ExportOptions) -> tuple[
     Raises:
         ExportError: A wish that contradicts the example.
     """
-    wishes = parse_dynamic(options.dynamic, examples)
+    names = [parse_input(text)[0].name for text in options.inputs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ExportError(f"--input names {twice[0]!r} twice", expected="one --input for an input")
     asked = {spec.name: spec for spec, _ in map(parse_input, options.inputs)}
+    # Names in --input are the user's choice of dynamic dimensions; the default is for those who made none.
+    chosen = not options.dynamic and any(spec.symbols for spec in asked.values())
+    wishes = {} if chosen else parse_dynamic(options.dynamic, examples)
     specs = []
     for name, array in examples.items():
         shape: list[Dim] = [int(s) for s in array.shape]
         if name in asked:
             _check_against_example(asked[name], array)
-            shape = list(asked[name].shape or ())
+            if "none" not in options.dynamic:
+                shape = list(asked[name].shape or ())
         for axis, symbol in wishes.get(name, {}).items():
             shape[axis] = symbol
-        specs.append(TensorSpec(name, array.dtype.name if array.dtype.kind != "O" else "string", tuple(shape)))
+        specs.append(
+            TensorSpec(name, array.dtype.name if array.dtype.kind != "O" else "string", tuple(shape))
+        )
     unknown = [name for name in asked if name not in examples]
     if unknown:
         raise ExportError(f"--input names {unknown[0]!r}", expected=f"one of {', '.join(examples)}")
     return tuple(specs)
+
+
+def asks_for_dynamic(options: ExportOptions) -> bool:
+    """Whether the user named dynamic dimensions, so that fixed ones would not be what they asked for."""
+    return bool(options.dynamic) or any(parse_input(text)[0].symbols for text in options.inputs)
 
 
 def _check_against_example(spec: TensorSpec, example: Array) -> None:
@@ -96,15 +120,18 @@ def parse_dynamic(texts: Sequence[str], examples: Mapping[str, Array]) -> dict[s
         if not sep:
             raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
         if name not in examples:
-            raise ExportError(f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}")
+            raise ExportError(
+                f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}"
+            )
         for part in rest.split(","):
             axis_text, _, symbol = part.strip().partition("=")
             rank = examples[name].ndim
-            if not axis_text.isdigit() or not _SYMBOL.fullmatch(symbol):
+            if not axis_text.isdecimal() or not _SYMBOL.fullmatch(symbol):
                 raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
             if int(axis_text) >= rank:
                 raise ExportError(
-                    f"--dynamic names axis {axis_text} of {name!r}", expected=f"an axis below {rank}, the rank of the example"
+                    f"--dynamic names axis {axis_text} of {name!r}",
+                    expected=f"an axis below {rank}, the rank of the example",
                 )
             wishes.setdefault(name, {})[int(axis_text)] = symbol
     return wishes
@@ -114,7 +141,9 @@ def _batch_axes(examples: Mapping[str, Array], *, asked: bool) -> dict[str, dict
     sizes = {name: a.shape[0] for name, a in examples.items() if a.ndim}
     if len(set(sizes.values())) > 1:
         if asked:
-            raise ExportError(f"the inputs' first axes differ: {sizes}", hint="name the axes: --dynamic input:axis=batch")
+            raise ExportError(
+                f"the inputs' first axes differ: {sizes}", hint="name the axes: --dynamic input:axis=batch"
+            )
         return {}
     return {name: {0: "batch"} for name in sizes}
 
@@ -136,25 +165,34 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, int
     return sizes
 
 
-def sizes_to_check(sizes: Mapping[str, int], limits: Mapping[str, tuple[int, int]] | None = None) -> list[dict[str, int]]:
+def sizes_to_check(
+    sizes: Mapping[str, int],
+    limits: Mapping[str, tuple[int, int]] | None = None,
+    batch: Collection[str] = ("batch",),
+) -> list[dict[str, int]]:
     """At least four sets of sizes: batch 1 and others, larger, smaller and odd.
+
+    Symbols that are equal in the example (height and width) differ in some set, so that mixing them up shows.
 
     Args:
         sizes: Size of every symbol in the example.
         limits: Smallest and largest size that the source allows, by symbol.
+        batch: Symbols that count samples.
     """
     bounds = limits or {}
+    place = {symbol: i for i, symbol in enumerate(s for s in sizes if s not in batch)}
 
     def pick(symbol: str, size: int) -> int:
         low, high = bounds.get(symbol, (1, 1 << 30))
         return min(max(size, low), high)
 
+    # Multiples come first: many modules (strides, patches) accept nothing else.
     plans: list[Callable[[str, int], int]] = [
         lambda s, n: n,
-        lambda s, n: 1 if s == "batch" else n,
-        lambda s, n: 3 if s == "batch" else 2 * n,
-        lambda s, n: 2 if s == "batch" else n // 2 + 1,
-        lambda s, n: 5 if s == "batch" else n + 3,
+        lambda s, n: 1 if s in batch else n,
+        lambda s, n: 3 if s in batch else n * (2, 1, 3)[place[s] % 3],
+        lambda s, n: 2 if s in batch else n // 2 + 1,
+        lambda s, n: 5 if s in batch else n + 3 + place[s],
     ]
     found: list[dict[str, int]] = []
     for plan in plans:
@@ -167,14 +205,16 @@ def sizes_to_check(sizes: Mapping[str, int], limits: Mapping[str, tuple[int, int
 def vary(example: Array, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """An input like ``example``, of another shape and with other values.
 
-    Reals are the example, tiled, plus noise of half its spread, so that no two rows are equal; integers, booleans and
-    strings are drawn from the values that occur in the example, so that they stay legal.
+    Reals are the example, tiled, plus noise of half its spread, so that no two rows are equal; integers, booleans
+    and strings are drawn from the values that occur in the example, so that they stay legal.
     """
     if example.size == 0:
         return np.zeros(shape, example.dtype)
     if example.dtype.kind not in "fc":
         return rng.choice(example.ravel(), size=shape).astype(example.dtype)
-    tiled = np.tile(example, [-(-want // max(have, 1)) for want, have in zip(shape, example.shape, strict=True)])
+    tiled = np.tile(
+        example, [-(-want // max(have, 1)) for want, have in zip(shape, example.shape, strict=True)]
+    )
     tiled = tiled[tuple(slice(0, want) for want in shape)]
     spread = float(example.std()) or 1.0
     return np.asarray(tiled + rng.standard_normal(shape) * spread / 2).astype(example.dtype)
@@ -212,7 +252,8 @@ def make_cases(
     make = draw or default_draw
     cases = [Case(sizes, dict(examples), reference(examples))]
     notes: list[str] = []
-    for wanted in sizes_to_check(sizes, limits)[1:] if sizes else [{}, {}, {}]:
+    batch = {str(s.shape[0]) for s in specs if s.shape} | {"batch"}
+    for wanted in sizes_to_check(sizes, limits, batch)[1:] if sizes else [{}, {}, {}]:
         feeds = make(wanted)
         try:
             cases.append(Case(wanted, feeds, reference(feeds)))
@@ -232,7 +273,7 @@ def make_cases(
 def cases_from_data(
     specs: Sequence[TensorSpec], dataset: Dataset, reference: Callable[[Feeds], dict[str, Array]]
 ) -> list[Case]:
-    """Cases out of real data: batches of 1, 3 and 5 where the batch is dynamic, three batches of one size otherwise.
+    """Cases out of real data: batches of 1, 3 and 5 where the batch is dynamic, else three of the fixed size.
 
     Raises:
         DataError: The data do not fit the inputs.
@@ -259,13 +300,15 @@ def cases_from_data(
 def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
     """Output specs, with dimension names found by watching the sizes over all cases.
 
-    An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is named
-    after the output.
+    An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is
+    named after the output.
     """
     specs = []
     for name, first in cases[0].outputs.items():
         dims = [_observed_dim(name, axis, cases) for axis in range(first.ndim)]
-        specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
+        specs.append(
+            TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims))
+        )
     return tuple(specs)
 
 

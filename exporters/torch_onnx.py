@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import glob
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.errors import ExportError, first_line
+from deploykit.errors import ExportError, SourceError, first_line
 from deploykit.extras import require
 from deploykit.modelfile import read_model, rename_dimensions, signature_of, write_model
 from deploykit.specs import Array, Dim, Feeds, Signature
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
     from deploykit.exporters.pytorch import Call
 
-# What torch.onnx leaves in the file about the machine it ran on: paths and source lines.
-_PRIVATE_METADATA = ("stack_trace", "fx_node", "exported_program", "ExportedProgram")
+# What torch.onnx leaves in the file about the run: stack traces with paths, the whole FX graph, class names.
+_PRIVATE_METADATA = ("pkg.torch", "pkg.onnxscript", "stack_trace", "fx_node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,33 +61,56 @@ def flatten_module(module: Any, call: Call) -> Any:
         def forward(self, *tensors: Any) -> tuple[Any, ...]:
             head = tensors[: call.positional]
             tail = dict(zip(call.names[call.positional :], tensors[call.positional :], strict=True))
-            outputs = flatten_outputs(self.model(*head, **tail, **call.constants))
-            self.output_names = tuple(_unique(outputs, call.names))
+            outputs = flatten_outputs(self.model(*head, **tail, **call.constants), call.names)
+            self.output_names = tuple(outputs)
             return tuple(outputs.values())
 
     return Flat().eval()
 
 
-def flatten_outputs(value: Any) -> dict[str, Any]:
-    """Tensors in any nest of tuples, lists, dictionaries and dataclasses, by a readable name; None is left out."""
-    torch = require("torch", extra="torch")
-    from torch.utils import _pytree
+def flatten_outputs(value: Any, taken: tuple[str, ...]) -> dict[str, Any]:
+    """Tensors in a nest of tuples, lists, dictionaries and dataclasses, by a readable name that is not ``taken``.
 
-    if isinstance(value, torch.Tensor):
-        return {"output": value}
-    leaves, _ = _pytree.tree_flatten_with_path(value)
+    Constants (None, numbers, sizes, strings) are left out: a graph has no outputs for them.
+
+    Raises:
+        SourceError: There is an object that might hold tensors and cannot be looked into.
+    """
     found: dict[str, Any] = {}
-    for path, leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
-        name = re.sub(r"\W+", "_", "_".join(keys)).strip("_") or "output"
-        found[f"output_{name}" if name[0].isdigit() else name] = leaf
+    for path, leaf in _leaves(value, ()):
+        name = re.sub(r"\W+", "_", "_".join(path)).strip("_") or "output"
+        name = f"output_{name}" if name[0].isdigit() else name
+        name = f"{name}_out" if name in taken else name
+        free, number = name, 1
+        while free in found or free in taken:
+            number += 1
+            free = f"{name}_{number}"
+        found[free] = leaf
     return found
 
 
-def _unique(names: Mapping[str, Any], taken: tuple[str, ...]) -> list[str]:
-    return [f"{name}_out" if name in taken else name for name in names]
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    torch = require("torch", extra="torch")
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        keys = getattr(value, "_fields", range(len(value)))
+        for key, item in zip(keys, value, strict=True):
+            yield from _leaves(item, (*path, str(key)))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _leaves(getattr(value, field.name), (*path, field.name))
+    elif value is not None and not isinstance(
+        value, bool | int | float | complex | str | torch.SymInt | torch.dtype
+    ):
+        raise SourceError(
+            f"output {'.'.join(path) or 'of the module'} is a {type(value).__name__}",
+            expected="tensors, or tuples, lists, dictionaries and dataclasses of them",
+            hint="wrap the module in one whose forward returns tensors",
+        )
 
 
 def run_module(module: Any, feeds: Feeds) -> dict[str, Array]:
@@ -122,7 +147,10 @@ def write(job: Job, way: str, target: Path) -> None:
     Raises:
         ExportError: This way does not lead there; the message holds torch's reason.
     """
-    ways: dict[str, Callable[[Job, Path], None]] = {"torch.export": _by_torch_export, "torchscript": _by_torchscript}
+    ways: dict[str, Callable[[Job, Path], None]] = {
+        "torch.export": _by_torch_export,
+        "torchscript": _by_torchscript,
+    }
     try:
         ways[way](job, target)
     except OSError:
@@ -132,7 +160,7 @@ def write(job: Job, way: str, target: Path) -> None:
         if storage is not None:
             raise storage from exc
         raise ExportError(f"{way} failed: {torch_reason(exc)}") from exc
-    tidy(target, job.signature)
+    tidy(target, job.signature, job.opset)
 
 
 def _storage_cause(exc: BaseException) -> OSError | None:
@@ -157,7 +185,6 @@ def _by_torch_export(job: Job, target: Path) -> None:
         job.module,
         () if program_given else tuple(from_numpy(a) for a in job.feeds.values()),
         dynamo=True,
-        fallback=False,
         # The flat module takes *tensors: one entry for that parameter, holding one entry a tensor.
         dynamic_shapes=None if program_given else (shapes,),
         input_names=[s.name for s in job.signature.inputs],
@@ -170,7 +197,8 @@ def _by_torch_export(job: Job, target: Path) -> None:
 def _by_torchscript(job: Job, target: Path) -> None:
     torch = require("torch", extra="torch")
     axes = {
-        spec.name: {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)} for spec in job.signature
+        spec.name: {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)}
+        for spec in job.signature
     }
     torch.onnx.export(
         job.module,
@@ -199,56 +227,114 @@ def torch_reason(exc: BaseException) -> str:
         match = re.search(pattern, text, re.DOTALL)
         if match:
             return f"the operator {match[1]} has no ONNX form"
-    match = re.search(r"Could not guard on data-dependent expression ([^\n]+)", text)
+    match = re.search(
+        r"Could not (?:guard on|extract specialized integer from) data-dependent expression ([^\n(]+)", text
+    )
     if match:
         where = re.search(r'File "([^"]+)", line (\d+)', text)
         line = f" ({Path(where[1]).name}:{where[2]})" if where else ""
-        return f"control flow depends on data{line}: {match[1][:120]}"
+        return f"control flow depends on data{line}: {match[1].strip()[:120]}"
+    match = re.search(r"inferred a static shape of (\d+) for dimension .*?\[(\d+)\]\.shape\[(\d+)\]", text)
+    if match:
+        return f"the module fixes axis {match[3]} of input {match[2]} at {match[1]}"
     return first_line(seen, 240)
 
 
-def tidy(target: Path, signature: Signature) -> None:
+def tidy(target: Path, signature: Signature, opset: int) -> None:
     """Write the wanted names and shapes into the file, and take private metadata out.
 
     Raises:
-        ExportError: Inputs or outputs are not those of the module.
+        ExportError: Inputs, outputs or the opset are not those that were asked for.
     """
     model = read_model(target)
     made = signature_of(model)
-    wanted = {s.name for s in signature.inputs}
-    unknown = [s.name for s in made.inputs if s.name not in wanted]
-    if unknown or len(made.outputs) != len(signature.outputs):
+    _check_made(made, signature)
+    found = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
+    if found != opset:
+        # torch.onnx only warns where it cannot convert to the opset.
         raise ExportError(
-            f"the exported graph has inputs {[s.name for s in made.inputs]} and {len(made.outputs)} outputs",
-            expected=f"inputs {sorted(wanted)} and {len(signature.outputs)} outputs",
+            f"torch wrote opset {found} instead of {opset}", hint="choose another --opset, or leave it out"
         )
+    _restore_inputs(model, signature)
     shapes: dict[str, tuple[Dim, ...]] = {s.name: s.shape for s in signature if s.shape is not None}
-    ranks = {s.name: len(s.shape or ()) for s in made}
+    ranks = {s.name: len(s.shape or ()) for s in signature_of(model)}
     rename_dimensions(model, {n: shape for n, shape in shapes.items() if ranks.get(n) == len(shape)})
     _drop_private(model)
-    for leftover in target.parent.glob(target.name + ".*"):
+    for leftover in target.parent.glob(glob.escape(target.name) + ".*"):
         leftover.unlink()
     write_model(model, target)
 
 
+def _check_made(made: Signature, wanted: Signature) -> None:
+    inputs = {s.name: s for s in wanted.inputs}
+    unknown = [s.name for s in made.inputs if s.name not in inputs]
+    if unknown or [s.name for s in made.outputs] != [s.name for s in wanted.outputs]:
+        raise ExportError(
+            f"the exported graph has inputs {[s.name for s in made.inputs]} and outputs {[s.name for s in made.outputs]}",
+            expected=f"inputs {list(inputs)} and outputs {[s.name for s in wanted.outputs]}",
+        )
+    for spec in made.inputs:
+        asked = inputs[spec.name]
+        if spec.dtype != asked.dtype or len(spec.shape or ()) != len(asked.shape or ()):
+            raise ExportError(f"the exported graph has input {spec}", expected=str(asked))
+        for axis, (have, want) in enumerate(zip(spec.shape or (), asked.shape or (), strict=True)):
+            if isinstance(have, int) and have != want:
+                raise ExportError(
+                    f"the exported graph fixes axis {axis} of {spec.name!r} at {have}",
+                    expected=f"{want!r} there",
+                )
+
+
+def _restore_inputs(model: onnx.ModelProto, signature: Signature) -> None:
+    """Give back the inputs that no node reads (TorchScript leaves them out), and the signature's order."""
+    from onnx import helper
+
+    there = {value.name: value for value in model.graph.input}
+    made = []
+    for spec in signature.inputs:
+        if spec.name in there:
+            made.append(there.pop(spec.name))
+        else:
+            kind = helper.np_dtype_to_tensor_dtype(numpy_dtype(spec.dtype))
+            made.append(helper.make_tensor_value_info(spec.name, kind, spec.shape))
+    made += there.values()  # initializers that older IR versions list as inputs
+    del model.graph.input[:]
+    model.graph.input.extend(made)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a name out of `specs.DTYPES`; bfloat16 through ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
 def _drop_private(model: onnx.ModelProto) -> None:
-    def clean(owner: Any) -> None:
+    """Take torch's metadata and all documentation strings out of the model, its graphs and functions."""
+    _clean(model)
+    for function in model.functions:
+        _clean(function, *function.value_info, *function.node)
+    graphs = [model.graph, *_subgraphs(node for function in model.functions for node in function.node)]
+    while graphs:
+        graph = graphs.pop()
+        _clean(graph, *graph.value_info, *graph.input, *graph.output, *graph.initializer, *graph.node)
+        graphs += _subgraphs(graph.node)
+
+
+def _subgraphs(nodes: Iterable[onnx.NodeProto]) -> list[onnx.GraphProto]:
+    found: list[onnx.GraphProto] = []
+    for node in nodes:
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            found += [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+    return found
+
+
+def _clean(*owners: Any) -> None:
+    for owner in owners:
         kept = [p for p in owner.metadata_props if not any(word in p.key for word in _PRIVATE_METADATA)]
         del owner.metadata_props[:]
         owner.metadata_props.extend(kept)
         owner.doc_string = ""
-
-    clean(model)
-    graphs = [model.graph]
-    while graphs:
-        graph = graphs.pop()
-        clean(graph)
-        for item in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
-            item.doc_string = ""
-        for node in graph.node:
-            clean(node)
-            for attribute in node.attribute:
-                graphs += [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-    for function in model.functions:
-        for node in function.node:
-            clean(node)

@@ -11,13 +11,26 @@ if TYPE_CHECKING:
 
 # Per-channel QuantizeLinear came with opset 13.
 _PER_CHANNEL_OPSET = 13
+_MIN_IR = 7  # that of opset 13
 _QUANTIZED_OPS = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "QLinearConv",
+        "QLinearMatMul",
+        "ConvInteger",
+        "MatMulInteger",
+        "DynamicQuantizeLinear",
+    }
 )
 
 
-def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.ModelProto, list[str]]:
     """Make a quantizable copy.
+
+    Args:
+        model: Left as it is.
+        per_channel: Whether the opset has to know one scale an output channel.
 
     Returns:
         The copy, and notes on what was done.
@@ -38,9 +51,11 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     have = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if have < _PER_CHANNEL_OPSET:
+    if per_channel and have < _PER_CHANNEL_OPSET:
         copy = _raise_opset(copy, have)
         notes.append(f"opset raised from {have} to {_PER_CHANNEL_OPSET}: per-channel weights need it")
+    # Before 4, weights had to be listed as inputs; those that quantizers add are not.
+    copy.ir_version = max(copy.ir_version, _MIN_IR)
     lifted = _lift_constants(copy)
     if lifted:
         notes.append(f"{lifted} Constant nodes turned into initializers")
@@ -65,7 +80,9 @@ def _lift_constants(model: onnx.ModelProto) -> int:
 
     kept, lifted = [], 0
     for node in model.graph.node:
-        tensor = _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        tensor = (
+            _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        )
         if tensor is None:
             kept.append(node)
             continue

@@ -7,6 +7,8 @@ leave OpenVINO's convolutions in float).
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +81,7 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
         OptimizationError: Nothing to quantize, or the quantizer failed.
     """
     quantization = require("onnxruntime.quantization", extra="ort")
-    prepared, notes = prepare(read_model(model))
+    prepared, notes = prepare(read_model(model), per_channel=config.per_channel)
     bits, why = _weight_bits(config.weight_bits)
     before = _weight_names(prepared)
     if not any(n.op_type in config.ops for n in prepared.graph.node):
@@ -89,23 +91,26 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
             hint="convolutional models want: deploykit quantize static --data FILE",
         )
     try:
-        quantization.quantize_dynamic(
-            prepared,
-            str(target),
-            op_types_to_quantize=list(config.ops),
-            per_channel=config.per_channel,
-            reduce_range=bits == 7,
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=list(config.exclude),
-            use_external_data_format=model_bytes(model) > 1_900_000_000,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        with _no_advice():
+            quantization.quantize_dynamic(
+                prepared,
+                str(target),
+                op_types_to_quantize=list(config.ops),
+                per_channel=config.per_channel,
+                reduce_range=bits == 7,
+                weight_type=quantization.QuantType.QInt8,
+                nodes_to_exclude=list(config.exclude),
+                use_external_data_format=model_bytes(model) > 1_900_000_000,
+                extra_options={"MatMulConstBOnly": True},
+            )
     except OSError:
         raise
     except Exception as exc:
         raise OptimizationError(f"onnxruntime's dynamic quantizer failed ({first_line(exc)})") from exc
     result = read_model(target)
-    quantized = sum(n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in result.graph.node)
+    quantized = sum(
+        n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in result.graph.node
+    )
     if not quantized and _weight_names(result) == before:
         raise OptimizationError(
             "nothing was quantized: no matrix product has constant weights",
@@ -142,7 +147,7 @@ def quantize_static(
     if config.calibration != "minmax":
         raise OptimizationError(f"unknown calibration {config.calibration!r}", expected="minmax")
     require("onnxruntime.quantization", extra="ort")
-    prepared, notes = prepare(read_model(model))
+    prepared, notes = prepare(read_model(model), per_channel=config.per_channel)
     bits, why = _weight_bits(config.weight_bits)
     nodes = select_nodes(prepared, frozenset(config.exclude))
     if not nodes:
@@ -159,7 +164,13 @@ def quantize_static(
         ranges, _ = collect_ranges(path, tensors, feeds, open_model, Path(folder))
     usable, unseen = _usable_nodes(prepared, nodes, ranges)
     if unseen:
-        notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")
+        notes.append(
+            f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}"
+        )
+    if not usable:
+        raise OptimizationError(
+            "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
+        )
     _insert(prepared, usable, ranges, config, bits, target)
     params = {
         "calibration": config.calibration,
@@ -181,7 +192,9 @@ class _Counter:
         self.samples = 0
 
 
-def _feeds(signature: Signature, data: Dataset, config: StaticConfig, count: _Counter) -> Iterator[dict[str, Array]]:
+def _feeds(
+    signature: Signature, data: Dataset, config: StaticConfig, count: _Counter
+) -> Iterator[dict[str, Array]]:
     """Batches of the size that the model takes: a fixed first axis decides."""
     fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
     size = fixed[0] if fixed else config.batch_size
@@ -214,7 +227,8 @@ def _insert(
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     limits = {
-        name: TensorData(lowest=np.float32(ranges.low[name]), highest=np.float32(ranges.high[name])) for name in ranges.low
+        name: TensorData(lowest=np.float32(ranges.low[name]), highest=np.float32(ranges.high[name]))
+        for name in ranges.low
     }
     options: Mapping[str, Any] = {
         "ActivationSymmetric": False,
@@ -237,11 +251,34 @@ def _insert(
             sorted({kinds[n] for n in nodes}),
             dict(options),
         )
-        quantizer.quantize_model()
+        with _no_advice():
+            quantizer.quantize_model()
+        quantizer.model.topological_sort()  # ONNX wants it; the pairs were appended at the end
         made = quantizer.model.model
     except Exception as exc:
         raise OptimizationError(f"onnxruntime's Q/DQ insertion failed ({first_line(exc)})") from exc
     write_model(made, target)
+
+
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keep onnxruntime's advice to pre-process, which `prepare` has done, off the root logger.
+
+    Without a handler there, `logging.warning` would install one for the whole process.
+    """
+    root = logging.getLogger()
+    handler = logging.NullHandler()
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "run pre-processing before quantization" not in record.getMessage()
+
+    root.addFilter(wanted)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.removeFilter(wanted)
 
 
 def _weight_bits(asked: str) -> tuple[int, list[str]]:

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
 _CONV = ("Conv", "ConvTranspose")
 # Inside a convolutional trunk these keep integers integers.
-_TRUNK = ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Concat", "Reshape", "Transpose")
+_TRUNK = (
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Flatten",
+    "Concat",
+    "Reshape",
+    "Transpose",
+)
 _COMPUTE_INPUTS = 2
 
 

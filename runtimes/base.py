@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from deploykit.errors import DataError, DeviceError
 from deploykit.specs import Array, Feeds, Signature, fit_feeds
 
@@ -113,7 +115,9 @@ class Placement:
     def share_of_time(self) -> float:
         """Share of the nodes' time on the asked provider, 0 to 1."""
         total = sum(n.time_us for n in self.nodes)
-        return sum(n.time_us for n in self.nodes if n.on == self.asked) / total if total else self.share_of_nodes
+        return (
+            sum(n.time_us for n in self.nodes if n.on == self.asked) / total if total else self.share_of_nodes
+        )
 
     def precisions(self) -> dict[str, int]:
         """How many nodes that compute (convolutions, matrix products, recurrences) ran in each precision."""
@@ -131,7 +135,19 @@ class Placement:
         }
 
 
-_COMPUTE = ("conv", "matmul", "gemm", "fullyconnected", "lstm", "gru", "rnn", "attention", "mha", "einsum", "deconv")
+_COMPUTE = (
+    "conv",
+    "matmul",
+    "gemm",
+    "fullyconnected",
+    "lstm",
+    "gru",
+    "rnn",
+    "attention",
+    "mha",
+    "einsum",
+    "deconv",
+)
 
 
 def is_compute(op: str) -> bool:
@@ -173,6 +189,19 @@ class Session(ABC):
             self._diagnose(feeds, exc)
             raise self._translate(exc) from exc
 
+    def placement(self, feeds: Feeds) -> Placement:
+        """Run with the runtime's profiler and say which nodes ran where, and in which precision.
+
+        Raises:
+            DataError: A name, dtype or shape does not fit.
+            InferenceError: The runtime failed.
+        """
+        try:
+            return self._placement(feeds)
+        except Exception as exc:
+            self._diagnose(feeds, exc)
+            raise self._translate(exc) from exc
+
     def _diagnose(self, feeds: Feeds, cause: Exception) -> None:
         """Raise a DataError where the feeds are to blame."""
         extra = sorted(set(feeds) - {s.name for s in self.signature.inputs})
@@ -181,8 +210,13 @@ class Session(ABC):
             raise DataError(f"the model has no input {extra[0]!r}", expected=wanted) from cause
         fitted = fit_feeds(self.signature, feeds)
         for spec in self.signature.inputs:
-            if fitted[spec.name].dtype != feeds[spec.name].dtype:
-                raise DataError(f"{spec.name!r} is {feeds[spec.name].dtype}", expected=str(spec)) from cause
+            given = feeds[spec.name]
+            if not isinstance(given, np.ndarray):
+                raise DataError(
+                    f"{spec.name!r} is a {type(given).__name__}, not a numpy array", expected=str(spec)
+                ) from cause
+            if fitted[spec.name].dtype != given.dtype:
+                raise DataError(f"{spec.name!r} is {given.dtype}", expected=str(spec)) from cause
 
     @abstractmethod
     def _run(self, feeds: Feeds) -> dict[str, Array]: ...
@@ -192,8 +226,7 @@ class Session(ABC):
         """Turn the runtime's exception into one of ours."""
 
     @abstractmethod
-    def placement(self, feeds: Feeds) -> Placement:
-        """Run once with the runtime's profiler and say which nodes ran where, and in which precision."""
+    def _placement(self, feeds: Feeds) -> Placement: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -202,7 +235,9 @@ class Session(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 

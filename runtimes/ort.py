@@ -45,7 +45,8 @@ def check_provider(device: Device) -> None:
     wheel = _WHEELS.get(device.target)
     raise DeviceError(
         f"onnxruntime {ort.__version__} here has no {device.target} (it has: {', '.join(built)})",
-        hint=(f"run: pip uninstall onnxruntime; pip install {wheel}; " if wheel else "") + "see: deploykit doctor",
+        hint=(f"run: pip uninstall onnxruntime; pip install {wheel}; " if wheel else "")
+        + "see: deploykit doctor",
     )
 
 
@@ -62,14 +63,20 @@ class OrtSession(Session):
     def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
         ort = require("onnxruntime", extra="ort")
         if path.suffix != ".onnx":
-            raise ModelError(f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint="use --device openvino:cpu")
+            raise ModelError(
+                f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint="use --device openvino:cpu"
+            )
         check_provider(device)
         _check_file(path)
         self.device = device
         self._path = path
         self._options = options
         self._ort = ort
-        self.settings = {"intra_op_num_threads": options.threads, "optimize": options.optimize, **(options.extra or {})}
+        self.settings = {
+            "intra_op_num_threads": options.threads,
+            "optimize": options.optimize,
+            **(options.extra or {}),
+        }
         self._session = self._create(self._session_options())
         used = self._session.get_providers()
         if not used or used[0] != device.target:
@@ -78,7 +85,8 @@ class OrtSession(Session):
                 hint="check driver and libraries, see: deploykit doctor",
             )
         self.signature = Signature(
-            tuple(_spec(v) for v in self._session.get_inputs()), tuple(_spec(v) for v in self._session.get_outputs())
+            tuple(_spec(v) for v in self._session.get_inputs()),
+            tuple(_spec(v) for v in self._session.get_outputs()),
         )
         self._outputs = [s.name for s in self.signature.outputs]
 
@@ -102,24 +110,32 @@ class OrtSession(Session):
         if self.device.target == "CUDAExecutionProvider" and self._options.precision == "fp32":
             provider.setdefault("use_tf32", "0")
         try:
-            return self._ort.InferenceSession(str(self._path), made, providers=[(self.device.target, provider)])
+            return self._ort.InferenceSession(
+                str(self._path), made, providers=[(self.device.target, provider)]
+            )
         except Exception as exc:
             text = str(exc)
             if "disable_cpu_ep_fallback" in text or "fallback to CPU EP" in text:
                 raise DeviceError(
-                    f"{self._path}: not every node can run on {self.device.target}", hint="choose another --device"
+                    f"{self._path}: not every node can run on {self.device.target}",
+                    hint="choose another --device",
                 ) from exc
             raise InferenceError(
-                f"ONNX Runtime cannot load {self._path} ({_clean(exc)})", hint="check it: deploykit inspect " + str(self._path)
+                f"ONNX Runtime cannot load {self._path} ({_clean(exc)})",
+                hint="check it: deploykit inspect " + str(self._path),
             ) from exc
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
+        for name, array in feeds.items():
+            # ONNX Runtime takes the bytes as they lie there.
+            if not array.dtype.isnative:
+                raise TypeError(f"byte order of {name}")
         return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
 
     def _translate(self, exc: Exception) -> Exception:
         return InferenceError(f"ONNX Runtime failed while it ran {self._path} ({_clean(exc)})")
 
-    def placement(self, feeds: Feeds) -> Placement:
+    def _placement(self, feeds: Feeds) -> Placement:
         """Profile one run (after one to warm up) in a session of its own; every executed node, with its provider."""
         with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
             made = self._session_options()
@@ -131,7 +147,9 @@ class OrtSession(Session):
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         # Two runs: of each node keep the last, which no allocation disturbed.
         nodes = {
-            e["name"]: _node(e) for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")
+            e["name"]: _node(e)
+            for e in events
+            if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")
         }
         return Placement(self.device.target, tuple(nodes.values()))
 
@@ -144,9 +162,15 @@ def _node(event: dict[str, Any]) -> NodePlacement:
     args = event.get("args", {})
     op = args.get("op_name", "")
     types = [t for entry in args.get("input_type_shape", []) for t in entry]
-    precision = "int8" if any(mark in op for mark in _INT8_OPS) else _TYPES.get(types[0], types[0]) if types else ""
+    precision = (
+        "int8" if any(mark in op for mark in _INT8_OPS) else _TYPES.get(types[0], types[0]) if types else ""
+    )
     return NodePlacement(
-        event["name"].removesuffix("_kernel_time"), op, args.get("provider", ""), precision, float(event.get("dur", 0))
+        event["name"].removesuffix("_kernel_time"),
+        op,
+        args.get("provider", ""),
+        precision,
+        float(event.get("dur", 0)),
     )
 
 
@@ -156,7 +180,8 @@ def _spec(value: Any) -> TensorSpec:
         raise ModelError(f"{value.name!r} is a {kind}", expected="tensors as inputs and outputs")
     inner = kind.removeprefix("tensor(").removesuffix(")")
     dims: list[Dim] = [
-        int(d) if isinstance(d, int) else str(d) if d else f"{value.name}_dim{axis}" for axis, d in enumerate(value.shape)
+        int(d) if isinstance(d, int) else str(d) if d else f"{value.name}_dim{axis}"
+        for axis, d in enumerate(value.shape)
     ]
     return TensorSpec(value.name, _TYPES.get(inner, inner), tuple(dims))
 

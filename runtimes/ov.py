@@ -68,7 +68,9 @@ class OpenVinoSession(Session):
         try:
             self._model = core.read_model(str(path))
         except Exception as exc:
-            raise ModelError(f"OpenVINO cannot read {path} ({_clean(exc)})", hint="check the file: deploykit inspect") from exc
+            raise ModelError(
+                f"OpenVINO cannot read {path} ({_clean(exc)})", hint="check the file: deploykit inspect"
+            ) from exc
         if not options.optimize:
             # OpenVINO has no such switch; a session that pretended to obey would be a lie.
             raise DeviceError("OpenVINO always optimizes the graph", hint="use --device ort:cpu")
@@ -86,7 +88,9 @@ class OpenVinoSession(Session):
         try:
             return core.compile_model(self._model, self.device.target, config)
         except Exception as exc:
-            raise InferenceError(f"OpenVINO cannot compile {self._path} for {self.device.target} ({_clean(exc)})") from exc
+            raise InferenceError(
+                f"OpenVINO cannot compile {self._path} for {self.device.target} ({_clean(exc)})"
+            ) from exc
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
         ports = self._ports
@@ -96,13 +100,15 @@ class OpenVinoSession(Session):
             # OpenVINO would convert in silence.
             if feeds[spec.name].dtype.name != spec.dtype and spec.dtype != "string":
                 raise TypeError(f"dtype of {spec.name}")
-        results = self._request.infer({ports[name]: array for name, array in feeds.items()}, share_inputs=True)
+        results = self._request.infer(
+            {ports[name]: array for name, array in feeds.items()}, share_inputs=True
+        )
         return {name: results[i] for i, name in enumerate(self._outputs)}
 
     def _translate(self, exc: Exception) -> Exception:
         return InferenceError(f"OpenVINO failed while it ran {self._path} ({_clean(exc)})")
 
-    def placement(self, feeds: Feeds) -> Placement:
+    def _placement(self, feeds: Feeds) -> Placement:
         """Compile once more with performance counters and read every executed node's precision and time."""
         compiled = self._compile(self._ov.Core(), self.settings | {"PERF_COUNT": True})
         request = compiled.create_infer_request()
@@ -116,7 +122,13 @@ class OpenVinoSession(Session):
         nodes = []
         for info in request.profiling_info:
             # Constants, results and what was folded into a neighbour do not run.
-            if info.status.name != "EXECUTED" or info.node_type in ("Parameter", "Input", "Output", "Result", "Constant"):
+            if info.status.name != "EXECUTED" or info.node_type in (
+                "Parameter",
+                "Input",
+                "Output",
+                "Result",
+                "Constant",
+            ):
                 continue
             raw = precisions.get(info.node_name, info.exec_type.rpartition("_")[2])
             precision = "int8" if raw.lower() in _INTEGER else _TYPES.get(raw.lower(), raw)
@@ -157,6 +169,8 @@ def _clean(exc: Exception) -> str:
     """The line of OpenVINO's message that says something, without its source positions."""
     lines = [line.strip() for line in str(exc).splitlines()]
     useful = [
-        line for line in lines if line and not line.startswith(("Exception from", "Check '", "While validating"))
+        line
+        for line in lines
+        if line and not line.startswith(("Exception from", "Check '", "While validating"))
     ]
     return first_line(RuntimeError(useful[0] if useful else first_line(exc))).removeprefix("RuntimeError: ")

@@ -1,0 +1,116 @@
+"""Options that mean the same in every command, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from deploykit.errors import DataError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+model_option: Decorator = click.option(
+    "-m", "--model", required=True, metavar="MODEL", help="Artifact directory, or a model file."
+)
+output_option: Decorator = click.option(
+    "-o", "--output", required=True, metavar="DIR", help="Where the artifact will stand; must not exist."
+)
+device_option: Decorator = click.option(
+    "--device", "devices", multiple=True, metavar="DEVICE",
+    help="ort:cpu, ort:cuda, ort:tensorrt, ort:openvino, openvino:cpu, openvino:gpu, or a provider's full name. "
+    "Repeatable. Default: the CPU of every installed runtime.",
+)  # fmt: skip
+dim_option: Decorator = click.option(
+    "--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension for made-up inputs. Repeatable."
+)
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Print the recipe that this amounts to, and stop.")
+
+
+def data_option(text: str, *, required: bool = False) -> Decorator:
+    """`--data`, with the command's own help."""
+    return click.option(
+        "--data", required=required, metavar="DATA", help=f"{text} FILE.npz, a directory of .npy, or module:function."
+    )
+
+
+def parse_dims(texts: Sequence[str]) -> dict[str, int]:
+    """Read `--dim NAME=SIZE`.
+
+    Raises:
+        DataError: Not of the form.
+    """
+    sizes = {}
+    for text in texts:
+        name, sep, size = text.partition("=")
+        if not sep or not name or not size.isdigit() or int(size) < 1:
+            raise DataError(f"cannot read --dim {text!r}", expected="NAME=SIZE, like sequence=128")
+        sizes[name] = int(size)
+    return sizes
+
+
+def progress() -> Any:
+    """Progress on standard error."""
+    from deploykit.progress import TerminalProgress
+
+    return TerminalProgress()
+
+
+def show_recipe(step: str, params: dict[str, Any]) -> None:
+    """Print the recipe that a command amounts to."""
+    from deploykit.recipe import dump
+
+    click.echo(dump({step: {k: v for k, v in params.items() if v not in (None, (), [], {})}}), nl=False)
+
+
+def show_json(value: Any) -> None:
+    """Print JSON."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; as wide as it is in a pipe, as wide as the terminal otherwise."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for row in rows:
+        made.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False, emoji=False).print(made)
+
+
+def show_artifact(artifact: Any, *, as_json: bool) -> None:
+    """Say what was made, and on what grounds it is believed to be right."""
+    manifest = artifact.manifest
+    if as_json:
+        show_json({"artifact": str(artifact.path), "sha256": artifact.digest, "manifest": json.loads(manifest.model_dump_json())})
+        return
+    click.echo(f"{artifact.path}: {manifest.model}, {artifact.size_bytes / 1e6:.2f} MB")
+    for spec in artifact.signature.inputs:
+        click.echo(f"  input   {spec}")
+    for spec in artifact.signature.outputs:
+        click.echo(f"  output  {spec}")
+    for record in manifest.evidence.parity:
+        click.echo(f"  parity  {parity_line(record)}")
+
+
+def parity_line(record: dict[str, Any]) -> str:
+    """One line about one comparison."""
+    outputs = record.get("outputs") or []
+    cosines = [o["cosine"] for o in outputs if o["cosine"] is not None]
+    errors = [o["max_abs"] for o in outputs if o["max_abs"] is not None]
+    text = f"{record['verdict']} on {record['device']}"
+    if outputs:
+        text += f": {record['cases']} cases ({record.get('data', 'golden')})"
+    if cosines:
+        text += f", cosine >= {min(cosines):.7f}"
+    if errors:
+        text += f", max abs {max(errors):.2e}"
+    if record.get("top1_agreement") is not None:
+        text += f", top-1 agreement {record['top1_agreement']:.2%}"
+    return f"{text} ({record['reason']})" if record.get("reason") else text

