@@ -31,8 +31,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from deploykit.data import ValueRange
-from deploykit.errors import ArtifactError, DataError, OutputExistsError, first_line, storage_error
+from deploykit.data import UNREADABLE, ValueRange
+from deploykit.errors import ArtifactError, DataError, OutputExistsError, StorageError, first_line, storage_error
 from deploykit.specs import Array, Signature, TensorSpec
 
 SCHEMA_VERSION = 1
@@ -279,7 +279,7 @@ def _read_golden(path: Path) -> list[tuple[dict[str, Array], dict[str, Array]]]:
                     raise ValueError(f"unexpected array {key!r}")
                 case = cases.setdefault(int(match[1]), ({}, {}))
                 case[match[2] == "out"][match[3]] = archive[key]
-    except (ValueError, OSError, EOFError) as exc:
+    except UNREADABLE as exc:
         raise DataError(f"cannot read {path} ({first_line(exc)})", hint="make the artifact again") from exc
     return [cases[n] for n in sorted(cases)]
 
@@ -319,10 +319,7 @@ class ArtifactWriter:
             self._lock = _take_lock(self.dir)
         except OSError as exc:
             self._discard()
-            error = storage_error(exc, self.output)
-            if error is None:
-                raise
-            raise error from exc
+            raise _place_error(exc, self.output) from exc
         return self
 
     def __exit__(
@@ -430,6 +427,13 @@ def check_free(output: Path) -> None:
         raise _taken(output)
 
 
+def _place_error(exc: OSError, output: Path) -> StorageError:
+    """For a failure that can only come from where the output is to stand, such as a folder that is not there."""
+    return storage_error(exc, output) or StorageError(
+        f"cannot write {output}: {exc.strerror or exc}", hint="choose an -o whose folder exists"
+    )
+
+
 def _taken(output: Path) -> OutputExistsError:
     return OutputExistsError(
         f"{output} exists and is left as it is", hint="choose another -o, or remove it first"
@@ -499,7 +503,7 @@ def write_file(path: Path, data: bytes) -> None:
     except FileExistsError as exc:
         raise _taken(path) from exc
     except OSError as exc:
-        raise storage_error(exc, path) or exc from exc
+        raise _place_error(exc, path) from exc
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -174,7 +174,7 @@ def _from_directory(path: Path) -> Dataset:
 
 
 # What zipfile and numpy raise for archives that are cut off, damaged, encrypted or packed by an unknown method.
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
+UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _from_npz(path: Path) -> Dataset:
                     name = info.filename.removesuffix(".npy")
                     with archive.open(info) as stream:
                         members[name] = _read_header(stream, name)
-    except _UNREADABLE as exc:
+    except UNREADABLE as exc:
         raise DataError(
             f"cannot read {path} ({first_line(exc)})", expected="a .npz file written by numpy.savez"
         ) from exc
@@ -234,7 +234,7 @@ def _npz_batches(
                     else _rows(stream, members[name], count)
                     for name, stream in streams.items()
                 }
-    except _UNREADABLE as exc:
+    except UNREADABLE as exc:
         raise DataError(
             f"cannot read {path} ({first_line(exc)})", hint="write it again with numpy.savez"
         ) from exc

@@ -66,7 +66,9 @@ class DeploykitError(Exception):
             parts.append(f"expected {self.expected}")
         if self.hint:
             parts.append(self.hint)
-        return "; ".join(" ".join(part.split()).rstrip(".;") for part in parts)
+        text = "; ".join(" ".join(part.split()).rstrip(".;") for part in parts)
+        # Names from files may hold anything, terminal escapes included.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class MissingDependencyError(DeploykitError):

@@ -70,9 +70,7 @@ class ExportedProgramSource(Source):
 
             tensors = [t for t in _pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
             if len(tensors) == len(specs):
-                return {
-                    s.name: torch_onnx.to_numpy(t) for s, t in zip(specs, tensors, strict=True)
-                }, "example"
+                return {s.name: torch_onnx.to_numpy(t) for s, t in zip(specs, tensors, strict=True)}, "example"
         sizes = {s: max(limits.get(s, (2, 0))[0], 2) for spec in specs for s in spec.symbols}
         return generate(specs, sizes), "generated"
 
@@ -83,9 +81,7 @@ class ExportedProgramSource(Source):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Translate the program as it is."""
-        torch_onnx.write(
-            torch_onnx.Job(self._program, {}, self.signature, opset or DEFAULT_OPSET), way.name, target
-        )
+        torch_onnx.write(torch_onnx.Job(self._program, {}, self.signature, opset or DEFAULT_OPSET), way.name, target)
 
     def tools(self) -> dict[str, str]:
         """torch and onnxscript."""
@@ -146,9 +142,7 @@ def _pickled(torch: Any, name: str, archive: zipfile.ZipFile) -> str:
     elif name.endswith("_config.json"):
         payloads = json.loads(archive.read(name)).get("config", {})
         plain = ("weight_", "tensor_")
-        if any(
-            p.get("use_pickle") or not str(p.get("path_name")).startswith(plain) for p in payloads.values()
-        ):
+        if any(p.get("use_pickle") or not str(p.get("path_name")).startswith(plain) for p in payloads.values()):
             return f"pickled payloads by {name}"
     return ""
 
@@ -245,9 +239,7 @@ def _renamed(
     specs: list[TensorSpec], limits: dict[str, tuple[int, int]], options: ExportOptions
 ) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]]]:
     if "batch" in options.dynamic and not any(s.shape and isinstance(s.shape[0], str) for s in specs):
-        raise ExportError(
-            "--dynamic 'batch' asks for a dimension that is fixed in the .pt2 file", hint=_AGAIN
-        )
+        raise ExportError("--dynamic 'batch' asks for a dimension that is fixed in the .pt2 file", hint=_AGAIN)
     renames: dict[str, str] = {}
     for text in options.dynamic:
         if text in ("batch", "none"):
@@ -268,9 +260,7 @@ def _renamed(
         )
     return (
         tuple(
-            TensorSpec(
-                s.name, s.dtype, tuple(renames.get(d, d) if isinstance(d, str) else d for d in s.shape or ())
-            )
+            TensorSpec(s.name, s.dtype, tuple(renames.get(d, d) if isinstance(d, str) else d for d in s.shape or ()))
             for s in specs
         ),
         {renames.get(k, k): v for k, v in limits.items()},

@@ -25,9 +25,7 @@ def open_factory(text: str, options: ExportOptions) -> Source:
     made = found
     if not isinstance(found, torch.nn.Module):
         if not callable(found):
-            raise SourceError(
-                f"{text} is a {type(found).__name__}", expected=f"a function that returns {_EXPECTED}"
-            )
+            raise SourceError(f"{text} is a {type(found).__name__}", expected=f"a function that returns {_EXPECTED}")
         made = _call(found, text)
     else:
         made = _copy(found, text)

@@ -59,9 +59,7 @@ def open_model_directory(path: Path, options: ExportOptions) -> Source:
     model = _load(transformers, config, path)
     parameters = inspect.signature(model.forward).parameters
     assets = tuple(p for name in _ASSETS if (p := path / name).is_file())
-    if getattr(config, "is_encoder_decoder", False) or (
-        "past_key_values" in parameters and _is_decoder(config)
-    ):
+    if getattr(config, "is_encoder_decoder", False) or ("past_key_values" in parameters and _is_decoder(config)):
         raise ExportError(
             f"{type(model).__name__} generates text; models with a decoder are not supported yet",
             hint="export a module of your own: file.py:factory",
@@ -84,9 +82,7 @@ def _is_decoder(config: Any) -> bool:
 
 def _config(transformers: Any, path: Path) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise SourceError(
             f"cannot read {path / 'config.json'} ({first_line(exc)})",
@@ -102,9 +98,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
     try:
         found = getattr(transformers, str(name), None)
     except Exception as exc:  # transformers imports on access, and the import may fail in any way
-        raise SourceError(
-            f"transformers {transformers.__version__} cannot import {name} ({first_line(exc)})"
-        ) from exc
+        raise SourceError(f"transformers {transformers.__version__} cannot import {name} ({first_line(exc)})") from exc
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise SourceError(
             f"transformers {transformers.__version__} has no model {name}",
@@ -157,9 +151,7 @@ def _text_source(
     wanted = set(tokenizer.model_input_names) if tokenizer else {"input_ids", "attention_mask"}
     if not tokenizer and getattr(config, "type_vocab_size", 0) > 1:
         wanted.add("token_type_ids")
-    names = tuple(
-        n for n in _TEXT_INPUTS if n in parameters and n in wanted | {"input_ids", "attention_mask"}
-    )
+    names = tuple(n for n in _TEXT_INPUTS if n in parameters and n in wanted | {"input_ids", "attention_mask"})
     longest = _longest(config)
     draw = _sentence_drawer(tokenizer, names) if tokenizer else _token_drawer(config, names)
     examples = draw(4, min(24, longest))
@@ -181,9 +173,7 @@ def _text_source(
     )
 
 
-def _text_specs(
-    names: tuple[str, ...], examples: dict[str, Array], options: ExportOptions
-) -> tuple[TensorSpec, ...]:
+def _text_specs(names: tuple[str, ...], examples: dict[str, Array], options: ExportOptions) -> tuple[TensorSpec, ...]:
     """`[batch, sequence]` unless the user says otherwise, and the same for every input."""
     if not options.dynamic:
         return tuple(TensorSpec(n, "int64", ("batch", "sequence")) for n in names)
@@ -210,14 +200,10 @@ def _text_ranges(config: Any, names: tuple[str, ...]) -> dict[str, ValueRange]:
 
 
 def _tokenizer(transformers: Any, path: Path) -> Any:
-    if not any(
-        (path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
-    ):
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as exc:
         raise SourceError(
             f"cannot load the tokenizer of {path} ({first_line(exc)})", hint="fetch the directory again"
@@ -233,9 +219,7 @@ def _sentence_drawer(tokenizer: Any, names: tuple[str, ...]) -> _Draw:
         turn = next(calls)
         order = _LONG if batch == 1 else range(len(_SENTENCES))
         chosen = [_SENTENCES[order[(turn + i) % len(order)]] for i in range(batch)]
-        encoded = tokenizer(
-            chosen, padding="max_length", truncation=True, max_length=sequence, return_tensors="np"
-        )
+        encoded = tokenizer(chosen, padding="max_length", truncation=True, max_length=sequence, return_tensors="np")
         made = {n: np.asarray(encoded[n], np.int64) for n in names if n in encoded}
         return {n: made.get(n, np.zeros_like(made["input_ids"])) for n in names}
 
@@ -261,9 +245,7 @@ def _token_drawer(config: Any, names: tuple[str, ...]) -> _Draw:
     return draw
 
 
-def _image_source(
-    model: Any, config: Any, path: Path, options: ExportOptions, assets: tuple[Path, ...]
-) -> Source:
+def _image_source(model: Any, config: Any, path: Path, options: ExportOptions, assets: tuple[Path, ...]) -> Source:
     size = getattr(config, "image_size", None) or 224
     height, width = size if isinstance(size, list | tuple) else (size, size)
     shape = (

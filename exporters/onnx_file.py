@@ -108,9 +108,7 @@ def _merge(declared: TensorSpec, observed: TensorSpec) -> TensorSpec:
         o if isinstance(d, str) and d.startswith(f"{declared.name}_dim") else d
         for d, o in zip(declared.shape, observed.shape, strict=False)
     )
-    return TensorSpec(
-        declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape
-    )
+    return TensorSpec(declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape)
 
 
 def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[str, int]:

@@ -166,9 +166,7 @@ class TorchSource(Source):
         if self._fixed_cases is None:
             specs = self.signature.inputs
             draw = self._fixed_draw(specs)
-            self._fixed_cases = tuple(
-                make_cases(self._fixed(specs), self._examples, self._reference, draw=draw)[0]
-            )
+            self._fixed_cases = tuple(make_cases(self._fixed(specs), self._examples, self._reference, draw=draw)[0])
         return self._fixed_cases
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:

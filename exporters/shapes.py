@@ -38,14 +38,10 @@ def parse_input(text: str) -> tuple[TensorSpec, ValueRange | None]:
         elif _SYMBOL.fullmatch(part):
             dims.append(part)
         else:
-            raise ExportError(
-                f"dimension {part!r} in --input {text!r}", expected="a positive number or a name"
-            )
+            raise ExportError(f"dimension {part!r} in --input {text!r}", expected="a positive number or a name")
     limits = ValueRange(float(match["low"]), float(match["high"])) if match["low"] is not None else None
     if limits is not None and limits.low > limits.high:
-        raise ExportError(
-            f"the range {match['low']}..{match['high']} in --input {text!r}", expected="LOW..HIGH"
-        )
+        raise ExportError(f"the range {match['low']}..{match['high']} in --input {text!r}", expected="LOW..HIGH")
     return TensorSpec(match["name"].strip(), match["dtype"], tuple(dims)), limits
 
 
@@ -72,9 +68,7 @@ def plan_inputs(examples: Mapping[str, Array], options: ExportOptions) -> tuple[
                 shape = list(asked[name].shape or ())
         for axis, symbol in wishes.get(name, {}).items():
             shape[axis] = symbol
-        specs.append(
-            TensorSpec(name, array.dtype.name if array.dtype.kind != "O" else "string", tuple(shape))
-        )
+        specs.append(TensorSpec(name, array.dtype.name if array.dtype.kind != "O" else "string", tuple(shape)))
     unknown = [name for name in asked if name not in examples]
     if unknown:
         raise ExportError(f"--input names {unknown[0]!r}", expected=f"one of {', '.join(examples)}")
@@ -120,9 +114,7 @@ def parse_dynamic(texts: Sequence[str], examples: Mapping[str, Array]) -> dict[s
         if not sep:
             raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
         if name not in examples:
-            raise ExportError(
-                f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}"
-            )
+            raise ExportError(f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}")
         for part in rest.split(","):
             axis_text, _, symbol = part.strip().partition("=")
             rank = examples[name].ndim
@@ -212,9 +204,7 @@ def vary(example: Array, shape: tuple[int, ...], rng: np.random.Generator) -> Ar
         return np.zeros(shape, example.dtype)
     if example.dtype.kind not in "fc":
         return rng.choice(example.ravel(), size=shape).astype(example.dtype)
-    tiled = np.tile(
-        example, [-(-want // max(have, 1)) for want, have in zip(shape, example.shape, strict=True)]
-    )
+    tiled = np.tile(example, [-(-want // max(have, 1)) for want, have in zip(shape, example.shape, strict=True)])
     tiled = tiled[tuple(slice(0, want) for want in shape)]
     spread = float(example.std()) or 1.0
     return np.asarray(tiled + rng.standard_normal(shape) * spread / 2).astype(example.dtype)
@@ -306,9 +296,7 @@ def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
     specs = []
     for name, first in cases[0].outputs.items():
         dims = [_observed_dim(name, axis, cases) for axis in range(first.ndim)]
-        specs.append(
-            TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims))
-        )
+        specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
     return tuple(specs)
 
 

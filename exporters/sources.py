@@ -9,9 +9,7 @@ from deploykit.errors import ExportError, SourceError
 from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Source, Way
 
 WAYS = ("auto", "torch.export", "torchscript")
-_KINDS = (
-    "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory, or an .onnx file"
-)
+_KINDS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory, or an .onnx file"
 _FACTORY = "write a factory that builds the module and loads its weights, and export file.py:factory"
 _REFUSED = {
     ".pt": f"pickled weights do not hold the model's code; {_FACTORY}",
@@ -41,9 +39,7 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
     if options.way not in WAYS:
         raise ExportError(f"unknown exporter {options.way!r}", expected=" or ".join(WAYS))
     if options.opset is not None and options.opset < MIN_OPSET:
-        raise ExportError(
-            f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out"
-        )
+        raise ExportError(f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out")
     path = Path(source)
     if path.is_dir():
         return _open_directory(path, options)
@@ -70,9 +66,7 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
 
 def _open_directory(path: Path, options: ExportOptions) -> Source:
     if is_artifact(path):
-        raise SourceError(
-            f"{path} is an artifact already", hint=f"go on with it: deploykit simplify -m {path} -o OUT"
-        )
+        raise SourceError(f"{path} is an artifact already", hint=f"go on with it: deploykit simplify -m {path} -o OUT")
     if (path / "config.json").is_file():
         from deploykit.exporters.huggingface import open_model_directory
 

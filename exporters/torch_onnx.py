@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,12 @@ import numpy as np
 from deploykit.errors import ExportError, SourceError, first_line
 from deploykit.extras import require
 from deploykit.modelfile import read_model, rename_dimensions, signature_of, write_model
-from deploykit.specs import Array, Dim, Feeds, Signature
+from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
 
     from deploykit.exporters.pytorch import Call
-
-# What torch.onnx leaves in the file about the run: stack traces with paths, the whole FX graph, class names.
-_PRIVATE_METADATA = ("pkg.torch", "pkg.onnxscript", "stack_trace", "fx_node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +100,7 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from _leaves(getattr(value, field.name), (*path, field.name))
-    elif value is not None and not isinstance(
-        value, bool | int | float | complex | str | torch.SymInt | torch.dtype
-    ):
+    elif value is not None and not isinstance(value, bool | int | float | complex | str | torch.SymInt | torch.dtype):
         raise SourceError(
             f"output {'.'.join(path) or 'of the module'} is a {type(value).__name__}",
             expected="tensors, or tuples, lists, dictionaries and dataclasses of them",
@@ -159,7 +154,7 @@ def write(job: Job, way: str, target: Path) -> None:
         storage = _storage_cause(exc)
         if storage is not None:
             raise storage from exc
-        raise ExportError(f"{way} failed: {torch_reason(exc)}") from exc
+        raise ExportError(f"{way} failed: {torch_reason(exc, [s.name for s in job.signature.inputs])}") from exc
     tidy(target, job.signature, job.opset)
 
 
@@ -187,8 +182,8 @@ def _by_torch_export(job: Job, target: Path) -> None:
         dynamo=True,
         # The flat module takes *tensors: one entry for that parameter, holding one entry a tensor.
         dynamic_shapes=None if program_given else (shapes,),
-        input_names=[s.name for s in job.signature.inputs],
-        output_names=[s.name for s in job.signature.outputs],
+        input_names=_placeholders("input", job.signature.inputs),
+        output_names=_placeholders("output", job.signature.outputs),
         opset_version=job.opset,
     )
     program.save(str(target))
@@ -196,24 +191,36 @@ def _by_torch_export(job: Job, target: Path) -> None:
 
 def _by_torchscript(job: Job, target: Path) -> None:
     torch = require("torch", extra="torch")
+    specs = (*job.signature.inputs, *job.signature.outputs)
+    names = _placeholders("input", job.signature.inputs) + _placeholders("output", job.signature.outputs)
     axes = {
-        spec.name: {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)}
-        for spec in job.signature
+        name: {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)}
+        for name, spec in zip(names, specs, strict=True)
     }
     torch.onnx.export(
         job.module,
         tuple(from_numpy(a) for a in job.feeds.values()),
         str(target),
         dynamo=False,
-        input_names=[s.name for s in job.signature.inputs],
-        output_names=[s.name for s in job.signature.outputs],
+        input_names=_placeholders("input", job.signature.inputs),
+        output_names=_placeholders("output", job.signature.outputs),
         dynamic_axes={name: found for name, found in axes.items() if found},
         opset_version=job.opset,
     )
 
 
-def torch_reason(exc: BaseException) -> str:
-    """The sentence of torch's long messages that says why."""
+def _placeholders(role: str, specs: Sequence[TensorSpec]) -> list[str]:
+    """Names for the export itself: torch does not see that the wanted ones collide with its own, like "linear"."""
+    return [f"deploykit.{role}.{i}" for i in range(len(specs))]
+
+
+def torch_reason(exc: BaseException, inputs: Sequence[str] = ()) -> str:
+    """The sentence of torch's long messages that says why.
+
+    Args:
+        exc: What torch raised.
+        inputs: Names for the inputs that torch counts.
+    """
     seen: BaseException = exc
     while seen.__cause__ is not None:
         seen = seen.__cause__
@@ -236,7 +243,9 @@ def torch_reason(exc: BaseException) -> str:
         return f"control flow depends on data{line}: {match[1].strip()[:120]}"
     match = re.search(r"inferred a static shape of (\d+) for dimension .*?\[(\d+)\]\.shape\[(\d+)\]", text)
     if match:
-        return f"the module fixes axis {match[3]} of input {match[2]} at {match[1]}"
+        number = int(match[2])
+        name = repr(inputs[number]) if number < len(inputs) else f"input {number}"
+        return f"the module fixes axis {match[3]} of {name} at {match[1]}"
     return first_line(seen, 240)
 
 
@@ -247,8 +256,8 @@ def tidy(target: Path, signature: Signature, opset: int) -> None:
         ExportError: Inputs, outputs or the opset are not those that were asked for.
     """
     model = read_model(target)
-    made = signature_of(model)
-    _check_made(made, signature)
+    _name_values(model, signature)
+    _check_made(signature_of(model), signature)
     found = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
     if found != opset:
         # torch.onnx only warns where it cannot convert to the opset.
@@ -263,6 +272,35 @@ def tidy(target: Path, signature: Signature, opset: int) -> None:
     for leftover in target.parent.glob(glob.escape(target.name) + ".*"):
         leftover.unlink()
     write_model(model, target)
+
+
+def _name_values(model: onnx.ModelProto, signature: Signature) -> None:
+    """Give inputs and outputs their names, and another one to whatever else in the graph has it."""
+    wanted = {
+        placeholder: spec.name
+        for role, specs in (("input", signature.inputs), ("output", signature.outputs))
+        for placeholder, spec in zip(_placeholders(role, specs), specs, strict=True)
+    }
+    graphs = [model.graph]
+    for graph in graphs:  # grows while it is walked
+        graphs += _subgraphs(graph.node)
+    used = {name for graph in graphs for node in graph.node for name in (*node.input, *node.output)}
+    used |= {item.name for graph in graphs for item in (*graph.initializer, *graph.input, *graph.output)}
+    renamed = dict(wanted)
+    for name in wanted.values():
+        number = 0
+        free = name
+        while free in used or free in wanted.values():
+            number += 1
+            free = f"{name}.{number}"
+        renamed[name] = free
+        used.add(free)
+    for graph in graphs:
+        for item in (*graph.initializer, *graph.input, *graph.output, *graph.value_info):
+            item.name = renamed.get(item.name, item.name)
+        for node in graph.node:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            node.output[:] = [renamed.get(name, name) for name in node.output]
 
 
 def _check_made(made: Signature, wanted: Signature) -> None:
@@ -312,7 +350,11 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def _drop_private(model: onnx.ModelProto) -> None:
-    """Take torch's metadata and all documentation strings out of the model, its graphs and functions."""
+    """Take metadata and documentation strings out of the model, its graphs and functions.
+
+    torch writes stack traces with paths, the whole FX graph and the names of classes, with hashes, into them: private,
+    and different in every process.
+    """
     _clean(model)
     for function in model.functions:
         _clean(function, *function.value_info, *function.node)
@@ -327,14 +369,12 @@ def _subgraphs(nodes: Iterable[onnx.NodeProto]) -> list[onnx.GraphProto]:
     found: list[onnx.GraphProto] = []
     for node in nodes:
         for attribute in node.attribute:
-            attribute.doc_string = ""
+            attribute.ClearField("doc_string")
             found += [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
     return found
 
 
 def _clean(*owners: Any) -> None:
     for owner in owners:
-        kept = [p for p in owner.metadata_props if not any(word in p.key for word in _PRIVATE_METADATA)]
         del owner.metadata_props[:]
-        owner.metadata_props.extend(kept)
-        owner.doc_string = ""
+        owner.ClearField("doc_string")

@@ -196,10 +196,10 @@ class Session(ABC):
             DataError: A name, dtype or shape does not fit.
             InferenceError: The runtime failed.
         """
+        self.run(feeds)  # with feeds that do not fit, it says so
         try:
             return self._placement(feeds)
         except Exception as exc:
-            self._diagnose(feeds, exc)
             raise self._translate(exc) from exc
 
     def _diagnose(self, feeds: Feeds, cause: Exception) -> None:
