@@ -20,5 +20,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: found for name in _PACKAGES if (found := version_of(name))},
-        "variables": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "KMP_", "ORT_", "OPENVINO_", "OV_"))},
+        "variables": {
+            k: v for k, v in os.environ.items() if k.startswith(("OMP_", "KMP_", "ORT_", "OPENVINO_", "OV_"))
+        },
     }

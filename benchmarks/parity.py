@@ -11,7 +11,6 @@ import numpy as np
 
 from deploykit.specs import Array
 
-
 # Beyond this a value is a mask constant; squares of smaller ones do not overflow.
 _MASK_MAGNITUDE = 1e30
 
@@ -123,9 +122,7 @@ class Parity:
 Outputs = Mapping[str, Array]
 
 
-def compare(
-    expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None = None
-) -> Parity:
+def compare(expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None = None) -> Parity:
     """Compare outputs case by case.
 
     Args:
@@ -139,9 +136,7 @@ def compare(
     shapes = tuple({name: list(a.shape) for name, a in case.items()} for case in expected)
     dtypes = [np.asarray(a).dtype.name for a in expected[0].values()]
     loosest = max((Tolerance.for_dtype(d) for d in dtypes), key=lambda t: t.atol, default=Tolerance())
-    return Parity(
-        Verdict.FAILED if bad else Verdict.PASSED, diffs, len(expected), shapes, tolerance or loosest, reason
-    )
+    return Parity(Verdict.FAILED if bad else Verdict.PASSED, diffs, len(expected), shapes, tolerance or loosest, reason)
 
 
 def check_vacuity(expected: Sequence[Outputs], tolerance: Tolerance | None = None) -> str:
@@ -191,6 +186,8 @@ def _diff_output(
         x, y = np.asarray(have[name]), np.asarray(want[name])
         chosen = tolerance or Tolerance.for_dtype(y.dtype.name)
         reason, max_abs, max_rel, cosine, sqnr = _why_unequal(x, y, chosen)
+        # The first, unless a later one is about more than a tolerance.
+        telling = reason and (worst.equal or np.isfinite(worst.max_abs) > np.isfinite(max_abs))
         worst = OutputDiff(
             name,
             worst.equal and not reason,
@@ -198,7 +195,7 @@ def _diff_output(
             max(worst.max_rel, max_rel),
             min(worst.cosine, cosine),
             min(worst.sqnr_db, sqnr),
-            worst.reason or (f"case {number}, shape {list(y.shape)}: {reason}" if reason else ""),
+            f"case {number}, shape {list(y.shape)}: {reason}" if telling else worst.reason,
         )
     return worst
 
@@ -252,9 +249,7 @@ def _measure(x: Array, y: Array, tol: Tolerance) -> tuple[str, float, float, flo
     max_abs = float(error.max())
     norms = signal * float(np.linalg.norm(x))
     cosine = float(x @ y) / norms if norms else float(signal == noise == 0.0)
-    sqnr = (
-        20 * np.log10(signal / noise) if noise and signal else (float("inf") if not noise else float("-inf"))
-    )
+    sqnr = 20 * np.log10(signal / noise) if noise and signal else (float("inf") if not noise else float("-inf"))
     max_rel = max_abs / scale if scale else (float("inf") if max_abs else 0.0)
     reason = ""
     over = error > tol.atol * scale + tol.rtol * np.abs(y)
@@ -272,8 +267,8 @@ def _measure(x: Array, y: Array, tol: Tolerance) -> tuple[str, float, float, flo
 def without_padding(outputs: Sequence[Outputs], feeds: Sequence[Outputs]) -> list[dict[str, Array]]:
     """Drop what stands at padded positions, for lossy comparisons.
 
-    An input `attention_mask` [batch, sequence] says which positions are real. Outputs [batch, sequence, ...] hold numbers
-    at the others too, which no user reads, which follow from no data, and which quantization changes most.
+    An input `attention_mask` [batch, sequence] says which positions are real. Outputs [batch, sequence, ...] hold
+    numbers at the others too, which no user reads, which follow from no data, and which quantization changes most.
 
     Args:
         outputs: One mapping a case.
@@ -303,11 +298,12 @@ def compare_lossy(expected: Sequence[Outputs], actual: Sequence[Outputs], min_co
         broken = diff.reason and not np.isfinite(diff.max_abs)
         low = diff.cosine < min_cosine
         reason = diff.reason if broken else f"cosine {diff.cosine:.4f} is below {min_cosine}" if low else ""
+        error = 10 ** (-diff.sqnr_db / 20)
+        if not reason and error > _error_limit(min_cosine):  # a scale applied twice leaves the cosine as it was
+            reason = f"the difference is {error:.0%} of the output's norm, though the cosine is {diff.cosine:.4f}"
         if broken and "values differ" in diff.reason:  # integer outputs: judged by the share that agrees
             reason = f"only {diff.cosine:.1%} of the values agree" if low else ""
-        diffs.append(
-            OutputDiff(diff.name, not reason, diff.max_abs, diff.max_rel, diff.cosine, diff.sqnr_db, reason)
-        )
+        diffs.append(OutputDiff(diff.name, not reason, diff.max_abs, diff.max_rel, diff.cosine, diff.sqnr_db, reason))
     bad = [d for d in diffs if not d.equal]
     return Parity(
         Verdict.FAILED if bad else Verdict.PASSED,
@@ -319,8 +315,13 @@ def compare_lossy(expected: Sequence[Outputs], actual: Sequence[Outputs], min_co
     )
 
 
+def _error_limit(min_cosine: float) -> float:
+    """Twice the relative error that outputs of the parent's norm and of this cosine have at least."""
+    return 2 * float(np.sqrt(1 - min_cosine**2)) if 0 < min_cosine <= 1 else float("inf")
+
+
 def top1_agreement(expected: Sequence[Outputs], actual: Sequence[Outputs]) -> float | None:
-    """Share of rows whose largest entry is the same, for outputs [batch, classes]; None where there is no such output."""
+    """Share of rows whose largest entry is the same, for outputs [batch, classes]; None without such an output."""
     for name, first in expected[0].items():
         if first.ndim == 2 and first.shape[1] > 1 and first.dtype.kind == "f":
             pairs = [

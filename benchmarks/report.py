@@ -72,7 +72,8 @@ class Report:
         if winner["against_reference"] is None:
             return f"winner: {names}, the reference; nothing else was faster and right"
         found = winner["against_reference"]
-        return f"winner: {names}, {found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}] as fast as {winner['reference']}"
+        ratio = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}]"
+        return f"winner: {names}, {ratio} as fast as {winner['reference']}"
 
 
 def build_report(
@@ -170,7 +171,9 @@ def _winner(
 
     best = min(eligible, key=total)
     tied = [
-        i for i in eligible if i == best or compare_rounds(medians[i], medians[best], floor, seed).outcome is Outcome.TIE
+        i
+        for i in eligible
+        if i == best or compare_rounds(medians[i], medians[best], floor, seed).outcome is Outcome.TIE
     ]
     against = compare_rounds(medians[0], medians[best], floor, seed).as_dict() if best else None
     return {

@@ -35,7 +35,7 @@ from deploykit.data import UNREADABLE, ValueRange
 from deploykit.errors import ArtifactError, DataError, OutputExistsError, StorageError, first_line, storage_error
 from deploykit.specs import Array, Signature, TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 LOG = "export.log"
@@ -132,9 +132,7 @@ class Artifact:
         try:
             version = json.loads(raw).get("schema_version")
         except (ValueError, AttributeError, RecursionError) as exc:
-            raise ArtifactError(
-                f"{root / MANIFEST} is not JSON ({first_line(exc)})", hint="make it again"
-            ) from exc
+            raise ArtifactError(f"{root / MANIFEST} is not JSON ({first_line(exc)})", hint="make it again") from exc
         if version != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{root} has manifest schema {version!r}",
@@ -198,9 +196,7 @@ def _read_manifest(root: Path) -> bytes:
             hint=f"make one: deploykit export SOURCE -o {root}",
         )
     if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise ArtifactError(
-            f"{file} is larger than {_MANIFEST_LIMIT_BYTES} bytes", hint="make the artifact again"
-        )
+        raise ArtifactError(f"{file} is larger than {_MANIFEST_LIMIT_BYTES} bytes", hint="make the artifact again")
     return file.read_bytes()
 
 
@@ -215,18 +211,14 @@ def _check_files(root: Path, manifest: Manifest) -> None:
                 continue
             relative = path.relative_to(root).as_posix()
             if not stat.S_ISREG(mode):
-                raise ArtifactError(
-                    f"{path} is a link or a special file", expected="regular files only", hint=again
-                )
+                raise ArtifactError(f"{path} is a link or a special file", expected="regular files only", hint=again)
             found.add(relative)
     found.discard(MANIFEST)
     for name in sorted(found - manifest.files.keys()):
         raise ArtifactError(f"{root} holds {name}, which its manifest does not list", hint=again)
     for name, entry in manifest.files.items():
         if name not in found:
-            raise ArtifactError(
-                f"{root} lacks {name}", expected="every file of the manifest", hint="make it again"
-            )
+            raise ArtifactError(f"{root} lacks {name}", expected="every file of the manifest", hint="make it again")
         if (root / name).stat().st_size != entry.bytes or sha256_of(root / name) != entry.sha256:
             raise ArtifactError(f"{root / name} does not have the sha256 of the manifest", hint=again)
     if manifest.model not in manifest.files:
@@ -291,14 +283,14 @@ class ArtifactWriter:
     """Builds an artifact in a staging directory beside its place.
 
     Use as a context manager: write files below `dir`, then `commit`. Without `commit`, and on every error, the staging
-    directory is removed. A staging directory that a killed process left is removed by the next writer to the same place.
+    directory is removed. A staging directory that a killed process left is removed by the next writer to that place.
 
     Args:
         output: Where the artifact will stand; nothing may be there.
     """
 
     def __init__(self, output: str | Path) -> None:
-        self.output = Path(os.path.abspath(output))
+        self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output
         self.dir = Path()
         self._made_parents: list[Path] = []
         self._lock: int | None = None
@@ -322,9 +314,7 @@ class ArtifactWriter:
             raise _place_error(exc, self.output) from exc
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         """Remove the staging directory unless it was committed; translate a storage failure."""
         self._discard()
         if isinstance(exc, OSError):
@@ -435,9 +425,7 @@ def _place_error(exc: OSError, output: Path) -> StorageError:
 
 
 def _taken(output: Path) -> OutputExistsError:
-    return OutputExistsError(
-        f"{output} exists and is left as it is", hint="choose another -o, or remove it first"
-    )
+    return OutputExistsError(f"{output} exists and is left as it is", hint="choose another -o, or remove it first")
 
 
 def _entry(spec: TensorSpec, limits: ValueRange | None) -> TensorEntry:

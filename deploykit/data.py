@@ -5,6 +5,7 @@ The first axis of every array counts the samples. Labels stand under the reserve
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -23,6 +24,7 @@ from deploykit.errors import DataError, DeploykitError, SourceError, first_line
 from deploykit.specs import Array, Dim, Signature, TensorSpec
 
 LABELS = "labels"
+_STANDARD_LIBRARY = str(Path(contextlib.__file__).parent)
 _FORMS = "FILE.npz, a directory of .npy files, or module:function"
 
 
@@ -142,9 +144,7 @@ def _common_length(source: str, arrays: Mapping[str, Any]) -> int:
         raise DataError(f"{source}: {flat[0]!r} is a scalar", expected="the samples along the first axis")
     lengths = {name: int(a.shape[0]) for name, a in arrays.items()}
     if len(set(lengths.values())) != 1:
-        raise DataError(
-            f"{source}: arrays of different lengths {lengths}", expected="one row a sample in every array"
-        )
+        raise DataError(f"{source}: arrays of different lengths {lengths}", expected="one row a sample in every array")
     length = next(iter(lengths.values()))
     if length == 0:
         raise DataError(f"{source} holds no samples")
@@ -166,9 +166,7 @@ def _from_directory(path: Path) -> Dataset:
             # Not numpy.load, which would take an .npz, or a pickle, under this name.
             arrays[file.stem] = np.lib.format.open_memmap(file, mode="r")
         except (ValueError, OSError, EOFError) as exc:
-            raise DataError(
-                f"cannot read {file} ({first_line(exc)})", expected="a .npy file without objects"
-            ) from exc
+            raise DataError(f"cannot read {file} ({first_line(exc)})", expected="a .npy file without objects") from exc
     length = _common_length(str(path), arrays)
     return Dataset(str(path), lambda size: _slices(arrays, length, size), length=length, names=tuple(arrays))
 
@@ -213,9 +211,7 @@ def _from_npz(path: Path) -> Dataset:
     )
 
 
-def _npz_batches(
-    path: Path, members: Mapping[str, _Member], length: int, size: int
-) -> Iterator[dict[str, Array]]:
+def _npz_batches(path: Path, members: Mapping[str, _Member], length: int, size: int) -> Iterator[dict[str, Array]]:
     """Stream rows out of the archive, so that a file larger than memory is no trouble."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -229,15 +225,11 @@ def _npz_batches(
             for start in range(0, length, size):
                 count = min(size, length - start)
                 yield {
-                    name: whole[name][start : start + count]
-                    if name in whole
-                    else _rows(stream, members[name], count)
+                    name: whole[name][start : start + count] if name in whole else _rows(stream, members[name], count)
                     for name, stream in streams.items()
                 }
     except UNREADABLE as exc:
-        raise DataError(
-            f"cannot read {path} ({first_line(exc)})", hint="write it again with numpy.savez"
-        ) from exc
+        raise DataError(f"cannot read {path} ({first_line(exc)})", hint="write it again with numpy.savez") from exc
 
 
 def _rows(stream: IO[bytes], member: _Member, count: int) -> Array:
@@ -255,25 +247,19 @@ def _from_function(text: str) -> Dataset:
     except SourceError as exc:
         raise DataError(str(exc)) from exc
     if not callable(function):
-        raise DataError(
-            f"{text} is no function", expected="a function that returns or yields dictionaries of arrays"
-        )
+        raise DataError(f"{text} is no function", expected="a function that returns or yields dictionaries of arrays")
 
     def batches(size: int) -> Iterator[dict[str, Array]]:
         try:
             made = function()
             groups = [made] if isinstance(made, Mapping) else made
             if not isinstance(groups, Iterable):
-                raise DataError(
-                    f"{text} returned {type(made).__name__}", expected="a dictionary of arrays, or several"
-                )
+                raise DataError(f"{text} returned {type(made).__name__}", expected="a dictionary of arrays, or several")
             yield from _regroup(text, groups, size)
         except DeploykitError:
             raise
         except Exception as exc:
-            raise DataError(
-                f"{text} failed ({first_line(exc)}{user_frame(exc)})", hint="mend the function"
-            ) from exc
+            raise DataError(f"{text} failed ({first_line(exc)}{user_frame(exc)})", hint="mend the function") from exc
 
     return Dataset(text, batches)
 
@@ -295,17 +281,11 @@ def load_object(text: str) -> Any:
     """
     where, sep, name = text.rpartition(":")
     if not sep or not where or not name.isidentifier():
-        raise SourceError(
-            f"{text!r} names no function", expected="path/file.py:function or package.module:function"
-        )
+        raise SourceError(f"{text!r} names no function", expected="path/file.py:function or package.module:function")
     module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     if not hasattr(module, name):
-        known = ", ".join(
-            sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8]
-        )
-        raise SourceError(
-            f"{where} has no {name!r}", expected=f"one of: {known}" if known else "a function there"
-        )
+        known = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8])
+        raise SourceError(f"{where} has no {name!r}", expected=f"one of: {known}" if known else "a function there")
     return getattr(module, name)
 
 
@@ -361,6 +341,7 @@ def user_frame(exc: BaseException) -> str:
         if (
             not file.startswith("<")
             and "site-packages" not in file
+            and not file.startswith(_STANDARD_LIBRARY)
             and Path(file).parts[-2:-1] != ("deploykit",)
         ):
             found = f" at {Path(file).name}:{frame.tb_lineno}"
@@ -393,9 +374,7 @@ def generate(
     return {spec.name: _draw(spec, spec.concrete(sizes), found.get(spec.name), rng) for spec in specs}
 
 
-def _draw(
-    spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, rng: np.random.Generator
-) -> Array:
+def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, rng: np.random.Generator) -> Array:
     if spec.dtype == "string":
         raise DataError(f"cannot make up strings for {spec.name!r}", hint="give real inputs with --data")
     if spec.dtype == "bfloat16":
@@ -408,9 +387,7 @@ def _draw(
     if dtype.kind in "iu":
         low, high = (int(limits.low), int(limits.high)) if limits else (0, 1)
         return rng.integers(low, high + 1, shape).astype(dtype)
-    middle, spread = (
-        ((limits.low + limits.high) / 2, (limits.high - limits.low) / 2) if limits else (0.0, 1.0)
-    )
+    middle, spread = ((limits.low + limits.high) / 2, (limits.high - limits.low) / 2) if limits else (0.0, 1.0)
     return np.asarray(rng.standard_normal(shape) * (spread or 1.0) + middle).astype(dtype)
 
 

@@ -36,9 +36,7 @@ def require(name: str, *, extra: str | None = None) -> ModuleType:
                 hint=f"run: pip check; pip install {exc.name}",
             ) from exc
         command = install_command(extra) if extra else f"pip install {top}"
-        raise MissingDependencyError(
-            f"{top} is needed here and is not installed", hint=f"run: {command}"
-        ) from exc
+        raise MissingDependencyError(f"{top} is needed here and is not installed", hint=f"run: {command}") from exc
     except (ImportError, OSError) as exc:
         raise MissingDependencyError(
             f"{name} is installed but does not load ({first_line(exc)})",

@@ -55,23 +55,17 @@ def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, UnicodeDecodeError) as exc:
-        raise ModelError(
-            f"{path} is not an ONNX file, or is cut off ({first_line(exc)})", hint=_RE_EXPORT
-        ) from exc
+        raise ModelError(f"{path} is not an ONNX file, or is cut off ({first_line(exc)})", hint=_RE_EXPORT) from exc
     except OSError as exc:
         raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
     if not model.opset_import or not model.graph.output:
-        raise ModelError(
-            f"{path} holds no graph", expected="a model with an opset and outputs", hint=_RE_EXPORT
-        )
+        raise ModelError(f"{path} holds no graph", expected="a model with an opset and outputs", hint=_RE_EXPORT)
     check_external_data(model, path)
     if weights:
         try:
             onnx.load_external_data_for_model(model, str(path.parent))
         except (onnx.checker.ValidationError, ValueError, OSError) as exc:
-            raise ModelError(
-                f"{path}: cannot read its external data ({first_line(exc)})", hint=_RE_EXPORT
-            ) from exc
+            raise ModelError(f"{path}: cannot read its external data ({first_line(exc)})", hint=_RE_EXPORT) from exc
     return model
 
 
@@ -177,9 +171,7 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     if model.ByteSize() < _INLINE_LIMIT_BYTES:
         onnx.save(model, str(path))
     else:
-        onnx.save(
-            model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024
-        )
+        onnx.save(model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
 
 
 def copy_model(source: Path, target: Path) -> None:
@@ -252,9 +244,7 @@ def dtype_name(elem_type: int) -> str:
     try:
         return str(onnx.helper.tensor_dtype_to_np_dtype(elem_type).name)
     except (KeyError, ValueError) as exc:
-        raise ModelError(
-            f"unknown tensor element type {elem_type}", expected="a type of the ONNX standard"
-        ) from exc
+        raise ModelError(f"unknown tensor element type {elem_type}", expected="a type of the ONNX standard") from exc
 
 
 def rename_dimensions(model: onnx.ModelProto, shapes: Mapping[str, tuple[Dim, ...]]) -> None:

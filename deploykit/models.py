@@ -105,7 +105,11 @@ def probe_feeds(
     if model.artifact is not None:
         golden = [inputs for inputs, _ in model.artifact.golden()]
         if golden:
-            kind = model.artifact.manifest.evidence.parity[0].get("data") if model.artifact.manifest.evidence.parity else ""
+            kind = (
+                model.artifact.manifest.evidence.parity[0].get("data")
+                if model.artifact.manifest.evidence.parity
+                else ""
+            )
             return golden, "generated" if kind == "generated" else "golden"
     sizes = guess_sizes(model.signature.inputs, ExportOptions(dims=dims))
     batches = [{**sizes, **{s: n for s in _batch_symbols(model.signature)}} for n in (1, 2, 3)]
@@ -160,7 +164,9 @@ def benchmark_feeds(
         picks = [(np.arange(size) + i * size) % have for i in range(max(1, min(_BENCHMARK_INPUTS, have)))]
         return [fit_feeds(model.signature, {k: v[p] for k, v in rows.items()}) for p in picks], data.source
     sizes = {**_golden_sizes(model), **dims}
-    full = guess_sizes(inputs, ExportOptions(dims=sizes)) | {s: size for s in _batch_symbols(model.signature)} | dict(dims)
+    full = (
+        guess_sizes(inputs, ExportOptions(dims=sizes)) | {s: size for s in _batch_symbols(model.signature)} | dict(dims)
+    )
     return [generate(inputs, full, ranges=model.ranges, seed=i) for i in range(_BENCHMARK_INPUTS)], "generated"
 
 

@@ -82,7 +82,9 @@ def export(
     """
     told = progress or Progress()
     started = time.monotonic()
-    options = ExportOptions(tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None)
+    options = ExportOptions(
+        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None
+    )
     targets, strict = _targets(devices)
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
@@ -131,7 +133,14 @@ def export(
 
 
 def _export_first_right(
-    opened: Source, targets: Sequence[Device], target: Path, opset: int | None, log: Path, told: Progress, *, strict: bool
+    opened: Source,
+    targets: Sequence[Device],
+    target: Path,
+    opset: int | None,
+    log: Path,
+    told: Progress,
+    *,
+    strict: bool,
 ) -> tuple[Way, list[dict[str, Any]]]:
     """Try the source's ways until one gives a graph with the right numbers; say why the others did not."""
     failures: list[tuple[Way, DeploykitError]] = []
@@ -335,7 +344,12 @@ def _derive(
 
         with told.step(f"{step} {model}"):
             done = optimize(
-                parent.path, config, target, check=check, open_model=lambda p: open_session(p, targets[0]).run, data=dataset
+                parent.path,
+                config,
+                target,
+                check=check,
+                open_model=lambda p: open_session(p, targets[0]).run,
+                data=dataset,
             )
         for note in done.notes:
             told.note(note)
@@ -400,7 +414,9 @@ def _compare_with_parent(
         if result.verdict is Verdict.FAILED:
             text = f"in {device} the result is not its parent: {result.reason}"
             if number == 0:
-                hint = "give more calibration data, or leave layers out with --exclude" if min_cosine is not None else None
+                hint = (
+                    "give more calibration data, or leave layers out with --exclude" if min_cosine is not None else None
+                )
                 raise ParityError(text, hint=hint)
             told.note(text)
         agreement = top1_agreement(expected, outputs) if min_cosine is not None else None

@@ -120,9 +120,7 @@ def quiet(log: Path) -> Iterator[None]:
 
 
 def _warning_writer(sink: IO[str]) -> Any:
-    def write(
-        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
+    def write(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         sink.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
     return write

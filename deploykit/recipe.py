@@ -168,7 +168,9 @@ class Recipe:
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """The recipe with all its defaults, as tables."""
-        return {name: {k: v for k, v in step.model_dump().items() if v is not None} for name, step in self.steps.items()}
+        return {
+            name: {k: v for k, v in step.model_dump().items() if v is not None} for name, step in self.steps.items()
+        }
 
 
 def _read_step(name: str, table: Any) -> Step:
@@ -196,10 +198,14 @@ def _check_references(name: str, steps: Mapping[str, Step]) -> None:
         return
     named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
     if not named and not before:
-        raise RecipeError(f"[{name}] has no model, and no step before it makes one", expected="model = a step or a path")
+        raise RecipeError(
+            f"[{name}] has no model, and no step before it makes one", expected="model = a step or a path"
+        )
     for reference in named:
         if reference in steps and isinstance(steps[reference], BenchmarkStep):
-            raise RecipeError(f"[{name}] takes {reference!r}, which is a benchmark", expected="a step that makes a model")
+            raise RecipeError(
+                f"[{name}] takes {reference!r}, which is a benchmark", expected="a step that makes a model"
+            )
 
 
 def dump(tables: Mapping[str, Mapping[str, Any]]) -> str:

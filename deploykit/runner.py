@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def _write_record(output: Path, record: Mapping[str, Any]) -> None:
     temporary = output / (_RECORD + ".new")
     try:
         temporary.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(temporary, output / _RECORD)
+        temporary.replace(output / _RECORD)
     except OSError as exc:
         with contextlib.suppress(OSError):
             temporary.unlink()

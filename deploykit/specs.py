@@ -84,8 +84,8 @@ class Signature:
 def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
     """Check ``feeds`` against the inputs; widen dtypes where no value can change.
 
-    Integers are cast where every value survives, float64 becomes float32 or narrower where it stays finite. Names beside the inputs are
-    ignored, so that labels and spare columns may stay in a dataset.
+    Integers are cast where every value survives, float64 becomes float32 or narrower where it stays finite. Names
+    beside the inputs are ignored, so that labels and spare columns may stay in a dataset.
 
     Returns:
         One array an input, in the order of the signature.
@@ -111,15 +111,11 @@ def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
     wanted = spec.shape or ()
     if len(shape) != len(wanted):
-        raise DataError(
-            f"{spec.name!r} has shape {tuple(shape)}, {len(shape)} dimensions", expected=str(spec)
-        )
+        raise DataError(f"{spec.name!r} has shape {tuple(shape)}, {len(shape)} dimensions", expected=str(spec))
     for axis, (dim, size) in enumerate(zip(wanted, shape, strict=True)):
         if isinstance(dim, int):
             if dim != size:
-                raise DataError(
-                    f"{spec.name!r} has shape {tuple(shape)}: axis {axis} is {size}", expected=str(spec)
-                )
+                raise DataError(f"{spec.name!r} has shape {tuple(shape)}: axis {axis} is {size}", expected=str(spec))
             continue
         seen = sizes.setdefault(dim, (size, spec.name))
         if seen[0] != size:
@@ -141,13 +137,11 @@ def _fit_dtype(spec: TensorSpec, value: Array) -> Array:
     try:
         wanted = np.dtype(spec.dtype)
     except TypeError:  # bfloat16, float8 and int4 are ml_dtypes' types
-        raise DataError(
-            f"{spec.name!r} is {array.dtype}", expected=f"ml_dtypes.{spec.dtype} values"
-        ) from None
+        raise DataError(f"{spec.name!r} is {array.dtype}", expected=f"ml_dtypes.{spec.dtype} values") from None
     kinds = array.dtype.kind + wanted.kind
     if kinds in ("ii", "uu", "iu", "ui"):
         info = np.iinfo(wanted)
-        if array.size == 0 or (array.min() >= info.min and array.max() <= info.max):  # type: ignore[operator]
+        if array.size == 0 or (array.min() >= info.min and array.max() <= info.max):
             return array.astype(wanted)
     elif kinds in ("bi", "bu", "bf"):
         return array.astype(wanted)
@@ -157,6 +151,4 @@ def _fit_dtype(spec: TensorSpec, value: Array) -> Array:
         if not np.array_equal(np.isinf(narrow), np.isinf(array)):
             raise DataError(f"{spec.name!r} holds values too large for {spec.dtype}", expected=str(spec))
         return narrow
-    raise DataError(
-        f"{spec.name!r} is {array.dtype}, which does not become {spec.dtype} unchanged", expected=str(spec)
-    )
+    raise DataError(f"{spec.name!r} is {array.dtype}, which does not become {spec.dtype} unchanged", expected=str(spec))

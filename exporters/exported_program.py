@@ -18,7 +18,6 @@ from deploykit.exporters.shapes import cases_from_data, make_cases, observed_out
 from deploykit.extras import require, version_of
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
-
 _AGAIN = "export it again with torch.export(..., dynamic_shapes=...)"
 
 
@@ -191,7 +190,7 @@ def _inputs(
             slots.append((entry.arg.value,))
             continue
         name = entry.arg.name
-        value = placeholders.get(name)
+        value: Any = placeholders.get(name)
         if not hasattr(value, "shape"):
             raise SourceError(f"input {name!r} is a {type(value).__name__}", expected="tensors as inputs")
         slots.append(name)

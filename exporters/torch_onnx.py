@@ -59,6 +59,9 @@ def flatten_module(module: Any, call: Call) -> Any:
             head = tensors[: call.positional]
             tail = dict(zip(call.names[call.positional :], tensors[call.positional :], strict=True))
             outputs = flatten_outputs(self.model(*head, **tail, **call.constants), call.names)
+            if self.output_names and torch.jit.is_tracing():
+                # In a trace, sizes are tensors as well; outputs are what they are in a plain run.
+                return tuple(outputs[name] for name in self.output_names)
             self.output_names = tuple(outputs)
             return tuple(outputs.values())
 
@@ -306,20 +309,20 @@ def _name_values(model: onnx.ModelProto, signature: Signature) -> None:
 def _check_made(made: Signature, wanted: Signature) -> None:
     inputs = {s.name: s for s in wanted.inputs}
     unknown = [s.name for s in made.inputs if s.name not in inputs]
-    if unknown or [s.name for s in made.outputs] != [s.name for s in wanted.outputs]:
+    have, want = [s.name for s in made.outputs], [s.name for s in wanted.outputs]
+    if unknown or have != want:
         raise ExportError(
-            f"the exported graph has inputs {[s.name for s in made.inputs]} and outputs {[s.name for s in made.outputs]}",
-            expected=f"inputs {list(inputs)} and outputs {[s.name for s in wanted.outputs]}",
+            f"the exported graph has inputs {[s.name for s in made.inputs]} and outputs {have}",
+            expected=f"inputs {list(inputs)} and outputs {want}",
         )
     for spec in made.inputs:
         asked = inputs[spec.name]
         if spec.dtype != asked.dtype or len(spec.shape or ()) != len(asked.shape or ()):
             raise ExportError(f"the exported graph has input {spec}", expected=str(asked))
-        for axis, (have, want) in enumerate(zip(spec.shape or (), asked.shape or (), strict=True)):
-            if isinstance(have, int) and have != want:
+        for axis, (size, dim) in enumerate(zip(spec.shape or (), asked.shape or (), strict=True)):
+            if isinstance(size, int) and size != dim:
                 raise ExportError(
-                    f"the exported graph fixes axis {axis} of {spec.name!r} at {have}",
-                    expected=f"{want!r} there",
+                    f"the exported graph fixes axis {axis} of {spec.name!r} at {size}", expected=f"{dim!r} there"
                 )
 
 
@@ -342,11 +345,10 @@ def _restore_inputs(model: onnx.ModelProto, signature: Signature) -> None:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name out of `specs.DTYPES`; bfloat16 through ml_dtypes."""
-    if name == "bfloat16":
-        import ml_dtypes
+    import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return found
 
 
 def _drop_private(model: onnx.ModelProto) -> None:

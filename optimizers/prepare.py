@@ -80,9 +80,7 @@ def _lift_constants(model: onnx.ModelProto) -> int:
 
     kept, lifted = [], 0
     for node in model.graph.node:
-        tensor = (
-            _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
-        )
+        tensor = _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
         if tensor is None:
             kept.append(node)
             continue
@@ -103,7 +101,8 @@ def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
 
     for attribute in node.attribute:
         if attribute.name == "value":
-            return attribute.t
+            tensor: onnx.TensorProto = attribute.t
+            return tensor
         if attribute.name in ("value_float", "value_floats"):
             value = attribute.f if attribute.name == "value_float" else list(attribute.floats)
             return numpy_helper.from_array(np.asarray(value, np.float32))

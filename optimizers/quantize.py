@@ -164,9 +164,7 @@ def quantize_static(
         ranges, _ = collect_ranges(path, tensors, feeds, open_model, Path(folder))
     usable, unseen = _usable_nodes(prepared, nodes, ranges)
     if unseen:
-        notes.append(
-            f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}"
-        )
+        notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")
     if not usable:
         raise OptimizationError(
             "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
@@ -192,9 +190,7 @@ class _Counter:
         self.samples = 0
 
 
-def _feeds(
-    signature: Signature, data: Dataset, config: StaticConfig, count: _Counter
-) -> Iterator[dict[str, Array]]:
+def _feeds(signature: Signature, data: Dataset, config: StaticConfig, count: _Counter) -> Iterator[dict[str, Array]]:
     """Batches of the size that the model takes: a fixed first axis decides."""
     fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
     size = fixed[0] if fixed else config.batch_size
@@ -212,7 +208,8 @@ def _feeds(
 
 def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: MinMax) -> tuple[list[str], list[str]]:
     """Split the chosen nodes by whether all their activations have a range."""
-    usable, unseen = [], []
+    usable: list[str] = []
+    unseen: list[str] = []
     for name in nodes:
         seen = all(t in ranges.low for t in watched_tensors(model, frozenset({name})))
         (usable if seen else unseen).append(name)
@@ -253,11 +250,32 @@ def _insert(
         )
         with _no_advice():
             quantizer.quantize_model()
+        _keep_floats(quantizer.model.model, frozenset(nodes))
         quantizer.model.topological_sort()  # ONNX wants it; the pairs were appended at the end
         made = quantizer.model.model
     except Exception as exc:
         raise OptimizationError(f"onnxruntime's Q/DQ insertion failed ({first_line(exc)})") from exc
     write_model(made, target)
+
+
+def _keep_floats(model: onnx.ModelProto, quantized: frozenset[str]) -> None:
+    """Give nodes that stay in floating point the tensor itself, in place, where they were given its 8-bit copy.
+
+    The quantizer redirects every reader of a tensor: the residual stream of a transformer would be rounded because the
+    product beside it is quantized. What a quantized node makes is left: a second reader would undo its fusion.
+    """
+    nodes = model.graph.node
+    makers = {out: n.name for n in nodes for out in n.output}
+    sources = {n.output[0]: n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
+    copies = {
+        n.output[0]: sources[n.input[0]] for n in nodes if n.op_type == "DequantizeLinear" and n.input[0] in sources
+    }
+    for node in nodes:
+        if node.name in quantized or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for i, name in enumerate(node.input):
+            if name in copies and makers.get(copies[name]) not in quantized:
+                node.input[i] = copies[name]
 
 
 @contextlib.contextmanager

@@ -47,11 +47,7 @@ def simplify(model: Path, config: SimplifyConfig, target: Path, check: Check) ->
     for tool in _TOOLS:
         with tempfile.TemporaryDirectory(prefix="deploykit-simplify-") as folder:
             candidate = Path(folder) / "model.onnx"
-            why = (
-                _run(tool, model, candidate, config.timeout_s)
-                or _grown(candidate, before)
-                or check(candidate)
-            )
+            why = _run(tool, model, candidate, config.timeout_s) or _grown(candidate, before) or check(candidate)
             if why:
                 notes.append(f"{tool} was not used: {why}")
                 continue
@@ -103,9 +99,7 @@ def _run(tool: str, model: Path, candidate: Path, timeout_s: float) -> str | Non
     # The worker's own folder is no place to import from: it holds a module for each of our steps.
     command = [sys.executable, "-P", str(_WORKER), tool, str(model), str(candidate)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace")
     except subprocess.TimeoutExpired:
         return f"it took more than {timeout_s:.0f} s"
     except OSError as exc:

@@ -23,9 +23,7 @@ def main(tool: str, source: str, target: str) -> None:
         simplified = onnxslim.slim(model)
     large = simplified.ByteSize() >= 1_900_000_000
     if large:
-        onnx.save(
-            simplified, target, save_as_external_data=True, location="model.onnx.data", size_threshold=1024
-        )
+        onnx.save(simplified, target, save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
     else:
         onnx.save(simplified, target)
 

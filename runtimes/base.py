@@ -115,9 +115,7 @@ class Placement:
     def share_of_time(self) -> float:
         """Share of the nodes' time on the asked provider, 0 to 1."""
         total = sum(n.time_us for n in self.nodes)
-        return (
-            sum(n.time_us for n in self.nodes if n.on == self.asked) / total if total else self.share_of_nodes
-        )
+        return sum(n.time_us for n in self.nodes if n.on == self.asked) / total if total else self.share_of_nodes
 
     def precisions(self) -> dict[str, int]:
         """How many nodes that compute (convolutions, matrix products, recurrences) ran in each precision."""
@@ -235,9 +233,7 @@ class Session(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
 

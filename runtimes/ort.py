@@ -45,8 +45,7 @@ def check_provider(device: Device) -> None:
     wheel = _WHEELS.get(device.target)
     raise DeviceError(
         f"onnxruntime {ort.__version__} here has no {device.target} (it has: {', '.join(built)})",
-        hint=(f"run: pip uninstall onnxruntime; pip install {wheel}; " if wheel else "")
-        + "see: deploykit doctor",
+        hint=(f"run: pip uninstall onnxruntime; pip install {wheel}; " if wheel else "") + "see: deploykit doctor",
     )
 
 
@@ -110,9 +109,7 @@ class OrtSession(Session):
         if self.device.target == "CUDAExecutionProvider" and self._options.precision == "fp32":
             provider.setdefault("use_tf32", "0")
         try:
-            return self._ort.InferenceSession(
-                str(self._path), made, providers=[(self.device.target, provider)]
-            )
+            return self._ort.InferenceSession(str(self._path), made, providers=[(self.device.target, provider)])
         except Exception as exc:
             text = str(exc)
             if "disable_cpu_ep_fallback" in text or "fallback to CPU EP" in text:
@@ -147,9 +144,7 @@ class OrtSession(Session):
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         # Two runs: of each node keep the last, which no allocation disturbed.
         nodes = {
-            e["name"]: _node(e)
-            for e in events
-            if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")
+            e["name"]: _node(e) for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")
         }
         return Placement(self.device.target, tuple(nodes.values()))
 
@@ -162,9 +157,7 @@ def _node(event: dict[str, Any]) -> NodePlacement:
     args = event.get("args", {})
     op = args.get("op_name", "")
     types = [t for entry in args.get("input_type_shape", []) for t in entry]
-    precision = (
-        "int8" if any(mark in op for mark in _INT8_OPS) else _TYPES.get(types[0], types[0]) if types else ""
-    )
+    precision = "int8" if any(mark in op for mark in _INT8_OPS) else _TYPES.get(types[0], types[0]) if types else ""
     return NodePlacement(
         event["name"].removesuffix("_kernel_time"),
         op,

@@ -54,10 +54,6 @@ class OpenVinoSession(Session):
     def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
         ov = require("openvino", extra="openvino")
         check_device(device)
-        if path.suffix == ".onnx":
-            from deploykit.modelfile import read_model
-
-            read_model(path, weights=False)  # external data is checked before the runtime sees it
         self.device = device
         self._path = path
         self._ov = ov
@@ -68,6 +64,8 @@ class OpenVinoSession(Session):
             config["INFERENCE_PRECISION_HINT"] = "f32"
         self.settings = config | dict(options.extra or {})
         core = ov.Core()
+        if path.suffix == ".onnx":
+            _check_external_data(path)
         try:
             self._model = core.read_model(str(path))
         except Exception as exc:
@@ -77,15 +75,19 @@ class OpenVinoSession(Session):
         if not options.optimize:
             # OpenVINO has no such switch; a session that pretended to obey would be a lie.
             raise DeviceError("OpenVINO always optimizes the graph", hint="use --device ort:cpu")
+        # Fusion gives a compiled port the names of inner tensors too; the model's own names are those before it.
+        inputs = [_name(p, f"input_{i}") for i, p in enumerate(self._model.inputs)]
+        outputs = [_name(p, f"output_{i}") for i, p in enumerate(self._model.outputs)]
+        if path.suffix == ".onnx":
+            inputs, outputs = _onnx_names(path, inputs, outputs)
         self._compiled = self._compile(core, self.settings)
         self._request = self._compiled.create_infer_request()
         self.signature = Signature(
-            tuple(_spec(p, f"input_{i}") for i, p in enumerate(self._compiled.inputs)),
-            tuple(_spec(p, f"output_{i}") for i, p in enumerate(self._compiled.outputs)),
+            tuple(_spec(p, name) for name, p in zip(inputs, self._compiled.inputs, strict=True)),
+            tuple(_spec(p, name) for name, p in zip(outputs, self._compiled.outputs, strict=True)),
         )
-        self._outputs = [s.name for s in self.signature.outputs]
-        # A port may have several names; whichever the caller knows it by, feeds go by ours.
-        self._ports = {s.name: i for i, s in enumerate(self.signature.inputs)}
+        self._outputs = outputs
+        self._ports = {name: i for i, name in enumerate(inputs)}
 
     def _compile(self, core: Any, config: dict[str, Any]) -> Any:
         try:
@@ -103,9 +105,7 @@ class OpenVinoSession(Session):
             # OpenVINO would convert in silence.
             if feeds[spec.name].dtype.name != spec.dtype and spec.dtype != "string":
                 raise TypeError(f"dtype of {spec.name}")
-        results = self._request.infer(
-            {ports[name]: array for name, array in feeds.items()}, share_inputs=True
-        )
+        results = self._request.infer({ports[name]: array for name, array in feeds.items()}, share_inputs=True)
         return {name: results[i] for i, name in enumerate(self._outputs)}
 
     def _translate(self, exc: Exception) -> Exception:
@@ -153,9 +153,29 @@ def _runtime_precisions(compiled: Any) -> dict[str, str]:
     return found
 
 
-def _spec(port: Any, fallback: str) -> TensorSpec:
+def _check_external_data(path: Path) -> None:
+    """Look at external data before the runtime does."""
+    from deploykit.modelfile import read_model
+
+    read_model(path, weights=False)
+
+
+def _onnx_names(path: Path, inputs: list[str], outputs: list[str]) -> tuple[list[str], list[str]]:
+    """The file's own names: ONNX keeps the order of inputs and outputs, and so does OpenVINO's front end."""
+    from deploykit.modelfile import read_model, signature_of
+
+    found = signature_of(read_model(path, weights=False))
+    if (len(found.inputs), len(found.outputs)) != (len(inputs), len(outputs)):
+        return inputs, outputs
+    return [s.name for s in found.inputs], [s.name for s in found.outputs]
+
+
+def _name(port: Any, fallback: str) -> str:
+    return sorted(port.names)[0] if port.names else fallback
+
+
+def _spec(port: Any, name: str) -> TensorSpec:
     kind = port.element_type.get_type_name()
-    name = port.get_any_name() if port.names else fallback
     shape = port.partial_shape
     if shape.rank.is_dynamic:
         return TensorSpec(name, _TYPES.get(kind, kind), None)

@@ -107,9 +107,7 @@ def advice(machine: Machine) -> list[str]:
     """What limits speed on this machine."""
     found = []
     if machine.architecture in ("x86_64", "AMD64") and not machine.int8_dot:
-        found.append(
-            "no VNNI or AMX: int8 gains are small here, and 8-bit weights saturate (7 bits are chosen)"
-        )
+        found.append("no VNNI or AMX: int8 gains are small here, and 8-bit weights saturate (7 bits are chosen)")
     if machine.cores_allowed < machine.cores_machine:
         found.append(
             f"{machine.cores_allowed} of {machine.cores_machine} cores are allowed; thread pools are sized to that"
@@ -153,12 +151,10 @@ def _openvino_devices(problems: list[str]) -> list[DeviceStatus]:
             DeviceStatus(f"openvino:{d.lower()}", True, str(core.get_property(d, "FULL_DEVICE_NAME")).strip())
             for d in found
         ]
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 - a driver may raise anything; the doctor reports it
         problems.append(f"OpenVINO does not start ({first_line(exc)})")
         return [DeviceStatus("openvino:cpu", False, first_line(exc))]
     for wanted in ("GPU", "NPU"):
         if not any(d.startswith(wanted) for d in found):
-            rows.append(
-                DeviceStatus(f"openvino:{wanted.lower()}", False, "no such device, or its driver is missing")
-            )
+            rows.append(DeviceStatus(f"openvino:{wanted.lower()}", False, "no such device, or its driver is missing"))
     return rows

@@ -34,7 +34,7 @@ def open_session(
         optimize: Whether the runtime may rewrite the graph.
         precision: "fp32" keeps floating-point models in single precision (no silent bf16 or TF32); "native" leaves it
             to the runtime.
-        settings: The runtime's own settings: session configuration entries and provider options, or OpenVINO properties.
+        settings: The runtime's own settings: session configuration and provider options, or OpenVINO properties.
 
     Raises:
         DeviceError: Unknown, or cannot be had. Nothing falls back to another device.

@@ -10,7 +10,9 @@ from deploykit.errors import ArtifactError
 from deploykit.runtimes import Device, open_session
 
 
-def replay_golden(artifact: Artifact, device: str | Device = "ort:cpu", *, min_cosine: float | None = None) -> dict[str, Any]:
+def replay_golden(
+    artifact: Artifact, device: str | Device = "ort:cpu", *, min_cosine: float | None = None
+) -> dict[str, Any]:
     """Run the golden inputs and compare with the golden outputs.
 
     Args:

@@ -231,9 +231,7 @@ def test_constraints_pin_every_dependency() -> None:
             continue
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"constraints.txt does not pin {requirement.name}"
-        assert requirement.specifier.contains(version, prereleases=True), (
-            f"{requirement}: pinned to {version}"
-        )
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: pinned to {version}"
 
 
 def test_constraints_name_torch_without_a_build() -> None:

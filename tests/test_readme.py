@@ -31,8 +31,9 @@ def test_public_names_are_pinned():
     import deploykit
 
     assert deploykit.__all__ == [
-        "Artifact", "Dataset", "DeploykitError", "Recipe", "Report", "Session", "Signature", "TensorSpec", "__version__",
-        "benchmark", "export", "open_session", "quantize_dynamic", "quantize_static", "run", "simplify", "verify",
+        "Artifact", "Dataset", "DeploykitError", "Recipe", "Report", "Session", "Signature", "TensorSpec",
+        "__version__", "benchmark", "export", "open_session", "quantize_dynamic", "quantize_static", "run", "simplify",
+        "verify",
     ]  # fmt: skip
     for name in deploykit.__all__:
         assert getattr(deploykit, name) is not None

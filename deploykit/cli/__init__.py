@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     code = 1
     try:
-        code = int(cli.main(args=list(argv) if argv is not None else None, prog_name="deploykit", standalone_mode=False) or 0)
+        code = int(
+            cli.main(args=list(argv) if argv is not None else None, prog_name="deploykit", standalone_mode=False) or 0
+        )
     except DeploykitError as exc:
         click.echo(f"error: {exc}", err=True)
     except click.ClickException as exc:

@@ -20,8 +20,12 @@ from deploykit.cli import common
 @click.option("--threads", type=click.IntRange(1), help="Threads in one request; all allowed cores by default.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples in one request.")
 @click.option("--rounds", type=click.IntRange(3), default=5, show_default=True, help="Interleaved rounds.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True, help="Timed, a round.")
-@click.option("--warmup", "warmup_s", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds before, a round.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True, help="Timed, a round."
+)
+@click.option(
+    "--warmup", "warmup_s", type=click.FloatRange(0), default=1.0, show_default=True, help="Seconds before, a round."
+)
 @click.option(
     "--precision", type=click.Choice(["fp32", "native"]), default="fp32", show_default=True,
     help="fp32: no silent bf16 or TF32; native: as the runtime likes.",

@@ -25,10 +25,16 @@ device_option: Decorator = click.option(
     "Repeatable. Default: the CPU of every installed runtime.",
 )  # fmt: skip
 dim_option: Decorator = click.option(
-    "--dim", "dims", multiple=True, metavar="NAME=SIZE", help="Size of a dynamic dimension for made-up inputs. Repeatable."
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Size of a dynamic dimension for made-up inputs. Repeatable.",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
-dry_run_option: Decorator = click.option("--dry-run", is_flag=True, help="Print the recipe that this amounts to, and stop.")
+dry_run_option: Decorator = click.option(
+    "--dry-run", is_flag=True, help="Print the recipe that this amounts to, and stop."
+)
 
 
 def data_option(text: str, *, required: bool = False) -> Decorator:
@@ -74,6 +80,8 @@ def show_json(value: Any) -> None:
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; as wide as it is in a pipe, as wide as the terminal otherwise."""
+    import io
+
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -81,14 +89,25 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     made = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for row in rows:
         made.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 400, highlight=False, markup=False, emoji=False).print(made)
+    width = Console().width if sys.stdout.isatty() else 400
+    drawn = io.StringIO()
+    Console(file=drawn, width=width, highlight=False, markup=False, emoji=False).print(made)
+    for line in drawn.getvalue().splitlines():
+        if line.strip():
+            click.echo(line.rstrip())
 
 
 def show_artifact(artifact: Any, *, as_json: bool) -> None:
     """Say what was made, and on what grounds it is believed to be right."""
     manifest = artifact.manifest
     if as_json:
-        show_json({"artifact": str(artifact.path), "sha256": artifact.digest, "manifest": json.loads(manifest.model_dump_json())})
+        show_json(
+            {
+                "artifact": str(artifact.path),
+                "sha256": artifact.digest,
+                "manifest": json.loads(manifest.model_dump_json()),
+            }
+        )
         return
     click.echo(f"{artifact.path}: {manifest.model}, {artifact.size_bytes / 1e6:.2f} MB")
     for spec in artifact.signature.inputs:

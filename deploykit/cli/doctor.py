@@ -10,7 +10,7 @@ from deploykit.cli import common
 @click.command()
 @common.json_option
 def command(as_json: bool) -> None:
-    """Show what is installed, which devices exist, what clashes, and what to do; exit code 1 where something is wrong."""
+    """Show what is installed, which devices exist, what clashes, and what to do; exit 1 where something is wrong."""
     from deploykit.runtimes.probe import diagnose
 
     found = diagnose()
@@ -22,9 +22,12 @@ def command(as_json: bool) -> None:
         memory = f", {machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else ""
         click.echo(f"cpu      {machine.cpu} ({machine.architecture}){memory}")
         click.echo(
-            f"cores    {machine.cores_allowed} allowed (machine {machine.cores_machine}, affinity {machine.cores_affinity}{quota})"
+            f"cores    {machine.cores_allowed} allowed "
+            f"(machine {machine.cores_machine}, affinity {machine.cores_affinity}{quota})"
         )
-        flags = " ".join(f"{name}:{'yes' if there else 'no'}" for name, there in machine.flags.items() if "neon" not in name)
+        flags = " ".join(
+            f"{name}:{'yes' if there else 'no'}" for name, there in machine.flags.items() if "neon" not in name
+        )
         click.echo(f"flags    {flags}")
         for name, version in found.packages.items():
             click.echo(f"package  {name} {version or 'missing; run: ' + found.missing[name]}")

@@ -16,7 +16,8 @@ from deploykit.cli import common
 )  # fmt: skip
 @click.option(
     "--input", "inputs", multiple=True, metavar="SPEC",
-    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs: 'x=float32[batch,3,224,224]'. Repeatable.",
+    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs: "
+    "'x=float32[batch,3,224,224]'. Repeatable.",
 )  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset; 18 by default.")
 @click.option(

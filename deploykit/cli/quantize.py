@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from deploykit.cli import common
 
-_bits: Any = click.option(
+_bits: common.Decorator = click.option(
     "--weight-bits", type=click.Choice(["auto", "8", "7"]), default="auto", show_default=True,
     help="auto: 7 where this CPU lacks VNNI, because 8-bit products saturate there.",
 )  # fmt: skip
-_exclude: Any = click.option("--exclude", multiple=True, metavar="NODE", help="Stays in floating point. Repeatable.")
-_cosine: Any = click.option(
+_exclude: common.Decorator = click.option(
+    "--exclude", multiple=True, metavar="NODE", help="Stays in floating point. Repeatable."
+)
+_cosine: common.Decorator = click.option(
     "--min-cosine", type=click.FloatRange(-1, 1), default=0.95, show_default=True,
     help="Smallest accepted cosine between an output and the parent's.",
 )  # fmt: skip
-_per_tensor: Any = click.option("--per-tensor", is_flag=True, help="One scale a weight, instead of one an output channel.")
+_per_tensor: common.Decorator = click.option(
+    "--per-tensor", is_flag=True, help="One scale a weight, instead of one an output channel."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,7 +74,11 @@ def dynamic(
 @common.output_option
 @common.data_option("Calibration data:", required=True)
 @click.option(
-    "--calibration", type=click.Choice(["minmax"]), default="minmax", show_default=True, help="How ranges come from data."
+    "--calibration",
+    type=click.Choice(["minmax"]),
+    default="minmax",
+    show_default=True,
+    help="How ranges come from data.",
 )
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Samples in one run.")
 @click.option("--max-samples", type=click.IntRange(1), help="Calibration samples used at most; all by default.")
@@ -96,7 +102,7 @@ def static(
     as_json: bool,
     dry_run: bool,
 ) -> None:
-    """uint8 activations and int8 weights, with ranges from calibration data. For convolutional nets and transformers."""
+    """uint8 activations and int8 weights, ranges from calibration data. For convolutional nets and transformers."""
     if dry_run:
         params = {
             "model": model, "data": data, "calibration": calibration, "batch_size": batch_size,
@@ -112,5 +118,7 @@ def static(
         calibration=calibration, per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
         max_samples=max_samples, weight_bits=weight_bits,
     )  # fmt: skip
-    artifact = quantize_static(model, output, data=data, config=config, min_cosine=min_cosine, progress=common.progress())
+    artifact = quantize_static(
+        model, output, data=data, config=config, min_cosine=min_cosine, progress=common.progress()
+    )
     common.show_artifact(artifact, as_json=as_json)

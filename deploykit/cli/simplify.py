@@ -10,7 +10,9 @@ from deploykit.cli import common
 @click.command()
 @common.model_option
 @common.output_option
-@click.option("--timeout", "timeout_s", type=float, default=300.0, show_default=True, help="Seconds for one simplifier.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=300.0, show_default=True, help="Seconds for one simplifier."
+)
 @common.data_option("Real inputs for the comparison with the parent:")
 @common.dim_option
 @common.json_option

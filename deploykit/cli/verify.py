@@ -44,5 +44,7 @@ def command(
     if bad is not None:
         raise ParityError(
             f"{model} is not verified: {bad['verdict']} on {bad['device']}",
-            hint="give --min-cosine for a quantized model" if min_cosine is None and bad["verdict"] == "failed" else None,
+            hint="give --min-cosine for a quantized model"
+            if min_cosine is None and bad["verdict"] == "failed"
+            else None,
         )

@@ -1,7 +1,7 @@
 """A small residual classifier of handwritten digits, trained on scikit-learn's data in a few seconds.
 
-`python model.py DIR` trains and writes `weights.safetensors`, `calib.npz` and `eval.npz` into DIR; `make` is the factory
-that `deploykit export` calls.
+`python model.py DIR` trains and writes `weights.safetensors`, `calib.npz` and `eval.npz` into DIR; `make` is the
+factory that `deploykit export` calls.
 """
 
 import os
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
-EPOCHS = 12
+EPOCHS = 8
 
 
 class Block(nn.Module):

@@ -72,7 +72,12 @@ def test_benchmark_report(run_cli, conv_model, tmp_path):
         assert 0 <= candidate["accuracy"]["accuracy"] <= 1
         assert candidate["peak_memory_bytes"] > 1e6
         assert candidate["placement"]["share_of_nodes"] == 1.0
-        assert candidate["settings"]["intra_op_num_threads" if candidate["device"] == "ort:cpu" else "INFERENCE_NUM_THREADS"] == "1"
+        assert (
+            candidate["settings"][
+                "intra_op_num_threads" if candidate["device"] == "ort:cpu" else "INFERENCE_NUM_THREADS"
+            ]
+            == "1"
+        )
     assert sorted(r["position"] for c in report["candidates"] for r in c["rounds"][:1]) != [0, 0, 0, 0]
     int8 = [c for c in report["candidates"] if c["name"] == "q"]
     assert all(c["placement"]["compute_precisions"].get("int8", 0) >= 2 for c in int8)

@@ -135,13 +135,20 @@ def test_a_tampered_artifact_is_refused_by_every_command(run_cli, conv_model, tm
     data = bytearray(model.read_bytes())
     data[-1] ^= 1
     model.write_bytes(data)
-    for command in (["simplify", "-m", "a", "-o", "out"], ["inspect", "a"], ["verify", "-m", "a"], ["benchmark", "-m", "a"]):
+    for command in (
+        ["simplify", "-m", "a", "-o", "out"],
+        ["inspect", "a"],
+        ["verify", "-m", "a"],
+        ["benchmark", "-m", "a"],
+    ):
         assert_refused(run_cli(*command), tmp_path, "sha256")
 
 
 def test_devices_never_fall_back(run_cli, conv_model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    missing = next(p for p in ("ROCMExecutionProvider", "DmlExecutionProvider") if p not in onnxruntime.get_available_providers())
+    missing = next(
+        p for p in ("ROCMExecutionProvider", "DmlExecutionProvider") if p not in onnxruntime.get_available_providers()
+    )
     assert_refused(run_cli("benchmark", "-m", conv_model, "--device", missing), tmp_path, missing)
     assert_refused(run_cli("export", conv_model, "-o", "out", "--device", missing), tmp_path, missing)
     assert_refused(run_cli("export", conv_model, "-o", "out", "--device", "nosuch:gpu"), tmp_path, "doctor")

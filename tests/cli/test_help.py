@@ -29,7 +29,9 @@ def test_help_imports_nothing_heavy(command, tmp_path):
 def test_every_command_is_listed_with_its_help():
     from deploykit.cli import cli
 
-    text = subprocess.run([sys.executable, "-m", "deploykit", "--help"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sys.executable, "-m", "deploykit", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     for name in cli.list_commands(None):
         assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
         assert cli.get_command(None, name).help

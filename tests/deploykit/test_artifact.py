@@ -41,9 +41,7 @@ SIGNATURE = Signature(
     (TensorSpec("ids", "int64", ("batch", 8)), TensorSpec("mask", "bool", None)),
     (TensorSpec("logits", "float32", ("batch", "classes")),),
 )
-STEP = StepRecord(
-    step="export", params={"opset": 18}, tools={"torch": "2"}, parent=None, seconds=1.5, notes=["a note"]
-)
+STEP = StepRecord(step="export", params={"opset": 18}, tools={"torch": "2"}, parent=None, seconds=1.5, notes=["a note"])
 
 
 def make(output: Path, content: bytes = b"weights") -> Artifact:
@@ -455,10 +453,7 @@ def test_output_that_appears_meanwhile(tmp_path: Path, kind: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | str | None]:
-    return {
-        p: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
-        for p in folder.rglob("*")
-    }
+    return {p: p.readlink() if p.is_symlink() else p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def old(path: Path) -> Path:
@@ -531,9 +526,7 @@ with a.ArtifactWriter(sys.argv[1]) as writer:
 )
 def test_kill_leaves_nothing_or_the_whole(tmp_path: Path, moment: str, whole: bool) -> None:
     output = tmp_path / "out"
-    child = subprocess.Popen(
-        [sys.executable, "-c", _VICTIM, str(output), moment], stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", _VICTIM, str(output), moment], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None
         assert child.stdout.readline().strip() == moment

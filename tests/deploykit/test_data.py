@@ -331,7 +331,9 @@ def test_functions_that_fail(module: str, name: str, word: str) -> None:
     assert word in refused(lambda: read_all(f"{module}:{name}"))
 
 
-@pytest.mark.parametrize(("name", "word"), [("lengths", "fit together"), ("names", "fit together"), ("nothing", "no samples")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("lengths", "fit together"), ("names", "fit together"), ("nothing", "no samples")]
+)
 def test_head_of_what_does_not_fit_together(module: str, name: str, word: str) -> None:
     assert word in refused(lambda: Dataset.open(f"{module}:{name}").head(2))
 
@@ -412,9 +414,7 @@ def test_what_cannot_be_made_up() -> None:
 )
 def test_batch_size_of(shapes: list[Any], size: int) -> None:
     specs = tuple(TensorSpec(f"x{i}", "float32", s) for i, s in enumerate(shapes))
-    feeds = {
-        s.name: np.zeros([4 if isinstance(d, str) else d for d in s.shape or ()], np.float32) for s in specs
-    }
+    feeds = {s.name: np.zeros([4 if isinstance(d, str) else d for d in s.shape or ()], np.float32) for s in specs}
     assert batch_size_of(Signature(specs, ()), feeds) == size
 
 

@@ -13,8 +13,10 @@ from deploykit import errors
 from deploykit.errors import DeploykitError, StorageError, first_line, storage_error
 
 CLASSES = [
-    c for c in vars(errors).values() if inspect.isclass(c) and issubclass(c, Exception) and c.__module__ == errors.__name__
-]  # fmt: skip
+    c
+    for c in vars(errors).values()
+    if inspect.isclass(c) and issubclass(c, Exception) and c.__module__ == errors.__name__
+]
 
 
 def drawn() -> dict[str, str]:

@@ -41,9 +41,7 @@ def test_cpu_list(text: str, count: int) -> None:
     ("quota", "affinity", "allowed"),
     [(None, 8, 8), (1.5, 8, 2), (0.2, 8, 1), (16.0, 4, 4), (2.4, 8, 2), (1.0, 1, 1)],
 )
-def test_allowed_cores(
-    monkeypatch: pytest.MonkeyPatch, quota: float | None, affinity: int, allowed: int
-) -> None:
+def test_allowed_cores(monkeypatch: pytest.MonkeyPatch, quota: float | None, affinity: int, allowed: int) -> None:
     monkeypatch.setattr(machine, "_quota", lambda: quota)
     monkeypatch.setattr(machine, "_affinity", lambda: affinity)
     assert allowed_cores() == allowed

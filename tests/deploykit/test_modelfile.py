@@ -166,9 +166,7 @@ def in_subgraph(model: onnx.ModelProto, bad: onnx.TensorProto) -> None:
 
 def in_function(model: onnx.ModelProto, bad: onnx.TensorProto) -> None:
     node = helper.make_node("Constant", [], ["c"], value=bad)
-    model.functions.append(
-        helper.make_function("own", "F", [], ["c"], [node], [helper.make_opsetid("", 17)])
-    )
+    model.functions.append(helper.make_function("own", "F", [], ["c"], [node], [helper.make_opsetid("", 17)]))
 
 
 def in_sparse_values(model: onnx.ModelProto, bad: onnx.TensorProto) -> None:
@@ -181,9 +179,7 @@ def in_sparse_attribute(model: onnx.ModelProto, bad: onnx.TensorProto) -> None:
     sparse = onnx.SparseTensorProto(dims=[3, 4])
     sparse.indices.CopyFrom(bad)
     node = helper.make_node("Constant", [], ["c"])
-    node.attribute.add(
-        name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR
-    ).sparse_tensor.CopyFrom(sparse)
+    node.attribute.add(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR).sparse_tensor.CopyFrom(sparse)
     model.graph.node.append(node)
 
 
@@ -302,9 +298,7 @@ def test_signature() -> None:
 
 def test_sequences_are_no_tensors() -> None:
     model = matmul()
-    model.graph.output.append(
-        helper.make_tensor_sequence_value_info("zipmap", TensorProto.FLOAT, ["n"])
-    )
+    model.graph.output.append(helper.make_tensor_sequence_value_info("zipmap", TensorProto.FLOAT, ["n"]))
     assert "zipmap=False" in refused(lambda: signature_of(model))
 
 

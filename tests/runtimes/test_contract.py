@@ -264,9 +264,7 @@ def test_unknown_operator(tmp_path: Path, device: str) -> None:
     graph = helper.make_graph(
         [helper.make_node("NoSuchThing", ["x"], ["y"])], "g", [value("x", [1])], [value("y", [1])]
     )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx"
-    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
     with pytest.raises((ModelError, InferenceError)) as caught:
         open_session(tmp_path / "m.onnx", device)
     assert "NoSuchThing" in one_line(caught.value)
@@ -465,3 +463,21 @@ def test_provider_that_does_not_start_is_an_error(two_by_two: Path, monkeypatch:
     with pytest.raises(DeviceError) as caught:
         open_session(two_by_two, "ort:cuda")
     one_line(caught.value)
+
+
+@pytest.mark.parametrize("device", CPU_DEVICES)
+def test_names_are_those_of_the_file_whatever_is_fused(tmp_path: Path, device: str) -> None:
+    """OpenVINO gives the compiled input of Reshape + Relu the inner tensor's name as well."""
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "shape"], ["a"]), helper.make_node("Relu", ["a"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2, 3])],
+        [helper.make_tensor("shape", TensorProto.INT64, [3], [-1, 2, 3])],
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+    values = np.arange(-6, 6, dtype=np.float32).reshape(2, 6)
+    with open_session(path, device) as session:
+        assert [s.name for s in session.signature] == ["x", "y"]
+        np.testing.assert_array_equal(session.run({"x": values})["y"], np.maximum(values, 0).reshape(2, 2, 3))
