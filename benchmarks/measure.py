@@ -17,7 +17,7 @@ import numpy as np
 
 import deploykit
 from deploykit.benchmarks.environment import environment
-from deploykit.benchmarks.parity import Outputs, Verdict, compare, compare_lossy, without_padding
+from deploykit.benchmarks.parity import Outputs, Verdict, check_vacuity, compare, compare_lossy, without_padding
 from deploykit.benchmarks.plan import MIN_ROUNDS, Candidate, Settings
 from deploykit.benchmarks.report import Report, Row, build_report
 from deploykit.data import Dataset
@@ -77,25 +77,31 @@ def measure(
     told = progress or Progress()
     with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
         folder = Path(name)
-        np.savez(folder / "feeds.npz", **{f"{i}/{k}": v for i, f in enumerate(feeds) for k, v in f.items()})  # type: ignore[arg-type]
+        arrays = {f"{i}/{k}": v for i, f in enumerate(feeds) for k, v in f.items()}
+        # Object arrays would need pickle; strings are stored as numpy's own.
+        plain = {k: v.astype(str) if v.dtype.kind == "O" else v for k, v in arrays.items()}
+        np.savez(folder / "feeds.npz", **plain)  # type: ignore[arg-type]
         entries = [Entry(c) for c in candidates]
         labelled = data.source if data is not None and _has_labels(data) else None
         with told.step(f"check the outputs of {len(entries)} candidates"):
             for number, entry in enumerate(entries):
                 told.advance(number, len(entries), "candidates")
                 _probe(entry, entries[0], folder, feeds, settings, labelled)
+                if entries[0].status != "ok":
+                    raise BenchmarkError(
+                        f"the reference {entries[0].candidate.label} does not run: {entries[0].status}",
+                        hint="check it: deploykit inspect " + entries[0].candidate.path,
+                    )
                 if entry.status != "ok":
                     told.note(f"{entry.candidate.label} does not enter: {entry.status}")
-        if entries[0].status != "ok":
-            raise BenchmarkError(
-                f"the reference {entries[0].candidate.label} does not run: {entries[0].status}",
-                hint="check it: deploykit inspect " + entries[0].candidate.path,
-            )
+            vacuous = check_vacuity(entries[0].outputs)
+            if vacuous:
+                told.note(f"equal outputs prove nothing here: {vacuous}")
         twin = Entry(entries[0].candidate)
         interrupted = _run_rounds(entries, twin, folder, settings, told)
         rows = [Row(e.candidate, e.status, e.probe, e.parity, e.rounds) for e in entries]
         return build_report(
-            rows, twin.rounds, settings, environment(), notes=[*told.notes, *interrupted], labelled=labelled
+            rows, twin.rounds, settings, environment(), notes=told.notes, labelled=labelled, interrupted=interrupted
         )
 
 
@@ -137,7 +143,8 @@ def _judge(
     return {"kind": "near", **lossy.as_dict(), "cosine": lossy.cosine}, lossy.reason
 
 
-def _run_rounds(entries: list[Entry], twin: Entry, folder: Path, settings: Settings, told: Progress) -> list[str]:
+def _run_rounds(entries: list[Entry], twin: Entry, folder: Path, settings: Settings, told: Progress) -> bool:
+    """Measure; True where an interrupt ended it after enough rounds."""
     running = [e for e in entries if e.status == "ok"] + [twin]
     order = random.Random(settings.seed)
     done = 0
@@ -153,10 +160,11 @@ def _run_rounds(entries: list[Entry], twin: Entry, folder: Path, settings: Setti
             except KeyboardInterrupt:
                 if number < MIN_ROUNDS:
                     raise
-                return [f"interrupted: {number} of {settings.rounds} rounds were measured"]
+                told.note(f"interrupted: {number} of {settings.rounds} rounds were measured")
+                return True
             for position, (entry, result) in enumerate(zip(running, results, strict=True)):
                 entry.rounds.append(result | {"position": position})
-    return []
+    return False
 
 
 def _time(entry: Entry, folder: Path, settings: Settings) -> dict[str, Any]:

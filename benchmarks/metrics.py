@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,15 @@ def predictions(outputs: dict[str, Array]) -> Array:
     Raises:
         DataError: No output looks like a classifier's.
     """
+    return decide([reduce_outputs(outputs)])
+
+
+def reduce_outputs(outputs: dict[str, Array]) -> Array:
+    """One batch's classes (integers), or its single scores (reals, [batch]), for `decide`; small either way.
+
+    Raises:
+        DataError: No output looks like a classifier's.
+    """
     for array in outputs.values():
         if array.dtype.kind in "iu" and array.ndim >= 1:
             return array
@@ -43,15 +53,22 @@ def predictions(outputs: dict[str, Array]) -> Array:
         if array.ndim in (2, 3) and array.shape[-1] > 1:
             return np.asarray(array.argmax(-1))
         if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
-            flat = array.reshape(-1)
-            limit = 0.5 if ((flat >= 0) & (flat <= 1)).all() else 0.0
-            return (flat > limit).astype(np.int64)
+            return array.reshape(-1)
     shapes = {name: list(a.shape) for name, a in outputs.items()}
     raise DataError(
         f"outputs {shapes} hold no classes",
         expected="[batch, classes]",
         hint="leave the labels out of the data",
     )
+
+
+def decide(batches: Sequence[Array]) -> Array:
+    """Classes of all batches. Whether single scores are probabilities is decided over all of them, never per batch."""
+    values = np.concatenate(batches)
+    if values.dtype.kind != "f":
+        return values
+    limit = 0.5 if ((values >= 0) & (values <= 1)).all() else 0.0
+    return np.asarray((values > limit).astype(np.int64))
 
 
 def classification_scores(labels: Array, predicted: Array) -> Scores:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploykit.errors import BenchmarkError
 
 MIN_ROUNDS = 3
+_SHORTEST_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,9 @@ class Settings:
         """
         if self.rounds < MIN_ROUNDS:
             raise BenchmarkError(f"{self.rounds} rounds", expected=f"at least {MIN_ROUNDS}: intervals are over rounds")
+        numbers = (self.seconds, self.warmup_s, self.max_drop, self.min_cosine)
+        if not all(math.isfinite(n) for n in numbers) or self.seconds < _SHORTEST_S:
+            raise BenchmarkError(f"seconds and limits {numbers}", expected="finite numbers, seconds from 0.001")
         if not self.seconds > 0 or self.warmup_s < 0 or self.batch < 1:
             raise BenchmarkError(
                 f"seconds {self.seconds}, warm-up {self.warmup_s}, batch {self.batch}", expected="positive numbers"

@@ -59,6 +59,11 @@ class Report:
         found: dict[str, Any] = self.data["winner"]
         return found
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether an interrupt ended the measurement before all rounds were done."""
+        return bool(self.data.get("interrupted"))
+
     def to_json(self) -> str:
         """The JSON document as text."""
         return json.dumps(self.data, indent=1) + "\n"
@@ -84,6 +89,7 @@ def build_report(
     *,
     notes: Sequence[str],
     labelled: str | None,
+    interrupted: bool = False,
 ) -> Report:
     """Derive medians, percentiles and verdicts from raw samples.
 
@@ -94,6 +100,7 @@ def build_report(
         environment: Where.
         notes: What the user must know.
         labelled: The dataset that accuracy was measured on.
+        interrupted: Whether fewer rounds were measured than asked for.
     """
     medians = {i: _medians(row.rounds) for i, row in enumerate(rows) if row.rounds}
     floor = noise_floor(medians[0], _medians(twin), settings.seed)
@@ -109,6 +116,8 @@ def build_report(
         "settings": settings.as_dict() | {"labelled_data": labelled},
         "environment": environment,
         "notes": list(notes),
+        "interrupted": interrupted,
+        "interval": "paired percentile bootstrap over rounds, nominal 95 %; below 10 rounds it covers less",
         "noise_floor": round(floor, 4),
         "winner": _winner(rows, medians, eligible, floor, settings.seed),
         "candidates": entries,

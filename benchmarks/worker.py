@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.errors import DataError, DeploykitError
-from deploykit.runtimes import Session, open_session
+from deploykit.runtimes import Session, open_session, require_device
 from deploykit.specs import Array, fit_feeds
 
 _MIN_WARMUP_RUNS = 10
@@ -35,6 +35,7 @@ def main(job_file: str) -> int:
 
 def _work(job: dict[str, Any]) -> dict[str, Any]:
     feeds = _read_feeds(job["feeds"])
+    require_device(job["device"])  # imports the runtime: that is no part of loading a model
     started = time.perf_counter_ns()
     with open_session(job["model"], job["device"], threads=job["threads"], precision=job["precision"]) as session:
         loaded = time.perf_counter_ns()
@@ -71,6 +72,7 @@ def _for(session: Session, feeds: dict[str, Array]) -> dict[str, Array]:
 
 def _probe(session: Session, feeds: list[dict[str, Array]], job: dict[str, Any]) -> dict[str, Any]:
     outputs = {f"{i}/{name}": array for i, f in enumerate(feeds) for name, array in session.run(f).items()}
+    outputs = {k: a.astype(str) if a.dtype.kind == "O" else a for k, a in outputs.items()}
     np.savez(job["outputs"], **outputs)  # type: ignore[arg-type]
     result: dict[str, Any] = {"placement": session.placement(feeds[0]).summary()}
     if job.get("labelled"):
@@ -80,7 +82,7 @@ def _probe(session: Session, feeds: list[dict[str, Array]], job: dict[str, Any])
 
 def _evaluate(session: Session, source: str) -> dict[str, Any]:
     """Accuracy over a whole dataset, in batches that the model takes."""
-    from deploykit.benchmarks.metrics import classification_scores, predictions
+    from deploykit.benchmarks.metrics import classification_scores, decide, reduce_outputs
     from deploykit.data import LABELS, Dataset
 
     first = [s.shape[0] for s in session.signature.inputs if s.shape]
@@ -93,9 +95,9 @@ def _evaluate(session: Session, source: str) -> dict[str, Any]:
         if fixed and count < fixed:  # fill the last batch up, and forget what was filled in
             batch = {k: np.concatenate([v, np.repeat(v[-1:], fixed - count, 0)]) for k, v in batch.items()}
         outputs = session.run(fit_feeds(session.signature, batch))
-        guesses.append(predictions(outputs)[:count])
+        guesses.append(reduce_outputs(outputs)[:count])
         labels.append(batch[LABELS][:count])
-    return classification_scores(np.concatenate(labels), np.concatenate(guesses)).as_dict()
+    return classification_scores(np.concatenate(labels), decide(guesses)).as_dict()
 
 
 def _time(session: Session, feeds: list[dict[str, Array]], warmup_s: float, seconds: float) -> dict[str, Any]:

@@ -424,6 +424,16 @@ def _place_error(exc: OSError, output: Path) -> StorageError:
     )
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that no file can be made in, before the work is done.
+
+    Raises:
+        StorageError: It is not there, or not ours to write to.
+    """
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise StorageError(f"cannot write to {folder}", expected="an existing folder that you may write to")
+
+
 def _taken(output: Path) -> OutputExistsError:
     return OutputExistsError(f"{output} exists and is left as it is", hint="choose another -o, or remove it first")
 

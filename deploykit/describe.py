@@ -35,6 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "outputs": [str(s) for s in signature.outputs],
         "parameters": sum(math.prod(w.dims) for w in model.graph.initializer),
         "nodes": len(model.graph.node),
+        "node_names": [n.name for n in model.graph.node],
         "ops": dict(Counter(n.op_type for n in model.graph.node).most_common()),
     }
     if artifact:

@@ -53,7 +53,7 @@ def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
             f"{path} is a directory without manifest.json", expected="an .onnx file or an artifact directory"
         )
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, UnicodeDecodeError) as exc:
         raise ModelError(f"{path} is not an ONNX file, or is cut off ({first_line(exc)})", hint=_RE_EXPORT) from exc
     except OSError as exc:

@@ -47,6 +47,12 @@ class LoadedModel:
     opset: int | None
 
     @property
+    def unverifiable(self) -> bool:
+        """Whether its evidence says that outputs do not react to inputs, which the user accepted."""
+        parity = self.artifact.manifest.evidence.parity if self.artifact else []
+        return any(record.get("verdict") == "unverifiable" for record in parity)
+
+    @property
     def quantized(self) -> bool:
         """Whether a step of the lineage changed the numbers."""
         return any(step.step.startswith("quantize") for step in self.lineage)
@@ -100,9 +106,10 @@ def probe_feeds(
     Returns:
         At least one set of inputs, and where they come from.
     """
+    _check_dims(model.signature, dims)
     if data is not None:
         return _from_data(model.signature, data, [1, 3, 8, 16]), data.source
-    if model.artifact is not None:
+    if model.artifact is not None and not dims:
         golden = [inputs for inputs, _ in model.artifact.golden()]
         if golden:
             kind = (
@@ -112,9 +119,23 @@ def probe_feeds(
             )
             return golden, "generated" if kind == "generated" else "golden"
     sizes = guess_sizes(model.signature.inputs, ExportOptions(dims=dims))
-    batches = [{**sizes, **{s: n for s in _batch_symbols(model.signature)}} for n in (1, 2, 3)]
+    batches = [{**sizes, **dict.fromkeys(_batch_symbols(model.signature), n), **dims} for n in (1, 2, 3)]
     cases = [generate(model.signature.inputs, s, ranges=model.ranges, seed=i) for i, s in enumerate(batches)]
     return cases, "generated"
+
+
+def _check_dims(signature: Signature, dims: Mapping[str, int]) -> None:
+    """Refuse sizes of dimensions that the model does not have.
+
+    Raises:
+        DataError: There is no such dimension.
+    """
+    unknown = next((name for name in dims if name not in signature.symbols), None)
+    if unknown is not None:
+        raise DataError(
+            f"--dim names {unknown!r}, which is no dynamic dimension of the model",
+            expected=f"one of {', '.join(signature.symbols) or 'none: all dimensions are fixed'}",
+        )
 
 
 def _batch_symbols(signature: Signature) -> list[str]:
@@ -141,11 +162,11 @@ def _from_data(signature: Signature, data: Dataset, counts: Sequence[int]) -> li
 
 def benchmark_feeds(
     model: LoadedModel, data: Dataset | None, batch: int, dims: Mapping[str, int]
-) -> tuple[list[dict[str, Array]], str]:
+) -> tuple[list[dict[str, Array]], str, int]:
     """Distinct inputs of one batch size for a benchmark to rotate through.
 
     Returns:
-        32 sets of inputs, and where they come from.
+        32 sets of inputs, where they come from, and their batch size: the model's own where that is fixed.
 
     Raises:
         DataError: The model's batch is fixed to another size, or the data do not fit.
@@ -155,6 +176,10 @@ def benchmark_feeds(
     if fixed and batch != fixed[0] and batch != 1:
         raise DataError(f"batch {batch} for a model whose batch is fixed to {fixed[0]}", hint="leave --batch out")
     size = fixed[0] if fixed and isinstance(fixed[0], int) else batch
+    _check_dims(model.signature, dims)
+    clash = next((s for s in _batch_symbols(model.signature) if dims.get(s, size) != size), None)
+    if clash is not None:
+        raise DataError(f"--dim {clash}={dims[clash]} contradicts --batch {size}", hint=f"use --batch {dims[clash]}")
     if data is not None:
         rows = data.head(size * _BENCHMARK_INPUTS)
         rows.pop(LABELS, None)
@@ -162,12 +187,10 @@ def benchmark_feeds(
         if have < size:
             raise DataError(f"{data.source} holds {have} samples", expected=f"at least one batch of {size}")
         picks = [(np.arange(size) + i * size) % have for i in range(max(1, min(_BENCHMARK_INPUTS, have)))]
-        return [fit_feeds(model.signature, {k: v[p] for k, v in rows.items()}) for p in picks], data.source
+        return [fit_feeds(model.signature, {k: v[p] for k, v in rows.items()}) for p in picks], data.source, size
     sizes = {**_golden_sizes(model), **dims}
-    full = (
-        guess_sizes(inputs, ExportOptions(dims=sizes)) | {s: size for s in _batch_symbols(model.signature)} | dict(dims)
-    )
-    return [generate(inputs, full, ranges=model.ranges, seed=i) for i in range(_BENCHMARK_INPUTS)], "generated"
+    full = guess_sizes(inputs, ExportOptions(dims=sizes)) | {s: size for s in _batch_symbols(model.signature)}
+    return [generate(inputs, full, ranges=model.ranges, seed=i) for i in range(_BENCHMARK_INPUTS)], "generated", size
 
 
 def _golden_sizes(model: LoadedModel) -> dict[str, int]:

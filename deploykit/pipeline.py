@@ -332,6 +332,13 @@ def _derive(
     if min_cosine is not None and origin == "generated":
         told.note("checked on made-up inputs only, which prove no accuracy; give real ones with --data")
     expected = _outputs(parent.path, targets[0], feeds)
+    vacuous = check_vacuity(expected)
+    if vacuous and not parent.unverifiable:
+        raise UnverifiableError(
+            f"the result could not be verified: {vacuous}",
+            expected="a trained model, and several different inputs",
+            hint="give real inputs with --data, or accept it once: deploykit export MODEL --allow-unverified",
+        )
     with ArtifactWriter(output) as writer:
         target = writer.dir / _MODEL
 
@@ -355,6 +362,9 @@ def _derive(
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
             records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told)
+        if vacuous:
+            records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
+            told.note(f"unverifiable: {vacuous}")
         _copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
@@ -541,14 +551,18 @@ def benchmark(
     dataset = Dataset.open(data) if data else None
     if not loaded:
         raise OptimizationError("nothing to measure", hint="name a model: -m MODEL")
-    feeds, origin = benchmark_feeds(loaded[0], dataset, batch, dims or {})
+    feeds, origin, size = benchmark_feeds(loaded[0], dataset, batch, dims or {})
+    if size != batch:
+        told.note(f"the model's batch is fixed to {size}")
     candidates = [
         Candidate(name, str(model.path), str(device), model.digest, model.size_bytes)
         for name, model in zip(names_of(models), loaded, strict=True)
         for device in targets
+        # Nobody asked for ONNX Runtime by name, and it cannot read OpenVINO's format.
+        if devices or model.path.suffix != ".xml" or device.runtime != "ort"
     ]
     settings = Settings(
-        rounds=rounds, seconds=seconds, warmup_s=warmup_s, threads=threads, batch=batch, precision=precision,
+        rounds=rounds, seconds=seconds, warmup_s=warmup_s, threads=threads, batch=size, precision=precision,
         max_drop=max_drop, min_cosine=min_cosine, seed=seed, inputs=origin,
     )  # fmt: skip
     return measure(candidates, feeds, settings, data=dataset, progress=told)

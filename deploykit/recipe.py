@@ -174,8 +174,8 @@ class Recipe:
 
 
 def _read_step(name: str, table: Any) -> Step:
-    if not _NAME.fullmatch(name):
-        raise RecipeError(f"step name {name!r}", expected="letters, digits, '-', '_' and '.'")
+    if not _NAME.fullmatch(name) or name.endswith(".json"):
+        raise RecipeError(f"step name {name!r}", expected="letters, digits, '-', '_' and '.', and no .json at the end")
     if not isinstance(table, dict):
         raise RecipeError(f"{name} is {type(table).__name__}, not a table", expected=f"[{name}]")
     kind = table.get("step", name)

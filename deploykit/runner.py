@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import pipeline
-from deploykit.artifact import Artifact, check_free, is_artifact, write_file
+from deploykit.artifact import Artifact, check_free, is_artifact, sha256_of, write_file
 from deploykit.benchmarks import Report
-from deploykit.errors import OutputExistsError, RecipeError, storage_error
+from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
 from deploykit.optimizers import DynamicConfig, StaticConfig
 from deploykit.progress import Progress
 from deploykit.recipe import BenchmarkStep, DynamicStep, ExportStep, Recipe, SimplifyStep, StaticStep, Step
@@ -27,38 +27,63 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress
     Args:
         recipe: The steps.
         output: Directory for `<step>/` artifacts and `<step>.json` reports.
-        resume: Keep what an interrupted run of the same recipe finished.
+        resume: Keep what an interrupted run finished, where step, parents and files are still the same.
         progress: Told about steps.
 
     Raises:
         OutputExistsError: The output is there, and `resume` is not given.
-        RecipeError: The output was made by another recipe.
+        RecipeError: The output was not made by a recipe.
+        KeyboardInterrupt: The user interrupted; finished steps stay.
     """
-    record = _open_output(recipe, output, resume=resume)
+    record = _open_output(output, resume=resume)
     made: dict[str, Artifact | Report] = {}
-    previous: str | None = None
-    for name, step in recipe.steps.items():
-        target = output / (f"{name}.json" if isinstance(step, BenchmarkStep) else name)
-        with progress.step(f"[{name}]"):
-            if record.get(name) and target.exists():
-                made[name] = _reopen(target, step)
-                progress.note(f"[{name}] is kept from the interrupted run")
-            else:
-                # Whole, but not noted as done: the run was killed between the two.
+    try:
+        for name, step in recipe.steps.items():
+            previous = next((n for n in reversed(made) if not isinstance(recipe.steps[n], BenchmarkStep)), None)
+            target = output / (f"{name}.json" if isinstance(step, BenchmarkStep) else name)
+            with progress.step(f"[{name}]"):
+                key = _key(recipe, name, made, previous)
+                if record.get(name) == key and target.exists():
+                    made[name] = _reopen(target, step)
+                    progress.note(f"[{name}] is kept from the interrupted run")
+                    continue
+                # Made from something else, or whole and not yet noted as done when the run was killed.
                 _remove(target)
                 made[name] = _run_step(recipe, name, step, output, previous, progress)
-                record[name] = True
+                if isinstance(made[name], Report) and made[name].interrupted:  # type: ignore[union-attr]
+                    raise KeyboardInterrupt
+                record[name] = key
                 _write_record(output, record)
-        if not isinstance(step, BenchmarkStep):
-            previous = name
+    except BaseException:
+        if not record:
+            _drop_empty(output)
+        raise
     return made
 
 
-def _fingerprint(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps([recipe.tables(), str(recipe.folder.resolve())]).encode()).hexdigest()
+def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previous: str | None) -> str:
+    """Hash of all that a step's result follows from: its parameters, its parents, the files that it reads."""
+    step = recipe.steps[name]
+    params = step.model_dump()
+    texts = [str(params[k]) for k in _PATHS if params.get(k) is not None]
+    if isinstance(step, BenchmarkStep):
+        models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
+    else:
+        models = [] if isinstance(step, ExportStep) else [step.model or str(previous)]
+    digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
+    files = [_stamp(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts]
+    files += [_stamp(recipe.folder / m) for m in models if m not in made]
+    return hashlib.sha256(json.dumps([params, models, digests, files]).encode()).hexdigest()
 
 
-def _open_output(recipe: Recipe, output: Path, *, resume: bool) -> dict[str, Any]:
+def _stamp(path: Path) -> list[str]:
+    """What tells one state of a file or a directory from another; empty where there is neither."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return [f"{p.name} {p.stat().st_size} {sha256_of(p)}" for p in files]
+
+
+def _open_output(output: Path, *, resume: bool) -> dict[str, str]:
+    """Create the output, or read what an interrupted run noted there: a key by finished step."""
     file = output / _RECORD
     if not resume or not output.exists():
         try:
@@ -70,16 +95,22 @@ def _open_output(recipe: Recipe, output: Path, *, resume: bool) -> dict[str, Any
             output.mkdir(parents=True)
         except OSError as exc:
             raise storage_error(exc, output) or exc from exc
-        record: dict[str, Any] = {"fingerprint": _fingerprint(recipe)}
-        _write_record(output, record)
-        return record
+        _write_record(output, {})
+        return {}
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise RecipeError(f"{output} was not made by deploykit run", hint="choose another -o") from exc
-    if found.get("fingerprint") != _fingerprint(recipe):
-        raise RecipeError(f"{output} was made by another recipe, or this one has changed", hint="choose another -o")
-    return found
+    if not isinstance(found, dict):
+        raise RecipeError(f"{file} was changed", hint="choose another -o")
+    return {str(name): str(key) for name, key in found.items()}
+
+
+def _drop_empty(output: Path) -> None:
+    """Remove an output in which no step was finished."""
+    with contextlib.suppress(OSError):
+        (output / _RECORD).unlink()
+        output.rmdir()
 
 
 def _write_record(output: Path, record: Mapping[str, Any]) -> None:
@@ -94,9 +125,12 @@ def _write_record(output: Path, record: Mapping[str, Any]) -> None:
 
 
 def _reopen(target: Path, step: Step) -> Artifact | Report:
-    if isinstance(step, BenchmarkStep):
+    if not isinstance(step, BenchmarkStep):
+        return Artifact.open(target)
+    try:
         return Report(json.loads(target.read_text(encoding="utf-8")))
-    return Artifact.open(target)
+    except (OSError, ValueError) as exc:
+        raise RecipeError(f"{target} is damaged ({first_line(exc)})", hint=f"remove it: rm {target}") from exc
 
 
 def _remove(target: Path) -> None:

@@ -50,6 +50,7 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     notes: list[str] = []
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    _name_nodes(copy)
     have = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), 0)
     if per_channel and have < _PER_CHANNEL_OPSET:
         copy = _raise_opset(copy, have)
@@ -60,6 +61,13 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     if lifted:
         notes.append(f"{lifted} Constant nodes turned into initializers")
     return infer_shapes(copy), notes
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Give nameless nodes names, so that they can be chosen and excluded."""
+    for number, node in enumerate(model.graph.node):
+        if not node.name:
+            node.name = f"{node.op_type}_{number}"
 
 
 def _raise_opset(model: onnx.ModelProto, have: int) -> onnx.ModelProto:

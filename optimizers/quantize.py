@@ -25,7 +25,7 @@ from deploykit.modelfile import model_bytes, read_model, signature_of, write_mod
 from deploykit.optimizers.base import Opener, StepResult
 from deploykit.optimizers.prepare import prepare
 from deploykit.optimizers.ranges import MinMax, collect_ranges
-from deploykit.optimizers.select_nodes import select_nodes, watched_tensors
+from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
 from deploykit.specs import Array, Signature, fit_feeds
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class DynamicConfig:
     Attributes:
         ops: Operator types to quantize. Convolutions are left out: ConvInteger is many times slower than float.
         per_channel: One scale an output channel.
-        exclude: Node names that stay in floating point.
+        exclude: Node names and operator types that stay in floating point.
         weight_bits: "8", "7", or "auto": 7 where the CPU lacks VNNI, because there the sum of two 8-bit products
             saturates at 16 bits.
     """
@@ -83,7 +83,10 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
     quantization = require("onnxruntime.quantization", extra="ort")
     prepared, notes = prepare(read_model(model), per_channel=config.per_channel)
     bits, why = _weight_bits(config.weight_bits)
-    before = _weight_names(prepared)
+    check_excluded(prepared, config.exclude)
+    kept = [n.name for n in prepared.graph.node if n.name in config.exclude or n.op_type in config.exclude]
+    # onnxruntime splits a Gemm into a MatMul of this name and an Add before it looks at the names.
+    excluded = [*kept, *(f"{name}_MatMul" for name in kept)]
     if not any(n.op_type in config.ops for n in prepared.graph.node):
         kinds = sorted({n.op_type for n in prepared.graph.node})
         raise OptimizationError(
@@ -99,7 +102,7 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
                 per_channel=config.per_channel,
                 reduce_range=bits == 7,
                 weight_type=quantization.QuantType.QInt8,
-                nodes_to_exclude=list(config.exclude),
+                nodes_to_exclude=excluded,
                 use_external_data_format=model_bytes(model) > 1_900_000_000,
                 extra_options={"MatMulConstBOnly": True},
             )
@@ -111,7 +114,8 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
     quantized = sum(
         n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in result.graph.node
     )
-    if not quantized and _weight_names(result) == before:
+    # Embeddings become integers behind a DequantizeLinear.
+    if not quantized and not any(n.op_type == "DequantizeLinear" for n in result.graph.node):
         raise OptimizationError(
             "nothing was quantized: no matrix product has constant weights",
             hint="use: deploykit quantize static --data FILE",
@@ -149,6 +153,7 @@ def quantize_static(
     require("onnxruntime.quantization", extra="ort")
     prepared, notes = prepare(read_model(model), per_channel=config.per_channel)
     bits, why = _weight_bits(config.weight_bits)
+    check_excluded(prepared, config.exclude)
     nodes = select_nodes(prepared, frozenset(config.exclude))
     if not nodes:
         raise OptimizationError(
@@ -311,10 +316,6 @@ def _weight_bits(asked: str) -> tuple[int, list[str]]:
         "weights have 7 bits: this CPU has no VNNI, and 8-bit products would saturate; "
         "for a target with VNNI use --weight-bits 8"
     ]
-
-
-def _weight_names(model: onnx.ModelProto) -> set[str]:
-    return {w.name for w in model.graph.initializer}
 
 
 def _tools() -> dict[str, str]:

@@ -7,8 +7,10 @@ products of two activations run in float in OpenVINO anyway.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
+
+from deploykit.errors import OptimizationError
 
 if TYPE_CHECKING:
     import onnx
@@ -27,6 +29,21 @@ _TRUNK = (
     "Transpose",
 )
 _COMPUTE_INPUTS = 2
+
+
+def check_excluded(model: onnx.ModelProto, excluded: Iterable[str]) -> None:
+    """Refuse names that would leave nothing out.
+
+    Raises:
+        OptimizationError: A name is neither a node's nor an operator type of the model.
+    """
+    known = {n.name for n in model.graph.node} | {n.op_type for n in model.graph.node}
+    unknown = [name for name in excluded if name not in known]
+    if unknown:
+        raise OptimizationError(
+            f"--exclude {unknown[0]!r} names no node and no operator type of the model",
+            hint="see the names: deploykit inspect MODEL --json",
+        )
 
 
 def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def simplify(model: Path, config: SimplifyConfig, target: Path, check: Check) ->
         target: Where the result goes.
         check: Says why a candidate is not acceptable (does not load, or differs from ``model``).
     """
+    if not (math.isfinite(config.timeout_s) and config.timeout_s > 0):
+        raise OptimizationError(f"a time limit of {config.timeout_s} s", expected="a positive number")
     before = _count(model)
     notes: list[str] = []
     for tool in _TOOLS:

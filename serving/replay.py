@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deploykit.artifact import Artifact
-from deploykit.benchmarks.parity import compare, compare_lossy, without_padding
+from deploykit.benchmarks.parity import Verdict, check_vacuity, compare, compare_lossy, without_padding
 from deploykit.errors import ArtifactError
 from deploykit.runtimes import Device, open_session
 
@@ -39,4 +39,8 @@ def replay_golden(
     else:
         feeds = [inputs for inputs, _ in cases]
         result = compare_lossy(without_padding(expected, feeds), without_padding(outputs, feeds), min_cosine)
+    vacuous = check_vacuity(expected)
+    if vacuous and result.verdict is Verdict.PASSED:
+        unverifiable = {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous}
+        return {"against": "golden", "device": str(device), **result.as_dict(), **unverifiable}
     return {"against": "golden", "device": str(device), **result.as_dict()}

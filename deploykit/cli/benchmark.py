@@ -70,18 +70,21 @@ def command(
     if dry_run:
         common.show_recipe("benchmark", {"models": list(models), "devices": list(devices), **settings})
         return
-    from deploykit.artifact import check_free, write_file
+    from deploykit.artifact import check_free, check_writable, write_file
     from deploykit.pipeline import benchmark
 
-    if output:
+    if output is not None:
         check_free(Path(output))
+        check_writable(Path(output).parent)
     report = benchmark(models, devices=devices, progress=common.progress(), **settings)  # type: ignore[arg-type]
-    if output:
-        write_file(Path(output), report.to_json().encode())
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
         show_report(report)
+    if output is not None:
+        write_file(Path(output), report.to_json().encode())
+    if report.interrupted:
+        raise KeyboardInterrupt
 
 
 def show_report(report: object) -> None:

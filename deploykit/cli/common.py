@@ -53,7 +53,7 @@ def parse_dims(texts: Sequence[str]) -> dict[str, int]:
     sizes = {}
     for text in texts:
         name, sep, size = text.partition("=")
-        if not sep or not name or not size.isdigit() or int(size) < 1:
+        if not sep or not name or not (size.isascii() and size.isdecimal()) or int(size) < 1:
             raise DataError(f"cannot read --dim {text!r}", expected="NAME=SIZE, like sequence=128")
         sizes[name] = int(size)
     return sizes

@@ -11,7 +11,10 @@ _bits: common.Decorator = click.option(
     help="auto: 7 where this CPU lacks VNNI, because 8-bit products saturate there.",
 )  # fmt: skip
 _exclude: common.Decorator = click.option(
-    "--exclude", multiple=True, metavar="NODE", help="Stays in floating point. Repeatable."
+    "--exclude",
+    multiple=True,
+    metavar="NODE",
+    help="A node's name or an operator type that stays in floating point. Repeatable.",
 )
 _cosine: common.Decorator = click.option(
     "--min-cosine", type=click.FloatRange(-1, 1), default=0.95, show_default=True,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from deploykit.benchmarks.metrics import classification_scores, predictions
+from deploykit.benchmarks.metrics import classification_scores, decide, predictions, reduce_outputs
 from deploykit.errors import DataError
 
 CLASSES = st.integers(0, 5)
@@ -100,3 +100,10 @@ def test_predictions(outputs: dict[str, Any], classes: Any) -> None:
 def test_outputs_that_hold_no_classes(outputs: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="hold no classes"):
         predictions(outputs)
+
+
+def test_the_threshold_of_single_scores_does_not_change_between_batches() -> None:
+    """The second batch alone would look like probabilities; with the first it is clear that they are logits."""
+    batches = [reduce_outputs({"y": np.array(b, np.float32)}) for b in ([[-3.0], [2.0]], [[0.2], [0.4]])]
+    assert decide(batches).tolist() == [0, 1, 1, 1]
+    assert decide(batches[1:]).tolist() == [0, 0]

@@ -242,7 +242,9 @@ def test_constant_outputs_prove_nothing() -> None:
     fixed = noise((2, 5))
     assert "no output changes" in vacuous(fixed, fixed.copy(), fixed.copy())
     assert "no output changes" in vacuous(np.zeros((2, 5)), np.zeros((2, 5)))
-    assert "no output changes" in vacuous(noise((2, 5)))  # one case only
+    assert "no output changes" in vacuous(noise((1, 5)))  # one case of one row
+    assert "no output changes" in vacuous(np.ones((4, 5)))  # one batch of equal rows
+    assert vacuous(noise((4, 5))) == ""  # the rows of one batch are inputs enough
     assert "no output changes" in check_vacuity([case(), case()])
 
 

@@ -163,3 +163,111 @@ def test_dry_run_prints_a_recipe_that_loads(run_cli, args, tmp_path):
     assert done.returncode == 0, done.stderr
     (tmp_path / "r.toml").write_text(done.stdout)
     assert len(Recipe.load(tmp_path / "r.toml").steps) == 1
+
+
+def test_resume_makes_again_what_followed_from_something_else(run_cli, conv_model, tmp_path):
+    import shutil
+
+    (tmp_path / "recipe.toml").write_text(RECIPE.split("[benchmark]")[0])
+    assert run_cli("run", "recipe.toml", "-o", "out").returncode == 0
+    before = {n: Artifact.open(tmp_path / "out" / n).digest for n in ("import", "simplify", "int8")}
+    shutil.rmtree(tmp_path / "out" / "import")
+    done = run_cli("run", "recipe.toml", "-o", "out", "--resume")
+    assert done.returncode == 0, done.stderr
+    lineage = Artifact.open(tmp_path / "out" / "int8").manifest.lineage
+    assert lineage[-1].parent == Artifact.open(tmp_path / "out" / "simplify").digest
+    assert lineage[1].parent == Artifact.open(tmp_path / "out" / "import").digest
+    assert before != {n: Artifact.open(tmp_path / "out" / n).digest for n in before}
+
+
+def test_a_recipe_whose_first_step_fails_leaves_nothing(run_cli, tmp_path):
+    (tmp_path / "recipe.toml").write_text('[export]\nsource = "nope.onnx"\n')
+    assert run_cli("run", "recipe.toml", "-o", "out").returncode == 1
+    assert not (tmp_path / "out").exists()
+
+
+def fixed_batch(path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 64])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
+
+
+def test_throughput_counts_the_samples_of_a_fixed_batch(run_cli, conv_model, tmp_path):
+    fixed_batch(tmp_path / "four.onnx")
+    quick = ["--device", "ort:cpu", "--rounds", 3, "--seconds", 0.05, "--warmup", 0]
+    done = run_cli("benchmark", "-m", "four.onnx", *quick, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["settings"]["batch"] == 4
+    (found,) = report["candidates"]
+    wall = sum(r["wall_ns"] for r in found["rounds"]) / 1e9
+    assert found["throughput_per_s"] == pytest.approx(4 * found["samples"] / wall)
+    for wrong in (["--dim", "batch=512"], ["--dim", "bogus=3"], ["--dim", "batch=²"], ["--seconds", "inf"]):
+        done = run_cli("benchmark", "-m", conv_model, *quick, *wrong)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, (wrong, done.stderr)
+
+
+def test_a_failing_reference_is_one_line(run_cli, conv_model, tmp_path):
+    import numpy as np
+
+    np.savez(tmp_path / "long.npz", x=np.zeros((8, 3, 12, 12), np.float32), labels=np.zeros((8, 2), np.int64))
+    done = run_cli("benchmark", "-m", conv_model, "-m", conv_model, "--data", "long.npz")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "the reference" in done.stderr
+
+
+def test_openvino_ir_runs_on_openvino_only(run_cli, conv_model, tmp_path):
+    import openvino
+
+    openvino.save_model(openvino.convert_model(str(conv_model)), str(tmp_path / "ir.xml"), compress_to_fp16=False)
+    quick = ["--rounds", 3, "--seconds", 0.05, "--warmup", 0, "--json"]
+    done = run_cli("benchmark", "-m", "ir.xml", "-m", conv_model, *quick)
+    assert done.returncode == 0, done.stderr
+    assert [c["device"] for c in json.loads(done.stdout)["candidates"]] == ["openvino:cpu", "ort:cpu", "openvino:cpu"]
+
+
+def test_an_accepted_unverifiable_model_stays_unverifiable(run_cli, conv_model, tmp_path):
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(conv_model))
+    for weight in model.graph.initializer:
+        weight.CopyFrom(numpy_helper.from_array(np.zeros(tuple(weight.dims), np.float32), weight.name))
+    onnx.save(model, str(tmp_path / "zero.onnx"))
+    refused = run_cli("simplify", "-m", "zero.onnx", "-o", "out")
+    assert refused.returncode == 1 and "--allow-unverified" in refused.stderr
+    assert run_cli("export", "zero.onnx", "-o", "a", "--allow-unverified").returncode == 0
+    assert run_cli("simplify", "-m", "a", "-o", "b").returncode == 0
+    verdicts = {r["verdict"] for r in Artifact.open(tmp_path / "b").manifest.evidence.parity}
+    assert verdicts == {"unverifiable"}
+    replayed = run_cli("verify", "-m", "b")
+    assert replayed.returncode == 1 and "unverifiable" in replayed.stdout
+
+
+def test_an_interrupt_keeps_the_rounds_and_says_so(conv_model, tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    command = [
+        sys.executable, "-m", "deploykit", "benchmark", "-m", "net.onnx", "--device", "ort:cpu", "--rounds", "500",
+        "--seconds", "0.01", "--warmup", "0", "-o", "report.json",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interrupted"] and 3 <= len(report["candidates"][0]["rounds"]) < 500
+    assert "interrupted:" in errors and "rounds of" in out

@@ -152,3 +152,16 @@ def test_devices_never_fall_back(run_cli, conv_model, tmp_path):
     assert_refused(run_cli("benchmark", "-m", conv_model, "--device", missing), tmp_path, missing)
     assert_refused(run_cli("export", conv_model, "-o", "out", "--device", missing), tmp_path, missing)
     assert_refused(run_cli("export", conv_model, "-o", "out", "--device", "nosuch:gpu"), tmp_path, "doctor")
+
+
+def test_exclude_takes_types_and_refuses_unknown_names(run_cli, conv_model, tmp_path):
+    import json
+
+    static = ["quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o"]
+    assert_refused(run_cli(*static, "out", "--exclude", "nosuch"), tmp_path, "nosuch")
+    assert_refused(run_cli("quantize", "dynamic", "-m", conv_model, "-o", "out", "--exclude", "typo"), tmp_path, "typo")
+    only_gemm = run_cli(*static, "kept", "--exclude", "Conv", "--json")
+    assert only_gemm.returncode == 0, only_gemm.stderr
+    assert json.loads(only_gemm.stdout)["manifest"]["lineage"][-1]["params"]["quantized_nodes"] == 1
+    # Without its one matrix product nothing is left for dynamic quantization.
+    assert_refused(run_cli("quantize", "dynamic", "-m", conv_model, "-o", "out", "--exclude", "Gemm"), tmp_path)
