@@ -99,24 +99,27 @@ def quiet(log: Path) -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     root = logging.getLogger()
-    with log.open("a", encoding="utf-8") as sink:
-        handler = logging.StreamHandler(sink)
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)
-        root.addHandler(handler)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("default")
-                warnings.showwarning = _warning_writer(sink)
-                with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-                    yield
-        finally:
-            root.removeHandler(handler)
-            sink.flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
+    sink = log.open("a", encoding="utf-8")
+    handler = logging.StreamHandler(sink)
+    os.dup2(sink.fileno(), 1)
+    os.dup2(sink.fileno(), 2)
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _warning_writer(sink)
+            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                yield
+    finally:
+        root.removeHandler(handler)
+        # First of all the way back to the terminal: without it not even the error below could be reported.
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        os.close(saved[0])
+        os.close(saved[1])
+        # A full disk loses the log; what the block was there for fails, or not, on its own.
+        with contextlib.suppress(OSError):
+            sink.close()
 
 
 def _warning_writer(sink: IO[str]) -> Any:
