@@ -13,26 +13,20 @@ nothing or everything. It is verified whenever it is opened.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
-import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from deploykit.data import UNREADABLE, ValueRange
-from deploykit.errors import ArtifactError, DataError, OutputExistsError, StorageError, first_line, storage_error
+from deploykit.errors import ArtifactError, DataError, first_line
 from deploykit.specs import Array, Signature, TensorSpec
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -42,8 +36,6 @@ LOG = "export.log"
 ASSETS = "assets/"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
 _GOLDEN_LIMIT_BYTES = 32 * 2**20
-# A writer takes its lock a moment after it made the directory; nobody may sweep it in between.
-_LOCK_GRACE_S = 2.0
 
 
 class _Model(BaseModel):
@@ -274,234 +266,3 @@ def _read_golden(path: Path) -> list[tuple[dict[str, Array], dict[str, Array]]]:
     except UNREADABLE as exc:
         raise DataError(f"cannot read {path} ({first_line(exc)})", hint="make the artifact again") from exc
     return [cases[n] for n in sorted(cases)]
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-class ArtifactWriter:
-    """Builds an artifact in a staging directory beside its place.
-
-    Use as a context manager: write files below `dir`, then `commit`. Without `commit`, and on every error, the staging
-    directory is removed. A staging directory that a killed process left is removed by the next writer to that place.
-
-    Args:
-        output: Where the artifact will stand; nothing may be there.
-    """
-
-    def __init__(self, output: str | Path) -> None:
-        self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output
-        self.dir = Path()
-        self._made_parents: list[Path] = []
-        self._lock: int | None = None
-
-    def __enter__(self) -> ArtifactWriter:
-        """Create the staging directory.
-
-        Raises:
-            OutputExistsError: Something stands at the output.
-            StorageError: The place cannot be written.
-        """
-        check_free(self.output)
-        try:
-            self._make_parents()
-            self._sweep()
-            prefix = self._prefix()
-            self.dir = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
-            self._lock = _take_lock(self.dir)
-        except OSError as exc:
-            self._discard()
-            raise _place_error(exc, self.output) from exc
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Remove the staging directory unless it was committed; translate a storage failure."""
-        self._discard()
-        if isinstance(exc, OSError):
-            error = storage_error(exc, self.output)
-            if error is not None:
-                raise error from exc
-
-    def commit(
-        self,
-        *,
-        model: str,
-        signature: Signature,
-        lineage: list[StepRecord],
-        evidence: Evidence,
-        ranges: Mapping[str, ValueRange] | None = None,
-    ) -> Artifact:
-        """Write the manifest, flush everything to the disk and rename the directory to its place.
-
-        Raises:
-            OutputExistsError: Somebody put something there in the meantime.
-        """
-        from deploykit import __version__
-
-        known = ranges or {}
-        paths = sorted(p for p in self.dir.rglob("*") if p.is_file())
-        manifest = Manifest(
-            deploykit=__version__,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=model,
-            inputs=[_entry(s, known.get(s.name)) for s in signature.inputs],
-            outputs=[_entry(s, None) for s in signature.outputs],
-            lineage=lineage,
-            evidence=evidence,
-            files={
-                p.relative_to(self.dir).as_posix(): FileEntry(sha256=sha256_of(p), bytes=p.stat().st_size)
-                for p in paths
-            },
-        )
-        raw = (manifest.model_dump_json(indent=2) + "\n").encode()
-        (self.dir / MANIFEST).write_bytes(raw)
-        for path in (*paths, self.dir / MANIFEST, *(p for p in self.dir.rglob("*") if p.is_dir()), self.dir):
-            _fsync(path)
-        check_free(self.output)
-        self.dir.chmod(0o777 & ~_umask())
-        try:
-            self.dir.rename(self.output)
-        except OSError as exc:
-            if self.output.exists():
-                raise _taken(self.output) from exc
-            raise
-        _fsync(self.output.parent)
-        self._made_parents.clear()
-        return Artifact(self.output, manifest, hashlib.sha256(raw).hexdigest())
-
-    def _prefix(self) -> str:
-        return f".{self.output.name}.tmp-"
-
-    def _make_parents(self) -> None:
-        missing = []
-        here = self.output.parent
-        while not here.exists():
-            missing.append(here)
-            here = here.parent
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                self._made_parents.append(folder)
-
-    def _sweep(self) -> None:
-        """Remove staging directories whose writer is gone: nobody holds the lock on them."""
-        for stale in self.output.parent.glob(f"{_escape(self._prefix())}*"):
-            with contextlib.suppress(FileNotFoundError):  # another writer swept it
-                if time.time() - stale.lstat().st_mtime < _LOCK_GRACE_S:
-                    continue
-            lock = _take_lock(stale)
-            if lock is not None:
-                shutil.rmtree(stale, ignore_errors=True)
-                os.close(lock)
-
-    def _discard(self) -> None:
-        if self.dir != Path():
-            shutil.rmtree(self.dir, ignore_errors=True)
-            self.dir = Path()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-        for folder in reversed(self._made_parents):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        self._made_parents.clear()
-
-
-def check_free(output: Path) -> None:
-    """Refuse an output path that is taken.
-
-    Raises:
-        OutputExistsError: Something is there, be it an empty directory or a dangling link.
-    """
-    if os.path.lexists(output):
-        raise _taken(output)
-
-
-def _place_error(exc: OSError, output: Path) -> StorageError:
-    """For a failure that can only come from where the output is to stand, such as a folder that is not there."""
-    return storage_error(exc, output) or StorageError(
-        f"cannot write {output}: {exc.strerror or exc}", hint="choose an -o whose folder exists"
-    )
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that no file can be made in, before the work is done.
-
-    Raises:
-        StorageError: It is not there, or not ours to write to.
-    """
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise StorageError(f"cannot write to {folder}", expected="an existing folder that you may write to")
-
-
-def _taken(output: Path) -> OutputExistsError:
-    return OutputExistsError(f"{output} exists and is left as it is", hint="choose another -o, or remove it first")
-
-
-def _entry(spec: TensorSpec, limits: ValueRange | None) -> TensorEntry:
-    return TensorEntry(
-        name=spec.name,
-        dtype=spec.dtype,
-        shape=spec.shape,
-        range=(limits.low, limits.high) if limits else None,
-    )
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", text)
-
-
-def _take_lock(folder: Path) -> int | None:
-    """An exclusive lock on a directory, released by the kernel when its process ends; None where it is taken."""
-    import fcntl
-
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a single file (a report) atomically; refuses to overwrite.
-
-    Raises:
-        OutputExistsError: Something is there.
-        StorageError: The file system refused.
-    """
-    check_free(path)
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        os.link(temporary, path)  # unlike rename, refuses to replace
-    except FileExistsError as exc:
-        raise _taken(path) from exc
-    except OSError as exc:
-        raise _place_error(exc, path) from exc
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import pipeline
-from deploykit.artifact import Artifact, check_free, is_artifact, sha256_of, write_file
+from deploykit.artifact import Artifact, is_artifact, sha256_of
 from deploykit.benchmarks import Report
 from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
 from deploykit.optimizers import DynamicConfig, StaticConfig
 from deploykit.progress import Progress
 from deploykit.recipe import BenchmarkStep, DynamicStep, ExportStep, Recipe, SimplifyStep, StaticStep, Step
+from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
 _PATHS = ("data", "source", "model")

@@ -70,8 +70,8 @@ def command(
     if dry_run:
         common.show_recipe("benchmark", {"models": list(models), "devices": list(devices), **settings})
         return
-    from deploykit.artifact import check_free, check_writable, write_file
     from deploykit.pipeline import benchmark
+    from deploykit.staging import check_free, check_writable, write_file
 
     if output is not None:
         check_free(Path(output))

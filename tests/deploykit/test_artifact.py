@@ -19,12 +19,10 @@ import pytest
 
 from deploykit.artifact import (
     Artifact,
-    ArtifactWriter,
     Evidence,
     StepRecord,
     is_artifact,
     manifest_schema,
-    write_file,
     write_golden,
 )
 from deploykit.data import ValueRange
@@ -36,6 +34,7 @@ from deploykit.errors import (
     StorageError,
 )
 from deploykit.specs import Signature, TensorSpec
+from deploykit.staging import ArtifactWriter, write_file
 
 SIGNATURE = Signature(
     (TensorSpec("ids", "int64", ("batch", 8)), TensorSpec("mask", "bool", None)),
@@ -495,7 +494,8 @@ def test_living_writer_is_not_swept(tmp_path: Path) -> None:
 _VICTIM = """
 import sys, time
 from pathlib import Path
-from deploykit import artifact as a
+from deploykit import artifact as m
+from deploykit import staging as a
 from deploykit.specs import Signature
 
 stop = sys.argv[2]
@@ -515,7 +515,7 @@ with a.ArtifactWriter(sys.argv[1]) as writer:
     at("entered")
     (writer.dir / "model.onnx").write_bytes(b"x" * 1000)
     at("written")
-    writer.commit(model="model.onnx", signature=Signature((), ()), lineage=[], evidence=a.Evidence())
+    writer.commit(model="model.onnx", signature=Signature((), ()), lineage=[], evidence=m.Evidence())
     at("committed")
 """
 

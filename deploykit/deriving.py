@@ -1,0 +1,229 @@
+"""The verbs that make an artifact out of another: simplify, quantize."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord
+from deploykit.benchmarks.parity import (
+    Verdict,
+    check_vacuity,
+    compare,
+    top1_agreement,
+)
+from deploykit.data import Dataset
+from deploykit.errors import DeploykitError, OptimizationError, ParityError, UnverifiableError
+from deploykit.models import LoadedModel, load_model, probe_feeds
+from deploykit.optimizers import DynamicConfig, SimplifyConfig, StaticConfig, StepConfig, optimize
+from deploykit.progress import Progress
+from deploykit.runtimes import Device, default_devices, open_session
+from deploykit.staging import ArtifactWriter, check_free
+
+if TYPE_CHECKING:
+    from deploykit.specs import Array, Feeds
+
+from deploykit.comparing import MIN_COSINE, compare_outputs, outputs_of
+
+_MODEL = "model.onnx"
+
+
+def simplify(
+    model: str | Path,
+    output: str | Path,
+    *,
+    timeout_s: float = 300.0,
+    data: str | Path | None = None,
+    dims: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Simplify the graph: onnxsim, else onnxslim, else as it was; each result is compared with its parent.
+
+    Args:
+        model: Artifact or `.onnx` file.
+        output: Where the artifact will stand.
+        timeout_s: Seconds for one simplifier.
+        data: Real inputs for the comparison; golden or made-up ones by default.
+        dims: Sizes of dynamic dimensions where inputs are made up.
+        progress: Told about steps and notes.
+
+    Raises:
+        ModelError: The model cannot be read.
+        ParityError: The result differs from its parent.
+    """
+    return _derive("simplify", model, output, SimplifyConfig(timeout_s), data, dims, None, progress)
+
+
+def quantize_dynamic(
+    model: str | Path,
+    output: str | Path,
+    *,
+    config: DynamicConfig | None = None,
+    data: str | Path | None = None,
+    dims: Mapping[str, int] | None = None,
+    min_cosine: float = MIN_COSINE,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Quantize weights to int8; activations are quantized while the model runs.
+
+    Args:
+        model: Artifact or `.onnx` file, in floating point.
+        output: Where the artifact will stand.
+        config: What to quantize.
+        data: Real inputs for the comparison with the parent.
+        dims: Sizes of dynamic dimensions where inputs are made up.
+        min_cosine: Smallest accepted cosine between an output and the parent's.
+        progress: Told about steps and notes.
+
+    Raises:
+        OptimizationError: Nothing to quantize, or the quantizer failed.
+        ParityError: The outputs are too far from the parent's.
+    """
+    return _derive("quantize-dynamic", model, output, config or DynamicConfig(), data, dims, min_cosine, progress)
+
+
+def quantize_static(
+    model: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path,
+    config: StaticConfig | None = None,
+    min_cosine: float = MIN_COSINE,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Quantize weights and activations to 8 bits, with ranges from calibration data.
+
+    Args:
+        model: Artifact or `.onnx` file, in floating point.
+        output: Where the artifact will stand.
+        data: Calibration data, anything that `Dataset.open` reads.
+        config: How to quantize.
+        min_cosine: Smallest accepted cosine between an output and the parent's.
+        progress: Told about steps and notes.
+
+    Raises:
+        DataError: The data cannot be read, or do not fit the model.
+        OptimizationError: Nothing to quantize, or the quantizer failed.
+        ParityError: The outputs are too far from the parent's.
+    """
+    return _derive("quantize-static", model, output, config or StaticConfig(), data, None, min_cosine, progress)
+
+
+def _derive(
+    step: str,
+    model: str | Path,
+    output: str | Path,
+    config: StepConfig,
+    data: str | Path | None,
+    dims: Mapping[str, int] | None,
+    min_cosine: float | None,
+    progress: Progress | None,
+) -> Artifact:
+    """Apply one optimizer, compare with the parent on every default device, write the artifact."""
+    told = progress or Progress()
+    check_free(Path(output))
+    targets, started = default_devices(), time.monotonic()
+    first_note = len(told.notes)
+    parent = load_model(model)
+    dataset = Dataset.open(data) if data else None
+    feeds, origin = probe_feeds(parent, dataset, dims or {})
+    if min_cosine is not None and origin == "generated":
+        told.note("checked on made-up inputs only, which prove no accuracy; give real ones with --data")
+    expected = outputs_of(parent.path, targets[0], feeds)
+    vacuous = check_vacuity(expected)
+    if vacuous and not parent.unverifiable:
+        raise UnverifiableError(
+            f"the result could not be verified: {vacuous}",
+            expected="a trained model, and several different inputs",
+            hint="give real inputs with --data, or accept it once: deploykit export MODEL --allow-unverified",
+        )
+    with ArtifactWriter(output) as writer:
+        target = writer.dir / _MODEL
+
+        def check(candidate: Path) -> str | None:
+            try:
+                result = compare(expected, outputs_of(candidate, targets[0], feeds))
+            except DeploykitError as exc:
+                return exc.what
+            return f"its outputs differ: {result.reason}" if result.verdict is Verdict.FAILED else None
+
+        with told.step(f"{step} {model}"):
+            done = optimize(
+                parent.path,
+                config,
+                target,
+                check=check,
+                open_model=lambda p: open_session(p, targets[0]).run,
+                data=dataset,
+            )
+        for note in done.notes:
+            told.note(note)
+        with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
+            records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told)
+        if vacuous:
+            records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
+            told.note(f"unverifiable: {vacuous}")
+        _copy_companions(parent, writer.dir)
+        record = StepRecord(
+            step=step,
+            params={**done.params, "changed": done.changed},
+            tools=done.tools,
+            parent=parent.digest,
+            seconds=round(time.monotonic() - started, 3),
+            notes=told.notes[first_note:],
+        )
+        return writer.commit(
+            model=_MODEL,
+            signature=parent.signature,
+            lineage=[*parent.lineage, record],
+            evidence=Evidence(parity=records),
+            ranges=parent.ranges,
+        )
+
+
+def _compare_with_parent(
+    parent: LoadedModel,
+    target: Path,
+    targets: Sequence[Device],
+    feeds: Sequence[Feeds],
+    expected: Sequence[Mapping[str, Array]],
+    origin: str,
+    min_cosine: float | None,
+    told: Progress,
+) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for number, device in enumerate(targets):
+        try:
+            outputs = outputs_of(target, device, feeds)
+        except DeploykitError as exc:
+            if number == 0:
+                raise OptimizationError(f"{device} cannot run the result ({exc.what})", hint=exc.hint) from exc
+            told.note(f"{device} cannot run the result: {exc.what}")
+            records.append({"against": parent.digest, "device": str(device), "verdict": "failed", "reason": str(exc)})
+            continue
+        result = compare_outputs(expected, outputs, feeds, min_cosine)
+        if result.verdict is Verdict.FAILED:
+            text = f"in {device} the result is not its parent: {result.reason}"
+            if number == 0:
+                hint = (
+                    "give more calibration data, or leave layers out with --exclude" if min_cosine is not None else None
+                )
+                raise ParityError(text, hint=hint)
+            told.note(text)
+        agreement = top1_agreement(expected, outputs) if min_cosine is not None else None
+        extra = {} if agreement is None else {"top1_agreement": agreement}
+        records.append({"against": parent.digest, "device": str(device), "data": origin, **result.as_dict(), **extra})
+    return records
+
+
+def _copy_companions(parent: LoadedModel, folder: Path) -> None:
+    """Golden cases stay those of the source model; assets belong to every descendant."""
+    if parent.artifact is None:
+        return
+    for name in parent.artifact.manifest.files:
+        if name == GOLDEN or name.startswith("assets/"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(parent.artifact.path / name, folder / name)
