@@ -325,13 +325,13 @@ def _encoder_call(model: Any, cross: Sequence[Slot]) -> Callable[..., Mapping[st
 
     def call(**tensors: Any) -> Mapping[str, Any]:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-        from transformers.modeling_outputs import BaseModelOutput
 
-        hidden = model.get_encoder()(**tensors, return_dict=True).last_hidden_state
+        encoded = model.get_encoder()(**tensors, return_dict=True)
+        hidden = encoded.last_hidden_state
         # One step of the decoder fills the cross-attention's cache; what else it computes is cut off by the exporter.
         mask = {"attention_mask": tensors["attention_mask"]} if "attention_mask" in tensors else {}
         out = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), use_cache=True, return_dict=True,
+            encoder_outputs=encoded, use_cache=True, return_dict=True,
             decoder_input_ids=torch.zeros((hidden.shape[0], 1), dtype=torch.long),
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()), **mask,
         )  # fmt: skip
@@ -349,12 +349,13 @@ def _decoder_call(model: Any, own: Sequence[Slot], cross: Sequence[Slot], *, mas
 
         keys = tensors[cross[0].past]
         # Of the encoder's output only the shape is read: its keys and values are in the cache.
-        hidden = keys.new_zeros((keys.shape[0], keys.shape[2], width))
+        encoded = BaseModelOutput(last_hidden_state=keys.new_zeros((keys.shape[0], keys.shape[2], width)))
+        encoded.attention_mask = None  # some speech encoders hand their mask on
         cache = EncoderDecoderCache(_cache_of(tensors, own, grows=True), _cache_of(tensors, cross, grows=False))
         cache.is_updated = dict.fromkeys(range(len(cross) // 2), True)
         extra = {"attention_mask": tensors["encoder_attention_mask"]} if mask else {}
         out = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden), decoder_input_ids=tensors["input_ids"],
+            encoder_outputs=encoded, decoder_input_ids=tensors["input_ids"],
             past_key_values=cache, use_cache=True, return_dict=True, **extra,
         )  # fmt: skip
         return {"logits": out.logits, **_presents(out.past_key_values.self_attention_cache, own)}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import ExportError, SourceError, first_line
+from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source, Way
 from deploykit.exporters.hf_generation import Graph, decoder_graph, decoder_tokens, encoder_decoder_graphs
 from deploykit.exporters.hf_inputs import Inputs, audio_inputs, choose, image_inputs, joined, text_inputs
@@ -87,7 +87,7 @@ class HuggingFaceSource(TorchSource):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Export, with the way's attention; the reference keeps the model's own."""
-        with self._attention(way.attention):
+        with self._attention(way.attention), _global_pooling(self._model), _batched_experts(self._model):
             super().write(way, target, opset)
 
     @contextmanager
@@ -104,6 +104,45 @@ class HuggingFaceSource(TorchSource):
             yield
         finally:
             self._model.set_attn_implementation(own)
+
+
+@contextmanager
+def _global_pooling(model: Any) -> Iterator[None]:
+    """Average over the whole picture where that is what a pool larger than any picture means.
+
+    EfficientNet's pool has as many rows and columns as the network has channels, and rounds up; OpenVINO refuses a
+    window that is larger than what it slides over.
+    """
+    torch = require("torch", extra="torch")
+    width = getattr(model.config, "hidden_dim", None)
+    found = [
+        (parent, name, pool)
+        for parent in model.modules()
+        for name, pool in parent.named_children()
+        if isinstance(pool, torch.nn.AvgPool2d) and pool.ceil_mode and pool.kernel_size == width
+    ]
+    for parent, name, _ in found:
+        setattr(parent, name, torch.nn.AdaptiveAvgPool2d(1))
+    try:
+        yield
+    finally:
+        for parent, name, pool in found:
+            setattr(parent, name, pool)
+
+
+@contextmanager
+def _batched_experts(model: Any) -> Iterator[None]:
+    """Mixtures of experts as batched matrix products: the default groups tokens by a kernel that ONNX does not have."""
+    able = getattr(model, "_can_set_experts_implementation", None)
+    if able is None or not able():
+        yield
+        return
+    own = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(own)
 
 
 def open_model_directory(path: Path, options: ExportOptions) -> dict[str, Source]:
@@ -125,7 +164,14 @@ def open_model_directory(path: Path, options: ExportOptions) -> dict[str, Source
     model = _load(path, class_for(transformers, config, task))
     found = task or task_of(model)
     notes = [f"exported as {type(model).__name__}{f', for {found}' if found else ''}"]
-    graphs = _graphs(transformers, model, path, options, found)
+    try:
+        graphs = _graphs(transformers, model, path, options, found)
+    except DeploykitError:
+        raise
+    except Exception as exc:  # a model of an unforeseen build: whatever fails, it is not the user's command
+        raise ExportError(
+            f"{type(model).__name__} cannot be taken apart into graphs ({first_line(exc)})", hint=_OWN_MODULE
+        ) from exc
     assets = tuple(p for name in _ASSETS if (p := path / name).is_file())
     return {g.name: HuggingFaceSource(model, g, options, str(path), assets, notes) for g in graphs}
 

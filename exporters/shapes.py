@@ -313,16 +313,19 @@ def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
     """Output specs, with dimension names found by watching the sizes over all cases.
 
     An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is
-    named after the output. A sum of two symbols is seen too.
+    named after the output; axes that always have
+    one size have one name. A sum of two symbols is seen too.
     """
     specs = []
+    named: dict[tuple[int, ...], str] = {}
     for name, first in cases[0].outputs.items():
-        dims = [_observed_dim(name, axis, cases) for axis in range(first.ndim)]
+        dims = [_observed_dim(name, axis, cases, named) for axis in range(first.ndim)]
         specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
     return tuple(specs)
 
 
-def _observed_dim(name: str, axis: int, cases: Sequence[Case]) -> Dim:
+def _observed_dim(name: str, axis: int, cases: Sequence[Case], named: dict[tuple[int, ...], str]) -> Dim:
+    """Size or name of one axis; ``named`` holds the names that were given so far, by the sizes of the axis."""
     sizes = [case.outputs[name].shape[axis] if axis < case.outputs[name].ndim else -1 for case in cases]
     if len(set(sizes)) == 1:
         return int(sizes[0])
@@ -332,4 +335,4 @@ def _observed_dim(name: str, axis: int, cases: Sequence[Case]) -> Dim:
     for first, second in itertools.combinations(sorted(cases[0].sizes), 2):
         if all(c.sizes[first] + c.sizes[second] == size for c, size in zip(cases, sizes, strict=True)):
             return f"{first} + {second}"
-    return f"{name}_dim{axis}"
+    return named.setdefault(tuple(sizes), f"{name}_dim{axis}")

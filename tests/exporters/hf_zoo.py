@@ -177,8 +177,18 @@ def _scale(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=std, generator=generator)
         elif name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.2, generator=generator)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5, generator=generator)
+        else:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1, generator=generator)
+    if any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()):
+        _settle(model, generator)
+
+
+def _settle(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Let batch normalization see pictures, as training does."""
+    size = model.config.image_size
+    model.train()
+    with torch.no_grad():
+        for _ in range(30):
+            light = torch.randn((8, 3, 1, 1), generator=generator)
+            model(pixel_values=torch.randn((8, 3, size, size), generator=generator) + light)
+    model.eval()
