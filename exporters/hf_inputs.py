@@ -17,6 +17,7 @@ from deploykit.specs import Array, Dim, Feeds, TensorSpec, terms
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SAMPLE_RATE = 16000
+_PAGE = 1000
 # Sentences of different lengths, so that the parity check sees real tokens and real padding.
 _SENTENCES = (
     "Yes.",
@@ -39,13 +40,14 @@ class Inputs:
     """What goes into one graph.
 
     Attributes:
-        specs: Names, dtypes and shapes; the symbols are the dimensions that are dynamic by default.
+        specs: Names, dtypes and shapes; symbols for all dimensions that can be dynamic.
         draw: Makes values for sizes of all the symbols; other values at every call.
         example: Sizes for the export itself; at least 2 each, for torch.export takes 0 and 1 as constants.
         check: Further sizes to compare at.
         ranges: Values that made-up inputs may take.
         limits: Smallest and largest size that the model allows, by symbol.
         data: Where the values come from: "text" or "generated".
+        fixed: Symbols that are sizes of the example unless the user names their axes.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -55,6 +57,14 @@ class Inputs:
     ranges: dict[str, ValueRange] = field(default_factory=dict)
     limits: dict[str, tuple[int, int]] = field(default_factory=dict)
     data: str = "generated"
+    fixed: frozenset[str] = frozenset()
+
+    def by_default(self, example: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+        """Inputs with the dimensions that are dynamic where the user names none."""
+        return tuple(
+            TensorSpec(s.name, s.dtype, tuple(example[d] if d in self.fixed else d for d in s.shape or ()))  # type: ignore[index]
+            for s in self.specs
+        )
 
     def sized(self, dims: Mapping[str, int]) -> dict[str, int]:
         """Sizes for the export, with the user's in place.
@@ -130,7 +140,8 @@ def text_inputs(transformers: Any, config: Any, path: Path, parameters: Sequence
     wanted = set(tokenizer.model_input_names) if tokenizer else {"input_ids", "attention_mask"}
     if not tokenizer and getattr(config, "type_vocab_size", 0) > 1:
         wanted.add("token_type_ids")
-    names = tuple(n for n in TEXT_INPUTS if n in parameters and n in wanted | {"input_ids", "attention_mask"})
+    wanted |= {"input_ids", "attention_mask"}
+    names = tuple(n for n in TEXT_INPUTS if n in parameters and n in wanted)
     longest = longest_text(config)
     draw = _sentence_drawer(tokenizer, names) if tokenizer else token_drawer(config, names)
     sequence = min(24, longest)
@@ -140,8 +151,13 @@ def text_inputs(transformers: Any, config: Any, path: Path, parameters: Sequence
         "token_type_ids": ValueRange(0, 0),
     }
     plan = ((1, sequence), (3, 2 * sequence), (2, sequence // 2 + 1), (5, sequence + 3))
+    specs = [TensorSpec(n, "int64", ("batch", "sequence")) for n in names]
+    if "bbox" in parameters:  # models of documents: where on the page a token stands
+        specs.append(TensorSpec("bbox", "int64", ("batch", "sequence", 4)))
+        ranges["bbox"] = ValueRange(0, _PAGE)
+        names, draw = (*names, "bbox"), _with_boxes(draw)
     return Inputs(
-        tuple(TensorSpec(n, "int64", ("batch", "sequence")) for n in names),
+        tuple(specs),
         lambda sizes: draw(sizes["batch"], sizes["sequence"]),
         {"batch": 4, "sequence": sequence},
         tuple({"batch": b, "sequence": min(s, longest)} for b, s in plan),
@@ -149,6 +165,18 @@ def text_inputs(transformers: Any, config: Any, path: Path, parameters: Sequence
         {"sequence": (1, longest)},
         "text" if tokenizer else "generated",
     )
+
+
+def _with_boxes(draw: Callable[[int, int], dict[str, Array]]) -> Callable[[int, int], dict[str, Array]]:
+    """Boxes [batch, sequence, 4] of left, top, right, bottom in thousandths of the page."""
+    calls = itertools.count()
+
+    def drawn(batch: int, sequence: int) -> dict[str, Array]:
+        rng = np.random.default_rng(next(calls))
+        corners = np.sort(rng.integers(0, _PAGE + 1, (batch, sequence, 2, 2)), axis=2)
+        return {**draw(batch, sequence), "bbox": corners.reshape(batch, sequence, 4)}
+
+    return drawn
 
 
 def longest_text(config: Any) -> int:
@@ -228,27 +256,29 @@ def token_drawer(config: Any, names: tuple[str, ...]) -> Callable[[int, int], di
     return draw
 
 
-def image_inputs(config: Any, path: Path, dims: Mapping[str, int]) -> Inputs:
+def image_inputs(config: Any, path: Path) -> Inputs:
     """`pixel_values` [batch, channels, height, width]; only the batch is dynamic by default."""
     height, width = _image_size(config, path)
-    shape = int(getattr(config, "num_channels", 3)), int(dims.get("height", height)), int(dims.get("width", width))
+    channels = int(getattr(config, "num_channels", 3))
+    plan = ((1, height, width), (3, 2 * height, width), (2, height, 2 * width), (5, height, width))
     return Inputs(
-        (TensorSpec("pixel_values", "float32", ("batch", *shape)),),
-        _pictures(shape),
-        {"batch": 2},
-        ({"batch": 1}, {"batch": 3}, {"batch": 5}),
+        (TensorSpec("pixel_values", "float32", ("batch", channels, "height", "width")),),
+        _pictures(channels),
+        {"batch": 2, "height": height, "width": width},
+        tuple({"batch": b, "height": h, "width": w} for b, h, w in plan),
+        fixed=frozenset({"height", "width"}),
     )
 
 
-def _pictures(shape: tuple[int, int, int]) -> Draw:
-    """Pictures [batch, *shape] of patches of colour and noise, each of another brightness and contrast.
+def _pictures(channels: int) -> Draw:
+    """Pictures [batch, channels, height, width] of patches and noise, each of another brightness and contrast.
 
     Plain noise looks all the same to a network that averages over the picture.
     """
     calls = itertools.count()
-    channels, height, width = shape
 
     def draw(sizes: Mapping[str, int]) -> dict[str, Array]:
+        height, width = sizes["height"], sizes["width"]
         rng = np.random.default_rng(next(calls))
         made = []
         for _ in range(sizes["batch"]):
@@ -256,7 +286,7 @@ def _pictures(shape: tuple[int, int, int]) -> Draw:
             patches = rng.standard_normal((channels, side, side))
             rows, columns = np.arange(height) * side // height, np.arange(width) * side // width
             light, contrast = rng.standard_normal((channels, 1, 1)), rng.uniform(0.3, 1.5)
-            noise = rng.standard_normal(shape) * rng.uniform(0.1, 0.5)
+            noise = rng.standard_normal((channels, height, width)) * rng.uniform(0.1, 0.5)
             made.append(light + contrast * patches[:, rows][:, :, columns] + noise)
         return {"pixel_values": np.stack(made).astype(np.float32)}
 
@@ -287,7 +317,7 @@ def _preprocessor(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def audio_inputs(config: Any, path: Path, main: str, parameters: Sequence[str], dims: Mapping[str, int]) -> Inputs:
+def audio_inputs(config: Any, path: Path, main: str, parameters: Sequence[str]) -> Inputs:
     """Waveforms [batch, samples], or spectrograms of the shape that the model's front end makes."""
     mels = next((int(m) for n in ("num_mel_bins", "input_feat_per_channel") if (m := getattr(config, n, None))), None)
     if main == "input_features" and hasattr(config, "max_source_positions") and "whisper" in config.model_type:
@@ -297,7 +327,7 @@ def audio_inputs(config: Any, path: Path, main: str, parameters: Sequence[str], 
         fixed = (int(config.max_length), mels)
         return _spectrograms(main, lambda batch: (batch, *fixed), ("batch", *fixed))
     if main == "input_values":
-        return _waveforms(config, path, parameters, dims)
+        return _waveforms(config, path, parameters)
     width = mels or int(getattr(config, "feature_projection_input_dim", 0) or 0)
     if not width:
         raise ExportError(
@@ -319,14 +349,14 @@ def _spectrograms(name: str, shape: Callable[[int], tuple[int, ...]], dims: tupl
     )
 
 
-def _waveforms(config: Any, path: Path, parameters: Sequence[str], dims: Mapping[str, int]) -> Inputs:
+def _waveforms(config: Any, path: Path, parameters: Sequence[str]) -> Inputs:
     """Half a second and more at 16 kHz; a mask where the model was trained with one."""
     found = _preprocessor(path).get("return_attention_mask")
     masked = "attention_mask" in parameters and bool(
         found if found is not None else getattr(config, "feat_extract_norm", "layer") == "layer"
     )
     names = ("input_values", "attention_mask") if masked else ("input_values",)
-    length = int(dims.get("samples", SAMPLE_RATE // 2))
+    length = SAMPLE_RATE // 2
     noise = _noise("input_values", lambda sizes: (sizes["batch"], sizes["samples"]))
 
     def draw(sizes: Mapping[str, int]) -> dict[str, Array]:
@@ -380,7 +410,10 @@ def joined(first: Inputs, second: Inputs) -> Inputs:
         for t, i, one in zip((1, 2, 4), (1, 3, 2), itertools.cycle(first.check), strict=False)
     )
     specs = tuple(renamed(s, "text") for s in first.specs) + tuple(renamed(s, "image") for s in second.specs)
-    return Inputs(specs, draw, example, check, first.ranges | second.ranges, first.limits | second.limits, first.data)
+    return Inputs(
+        specs, draw, example, check, first.ranges | second.ranges, first.limits | second.limits, first.data,
+        first.fixed | second.fixed,
+    )  # fmt: skip
 
 
 def rows_of(feeds: Feeds) -> int:

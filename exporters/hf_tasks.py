@@ -79,9 +79,12 @@ def parse_task(text: str | None) -> Task | None:
     Raises:
         ExportError: There is no such task.
     """
-    if text is None or text in Task:
-        return Task(text) if text else None
-    raise ExportError(f"there is no task {text!r}", expected=f"one of {', '.join(Task)}")
+    if text is None:
+        return None
+    try:
+        return Task(text)
+    except ValueError:
+        raise ExportError(f"there is no task {text!r}", expected=f"one of {', '.join(Task)}") from None
 
 
 def task_of(model: Any) -> Task | None:

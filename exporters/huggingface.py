@@ -53,10 +53,9 @@ class HuggingFaceSource(TorchSource):
     ) -> None:
         self._model = model
         inputs = graph.inputs
-        _refuse_dims(inputs, options)
         example = inputs.sized(options.dims)
         feeds = inputs.draw(example)
-        wanted = plan_inputs(feeds, options) if options.dynamic else inputs.specs
+        wanted = plan_inputs(feeds, options) if options.dynamic else inputs.by_default(example)
         chosen = choose(inputs, wanted, example)
         super().__init__(
             graph.module,
@@ -164,6 +163,8 @@ def open_model_directory(path: Path, options: ExportOptions) -> dict[str, Source
     model = _load(path, class_for(transformers, config, task))
     found = task or task_of(model)
     notes = [f"exported as {type(model).__name__}{f', for {found}' if found else ''}"]
+    if found is Task.TEXT_GENERATION and "past_key_values" not in inspect.signature(model.forward).parameters:
+        notes.append("the model has no key-value cache: the graph computes the whole text at every step")
     try:
         graphs = _graphs(transformers, model, path, options, found)
     except DeploykitError:
@@ -172,6 +173,7 @@ def open_model_directory(path: Path, options: ExportOptions) -> dict[str, Source
         raise ExportError(
             f"{type(model).__name__} cannot be taken apart into graphs ({first_line(exc)})", hint=_OWN_MODULE
         ) from exc
+    _refuse_dims(graphs, options)
     assets = tuple(p for name in _ASSETS if (p := path / name).is_file())
     return {g.name: HuggingFaceSource(model, g, options, str(path), assets, notes) for g in graphs}
 
@@ -182,35 +184,33 @@ def _graphs(transformers: Any, model: Any, path: Path, options: ExportOptions, t
     parameters = tuple(inspect.signature(model.forward).parameters)
     main = model.main_input_name
     if "decoder_input_ids" in parameters and task not in (Task.TEXT_CLASSIFICATION, Task.QUESTION_ANSWERING):
-        source = _encoder_inputs(transformers, model, path, options, parameters, main)
+        source = _encoder_inputs(transformers, model, path, parameters, main)
         if "encoder_outputs" not in parameters or not hasattr(model, "get_encoder") or task is Task.FEATURE_EXTRACTION:
             raise _unsupported(model, parameters)
         return _selected(encoder_decoder_graphs(model, source, decoder_tokens(config)), options)
     if {"pixel_values", "input_ids"} <= set(parameters):
-        return _selected(_towers(transformers, model, path, options, task, parameters), options)
+        return _selected(_towers(transformers, model, path, task, parameters), options)
     constants = {"use_cache": False} if "use_cache" in parameters else {}
     if task is Task.TEXT_GENERATION and "past_key_values" in parameters:
         text = text_inputs(transformers, config, path, parameters)
         return _selected((decoder_graph(model, text, parameters),), options)
-    inputs = _encoder_inputs(transformers, model, path, options, parameters, main)
+    inputs = _encoder_inputs(transformers, model, path, parameters, main)
     return _selected((Graph("", model, inputs, constants),), options)
 
 
-def _encoder_inputs(
-    transformers: Any, model: Any, path: Path, options: ExportOptions, parameters: Sequence[str], main: str
-) -> Inputs:
+def _encoder_inputs(transformers: Any, model: Any, path: Path, parameters: Sequence[str], main: str) -> Inputs:
     if main in ("input_values", "input_features") and main in parameters:
-        return audio_inputs(model.config, path, main, parameters, options.dims)
+        return audio_inputs(model.config, path, main, parameters)
     if "pixel_values" in parameters and "input_ids" not in parameters:
         encoder = getattr(model.config, "encoder", None) or model.config
-        return image_inputs(encoder, path, options.dims)
+        return image_inputs(encoder, path)
     if "input_ids" in parameters:
         return text_inputs(transformers, model.config, path, parameters)
     raise _unsupported(model, parameters)
 
 
 def _towers(
-    transformers: Any, model: Any, path: Path, options: ExportOptions, task: Task | None, parameters: Sequence[str]
+    transformers: Any, model: Any, path: Path, task: Task | None, parameters: Sequence[str]
 ) -> tuple[Graph, ...]:
     """The text and the image tower of CLIP and its kin, or both as one graph for zero-shot classification."""
     towers = getattr(model, "get_text_features", None), getattr(model, "get_image_features", None)
@@ -219,7 +219,7 @@ def _towers(
     text = text_inputs(
         transformers, model.config.text_config, path, tuple(inspect.signature(model.get_text_features).parameters)
     )
-    image = image_inputs(model.config.vision_config, path, options.dims)
+    image = image_inputs(model.config.vision_config, path)
     if task is Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
         return (Graph("", _method(model, None), joined(text, image), {"return_dict": True}),)
     return (
@@ -272,11 +272,11 @@ def _unsupported(model: Any, parameters: Sequence[str]) -> ExportError:
     )
 
 
-def _refuse_dims(inputs: Inputs, options: ExportOptions) -> None:
-    known = {*inputs.example, "height", "width", "samples"}
+def _refuse_dims(graphs: Sequence[Graph], options: ExportOptions) -> None:
+    known = list(dict.fromkeys(symbol for graph in graphs for symbol in graph.inputs.example))
     unknown = next((name for name in options.dims if name not in known), None)
-    if unknown is not None and not options.dynamic:
-        raise ExportError(f"--dim names {unknown!r}", expected=f"one of {', '.join(sorted(known))}")
+    if unknown is not None:
+        raise ExportError(f"--dim names {unknown!r}", expected=f"one of {', '.join(known)}")
 
 
 def _config(transformers: Any, path: Path) -> Any:

@@ -158,6 +158,14 @@ ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+# What models become that are not one graph.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "T5": ("encoder", "decoder"),
+    "Whisper": ("encoder", "decoder"),
+    "CLIP": ("text", "image"),
+}
+
+
 def save(name: str, folder: Path) -> Path:
     """Write a model directory as `save_pretrained` does, with weights that keep signals at unit size."""
     torch.manual_seed(0)
