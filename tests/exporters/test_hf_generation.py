@@ -153,9 +153,9 @@ def test_a_cache_that_changes_the_numbers_is_refused(made: Any, opened: Any, mon
     from deploykit.exporters import hf_generation
 
     source, _ = made("GPT-2")
-    honest = hf_generation._presents
+    honest = hf_generation.presents
     monkeypatch.setattr(
-        hf_generation, "_presents", lambda cache, slots: {n: t * 0.9 for n, t in honest(cache, slots).items()}
+        hf_generation, "presents", lambda cache, slots: {n: t * 0.9 for n, t in honest(cache, slots).items()}
     )
     with pytest.raises(ExportError, match="other numbers with a key-value cache"):
         opened(source)
