@@ -28,6 +28,7 @@ class ExportOptions:
         way: "auto", "torch.export" or "torchscript".
         dims: Sizes for dynamic dimensions when inputs are made up.
         data: Real inputs for the parity check; anything that `Dataset.open` reads.
+        timeout_s: Seconds of CPU time that one way may take; None for a limit that grows with the model.
     """
 
     inputs: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class ExportOptions:
     way: str = "auto"
     dims: Mapping[str, int] = field(default_factory=dict)
     data: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,12 @@ class Way:
     Attributes:
         name: "torch.export", "torchscript" or "copy".
         dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
+        patient: Whether it may take long, because no other way is left.
     """
 
     name: str
     dynamic: bool
+    patient: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.name if self.dynamic else f"{self.name} with fixed shapes"
@@ -81,6 +85,7 @@ class Source(ABC):
         data: Where the values of the cases come from: "example", "text", "generated" or a dataset's name.
         assets: Files that belong to the model (a tokenizer).
         notes: What the user must know.
+        precision: The coarsest floating-point type that the source computes in, where its outputs may hide it.
     """
 
     kind: str
@@ -91,6 +96,7 @@ class Source(ABC):
     data: str
     assets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    precision: str | None = None
 
     @property
     @abstractmethod
@@ -100,6 +106,10 @@ class Source(ABC):
     def cases_for(self, way: Way) -> tuple[Case, ...]:
         """The cases that a result of ``way`` has to reproduce."""
         return self.cases
+
+    def notes_on(self, way: Way) -> tuple[str, ...]:
+        """What the user must know about the result of ``way``, once it is written."""
+        return ()
 
     @abstractmethod
     def write(self, way: Way, target: Path, opset: int | None) -> None:

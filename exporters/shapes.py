@@ -217,6 +217,7 @@ def make_cases(
     *,
     limits: Mapping[str, tuple[int, int]] | None = None,
     draw: Callable[[dict[str, int]], dict[str, Array]] | None = None,
+    tie: Callable[[dict[str, int]], dict[str, int]] = dict,
 ) -> tuple[list[Case], list[str]]:
     """Run the source at several shapes.
 
@@ -226,6 +227,7 @@ def make_cases(
         reference: Runs the source.
         limits: Sizes that the source allows, by symbol.
         draw: Makes inputs for given sizes; by default variations of the example.
+        tie: Makes sizes fit each other, where one follows from another.
 
     Returns:
         The cases, the example first, and notes on shapes that the source itself refuses.
@@ -243,7 +245,10 @@ def make_cases(
     cases = [Case(sizes, dict(examples), reference(examples))]
     notes: list[str] = []
     batch = {str(s.shape[0]) for s in specs if s.shape} | {"batch"}
-    for wanted in sizes_to_check(sizes, limits, batch)[1:] if sizes else [{}, {}, {}]:
+    plans = [tie(plan) for plan in sizes_to_check(sizes, limits, batch)[1:]] if sizes else [{}, {}, {}]
+    for number, wanted in enumerate(plans):
+        if sizes and (wanted == sizes or wanted in plans[:number]):
+            continue
         feeds = make(wanted)
         try:
             cases.append(Case(wanted, feeds, reference(feeds)))
@@ -291,17 +296,18 @@ def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
     """Output specs, with dimension names found by watching the sizes over all cases.
 
     An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is
-    named after the output.
+    named after the output. Where the rank changes, it is that of the first case.
     """
     specs = []
     for name, first in cases[0].outputs.items():
-        dims = [_observed_dim(name, axis, cases) for axis in range(first.ndim)]
+        one_rank = len({case.outputs[name].ndim for case in cases}) == 1
+        dims = [_observed_dim(name, axis, cases) if one_rank else f"{name}_dim{axis}" for axis in range(first.ndim)]
         specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
     return tuple(specs)
 
 
 def _observed_dim(name: str, axis: int, cases: Sequence[Case]) -> Dim:
-    sizes = [case.outputs[name].shape[axis] if axis < case.outputs[name].ndim else -1 for case in cases]
+    sizes = [case.outputs[name].shape[axis] for case in cases]
     if len(set(sizes)) == 1:
         return int(sizes[0])
     for symbol in cases[0].sizes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import glob
-import re
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.errors import ExportError, SourceError, first_line
+from deploykit.errors import ExportError
+from deploykit.exporters.modules import has_projections
+from deploykit.exporters.nesting import flatten_outputs, left_out
+from deploykit.exporters.reasons import torch_reason
+from deploykit.exporters.tracing import frozen_decisions, tracer_warnings
 from deploykit.extras import require
 from deploykit.modelfile import read_model, rename_dimensions, signature_of, write_model
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
@@ -20,7 +24,7 @@ from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 if TYPE_CHECKING:
     import onnx
 
-    from deploykit.exporters.pytorch import Call
+    from deploykit.exporters.binding import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,8 @@ class Job:
 def flatten_module(module: Any, call: Call) -> Any:
     """Wrap a module so that it takes tensors by position and returns a tuple of tensors.
 
-    The wrapper remembers the outputs' names in `output_names` after its first run.
+    The wrapper remembers the outputs' names in `output_names` after its first run, and in `left_out` the numbers among
+    them.
     """
     torch = require("torch", extra="torch")
 
@@ -54,70 +59,111 @@ def flatten_module(module: Any, call: Call) -> Any:
             self.model = module
             self.input_names = call.names
             self.output_names: tuple[str, ...] = ()
+            self.left_out: tuple[str, ...] = ()
+            self.autocast = True
 
         def forward(self, *tensors: Any) -> tuple[Any, ...]:
-            head = tensors[: call.positional]
-            tail = dict(zip(call.names[call.positional :], tensors[call.positional :], strict=True))
-            outputs = flatten_outputs(self.model(*head, **tail, **call.constants), call.names)
+            args, kwargs = call.arguments(tensors)
+            if self.autocast:
+                value = self.model(*args, **kwargs)
+            else:
+                with _autocast_off():
+                    value = self.model(*args, **kwargs)
+            outputs = flatten_outputs(value, call.names)
             if self.output_names and torch.jit.is_tracing():
                 # In a trace, sizes are tensors as well; outputs are what they are in a plain run.
                 return tuple(outputs[name] for name in self.output_names)
             self.output_names = tuple(outputs)
+            self.left_out = tuple(left_out(value))
             return tuple(outputs.values())
 
     return Flat().eval()
 
 
-def flatten_outputs(value: Any, taken: tuple[str, ...]) -> dict[str, Any]:
-    """Tensors in a nest of tuples, lists, dictionaries and dataclasses, by a readable name that is not ``taken``.
+def run_module(module: Any, feeds: Feeds, *, fast_path: bool = False) -> dict[str, Array]:
+    """Run a flat module, or an exported program's module, on arrays.
 
-    Constants (None, numbers, sizes, strings) are left out: a graph has no outputs for them.
-
-    Raises:
-        SourceError: There is an object that might hold tensors and cannot be looked into.
+    Args:
+        module: The module.
+        feeds: Its inputs, in order.
+        fast_path: Whether torch may take its fused kernel for nn.TransformerEncoder. No export does, and its numbers at
+            padded positions are others.
     """
-    found: dict[str, Any] = {}
-    for path, leaf in _leaves(value, ()):
-        name = re.sub(r"\W+", "_", "_".join(path)).strip("_") or "output"
-        name = f"output_{name}" if name[0].isdigit() else name
-        name = f"{name}_out" if name in taken else name
-        free, number = name, 1
-        while free in found or free in taken:
-            number += 1
-            free = f"{name}_{number}"
-        found[free] = leaf
-    return found
-
-
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    torch = require("torch", extra="torch")
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    elif isinstance(value, list | tuple):
-        keys = getattr(value, "_fields", range(len(value)))
-        for key, item in zip(keys, value, strict=True):
-            yield from _leaves(item, (*path, str(key)))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name), (*path, field.name))
-    elif value is not None and not isinstance(value, bool | int | float | complex | str | torch.SymInt | torch.dtype):
-        raise SourceError(
-            f"output {'.'.join(path) or 'of the module'} is a {type(value).__name__}",
-            expected="tensors, or tuples, lists, dictionaries and dataclasses of them",
-            hint="wrap the module in one whose forward returns tensors",
-        )
-
-
-def run_module(module: Any, feeds: Feeds) -> dict[str, Array]:
-    """Run a flat module, or an exported program's module, on arrays."""
     torch = require("torch", extra="torch")
     tensors = [from_numpy(a) for a in feeds.values()]
-    with torch.no_grad():
-        outputs = module(*tensors)
+    was_on = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(was_on and fast_path)
+    try:
+        with torch.no_grad():
+            outputs = module(*tensors)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_on)
     return {name: to_numpy(t) for name, t in zip(module.output_names, outputs, strict=True)}
+
+
+@contextlib.contextmanager
+def _autocast_off() -> Iterator[list[str]]:
+    """Make `torch.autocast` do nothing on the CPU; the list grows by every use."""
+    from torch.amp.autocast_mode import autocast
+
+    original = autocast.__init__
+    seen: list[str] = []
+
+    def init(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        off = device_type == "cpu" and enabled
+        seen.extend(["cpu"] if off else [])
+        original(self, device_type, dtype, enabled and not off, cache_enabled)
+
+    autocast.__init__ = init
+    try:
+        yield seen
+    finally:
+        autocast.__init__ = original
+
+
+def uses_autocast(module: Any, feeds: Feeds) -> bool:
+    """Whether `forward` switches autocast on for the CPU, and runs without it as well."""
+    with _autocast_off() as seen:
+        try:
+            run_module(module, feeds)
+        except Exception:  # noqa: BLE001 - it needs autocast, or does not run at all, which shows without this
+            return False
+    return bool(seen)
+
+
+def copy_buffers(module: Any) -> dict[str, Any]:
+    """The buffers' values by name."""
+    return {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+
+
+def changed_buffers(module: Any, before: Mapping[str, Any]) -> list[str]:
+    """Names of the buffers, as the user's module calls them, whose values are not those of ``before``."""
+    now = dict(module.named_buffers())
+    torch = require("torch", extra="torch")
+    return [
+        name.removeprefix("model.")
+        for name, tensor in now.items()
+        if name not in before
+        or before[name].shape != tensor.shape
+        or not torch.equal(before[name].nan_to_num(), tensor.nan_to_num())
+    ]
+
+
+def restore_buffers(module: Any, before: Mapping[str, Any]) -> None:
+    """Write the values of ``before`` back."""
+    torch = require("torch", extra="torch")
+    with torch.no_grad():
+        for name, tensor in module.named_buffers():
+            if name in before and before[name].shape == tensor.shape:
+                tensor.copy_(before[name])
+
+
+def preload(way: str) -> None:
+    """Import here what a child process would import anew at every export."""
+    if way == "torch.export":
+        for name in ("torch._dynamo", "torch.export", "onnxscript.function_libs.torch_lib.ops"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
 
 def to_numpy(tensor: Any) -> Array:
@@ -139,26 +185,30 @@ def from_numpy(array: Array) -> Any:
     return torch.from_numpy(np.array(array, copy=True, order="C"))
 
 
-def write(job: Job, way: str, target: Path) -> None:
+def write(job: Job, way: str, target: Path) -> list[str]:
     """Export by one way and put names, shapes and metadata in order.
 
+    Returns:
+        What the user must know about the result.
+
     Raises:
-        ExportError: This way does not lead there; the message holds torch's reason.
+        ExportError: This way does not lead there; the message is torch's reason.
     """
-    ways: dict[str, Callable[[Job, Path], None]] = {
+    ways: dict[str, Callable[[Job, Path], list[str]]] = {
         "torch.export": _by_torch_export,
         "torchscript": _by_torchscript,
     }
     try:
-        ways[way](job, target)
-    except OSError:
+        notes = ways[way](job, target)
+    except (OSError, ExportError):
         raise
     except Exception as exc:
         storage = _storage_cause(exc)
         if storage is not None:
             raise storage from exc
-        raise ExportError(f"{way} failed: {torch_reason(exc, [s.name for s in job.signature.inputs])}") from exc
+        raise ExportError(torch_reason(exc, [s.name for s in job.signature.inputs])) from exc
     tidy(target, job.signature, job.opset)
+    return notes
 
 
 def _storage_cause(exc: BaseException) -> OSError | None:
@@ -171,17 +221,24 @@ def _storage_cause(exc: BaseException) -> OSError | None:
     return None
 
 
-def _by_torch_export(job: Job, target: Path) -> None:
+def _by_torch_export(job: Job, target: Path) -> list[str]:
     torch = require("torch", extra="torch")
     require("onnxscript", extra="torch")
     shapes = tuple(
         {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)} or None
         for spec in job.signature.inputs
     )
-    program_given = isinstance(job.module, torch.export.ExportedProgram)
+    tensors = tuple(from_numpy(a) for a in job.feeds.values())
+    source = job.module
+    program_given = isinstance(source, torch.export.ExportedProgram)
+    if not program_given and has_projections(source):
+        # torch would write ONNX's LSTM, which has no projections: steps of matrix products are right.
+        dims = tuple(spec and dict.fromkeys(spec, torch.export.Dim.DYNAMIC) for spec in shapes)
+        source = torch.export.export(source, tensors, dynamic_shapes=(dims,), strict=False).run_decompositions()
+        program_given = True
     program = torch.onnx.export(
-        job.module,
-        () if program_given else tuple(from_numpy(a) for a in job.feeds.values()),
+        source,
+        () if program_given else tensors,
         dynamo=True,
         # The flat module takes *tensors: one entry for that parameter, holding one entry a tensor.
         dynamic_shapes=None if program_given else (shapes,),
@@ -190,9 +247,69 @@ def _by_torch_export(job: Job, target: Path) -> None:
         opset_version=job.opset,
     )
     program.save(str(target))
+    return []
 
 
-def _by_torchscript(job: Job, target: Path) -> None:
+def _by_torchscript(job: Job, target: Path) -> list[str]:
+    """Trace the module; where the trace would freeze a decision on data, compile its Python code instead."""
+    tensors = tuple(from_numpy(a) for a in job.feeds.values())
+    if is_scripted(job.module.model):
+        _trace(job, _traced(job.module, tensors), target)
+        return []
+    with tracer_warnings() as warned:
+        _trace(job, job.module, target)
+    frozen = frozen_decisions(job.module, tensors, warned)
+    notes = []
+    if frozen.wrong:
+        places = ", ".join(map(str, frozen.wrong))
+        _compile(job, target, places)
+        notes.append(f"forward decides by its inputs' values at {places}; TorchScript compiled it instead of tracing")
+    if frozen.checks:
+        notes.append(f"checks of the inputs' values are not in the graph: {', '.join(map(str, frozen.checks))}")
+    if frozen.sizes:
+        notes.append(
+            "sizes depend on the inputs' values, and the trace holds decisions on sizes fixed at "
+            f"{', '.join(map(str, frozen.sizes[:4]))}: try inputs that make them small or zero, with --data"
+        )
+    return notes
+
+
+def _compile(job: Job, target: Path, places: str) -> None:
+    """Export with the user's module compiled by torch.jit.script, which keeps branches and loops.
+
+    Raises:
+        ExportError: Its Python code does not compile.
+    """
+    torch = require("torch", extra="torch")
+    whole = job.module.model
+    try:
+        job.module.model = torch.jit.script(whole)
+        _trace(job, _traced(job.module, tuple(from_numpy(a) for a in job.feeds.values())), target)
+    except OSError:
+        raise
+    except Exception as exc:
+        raise ExportError(
+            f"a trace would freeze the decision that forward takes on its inputs' values at {places}, and TorchScript "
+            f"cannot compile it ({torch_reason(exc)})",
+            hint="write it with torch.where or torch.cond, or take it out of forward",
+        ) from exc
+    finally:
+        job.module.model = whole
+
+
+def _traced(module: Any, tensors: tuple[Any, ...]) -> Any:
+    """The flat module as TorchScript; torch.onnx cannot trace calls of compiled modules itself."""
+    torch = require("torch", extra="torch")
+    with torch.no_grad():
+        return torch.jit.trace(module, tensors, check_trace=False, strict=False)
+
+
+def is_scripted(module: Any) -> bool:
+    """Whether a module is TorchScript."""
+    return isinstance(module, require("torch", extra="torch").jit.ScriptModule)
+
+
+def _trace(job: Job, module: Any, target: Path) -> None:
     torch = require("torch", extra="torch")
     specs = (*job.signature.inputs, *job.signature.outputs)
     names = _placeholders("input", job.signature.inputs) + _placeholders("output", job.signature.outputs)
@@ -201,7 +318,7 @@ def _by_torchscript(job: Job, target: Path) -> None:
         for name, spec in zip(names, specs, strict=True)
     }
     torch.onnx.export(
-        job.module,
+        module,
         tuple(from_numpy(a) for a in job.feeds.values()),
         str(target),
         dynamo=False,
@@ -215,41 +332,6 @@ def _by_torchscript(job: Job, target: Path) -> None:
 def _placeholders(role: str, specs: Sequence[TensorSpec]) -> list[str]:
     """Names for the export itself: torch does not see that the wanted ones collide with its own, like "linear"."""
     return [f"deploykit.{role}.{i}" for i in range(len(specs))]
-
-
-def torch_reason(exc: BaseException, inputs: Sequence[str] = ()) -> str:
-    """The sentence of torch's long messages that says why.
-
-    Args:
-        exc: What torch raised.
-        inputs: Names for the inputs that torch counts.
-    """
-    seen: BaseException = exc
-    while seen.__cause__ is not None:
-        seen = seen.__cause__
-    text = str(seen)
-    for pattern in (
-        r"No ONNX function found for <OpOverload\(op='([^']+)'",
-        r"No decompositions? registered for.*?'([\w:.]+)'",
-        r"Exporting the operator '([^']+)'.*?not supported",
-        r"Unsupported: ONNX export of operator ([\w:]+)",
-    ):
-        match = re.search(pattern, text, re.DOTALL)
-        if match:
-            return f"the operator {match[1]} has no ONNX form"
-    match = re.search(
-        r"Could not (?:guard on|extract specialized integer from) data-dependent expression ([^\n(]+)", text
-    )
-    if match:
-        where = re.search(r'File "([^"]+)", line (\d+)', text)
-        line = f" ({Path(where[1]).name}:{where[2]})" if where else ""
-        return f"control flow depends on data{line}: {match[1].strip()[:120]}"
-    match = re.search(r"inferred a static shape of (\d+) for dimension .*?\[(\d+)\]\.shape\[(\d+)\]", text)
-    if match:
-        number = int(match[2])
-        name = repr(inputs[number]) if number < len(inputs) else f"input {number}"
-        return f"the module fixes axis {match[3]} of {name} at {match[1]}"
-    return first_line(seen, 240)
 
 
 def tidy(target: Path, signature: Signature, opset: int) -> None:

@@ -24,6 +24,11 @@ from deploykit.cli import common
     "--exporter", type=click.Choice(["auto", "torch.export", "torchscript"]), default="auto", show_default=True,
     help="How PyTorch becomes ONNX; auto tries torch.export first and says why where it falls back.",
 )  # fmt: skip
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    help="CPU seconds that one way to ONNX may take; by default a minute, more for large modules, and ten times that "
+    "where no other way is left.",
+)  # fmt: skip
 @common.data_option("Real inputs for the parity check:")
 @common.dim_option
 @common.device_option
@@ -37,6 +42,7 @@ def command(
     inputs: tuple[str, ...],
     opset: int | None,
     exporter: str,
+    timeout_s: float | None,
     data: str | None,
     dims: tuple[str, ...],
     devices: tuple[str, ...],
@@ -52,7 +58,8 @@ def command(
     sizes = common.parse_dims(dims)
     params = {
         "source": source, "dynamic": list(dynamic), "inputs": list(inputs), "opset": opset, "exporter": exporter,
-        "data": data, "dims": sizes, "devices": list(devices), "allow_unverified": allow_unverified or None,
+        "timeout_s": timeout_s, "data": data, "dims": sizes, "devices": list(devices),
+        "allow_unverified": allow_unverified or None,
     }  # fmt: skip
     if dry_run:
         common.show_recipe("export", params)
@@ -60,7 +67,8 @@ def command(
     from deploykit.pipeline import export
 
     artifact = export(
-        source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter, data=data,
+        source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter,
+        timeout_s=timeout_s, data=data,
         devices=devices, allow_unverified=allow_unverified, progress=common.progress(),
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)
