@@ -53,15 +53,9 @@ def parameters_of(module: Any) -> inspect.Signature:
     torch = require("torch", extra="torch")
     if not isinstance(module, torch.jit.ScriptModule):
         return inspect.signature(module.forward)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                a.name, kind, default=a.default_value if a.has_default_value() else inspect.Parameter.empty
-            )
-            for a in module.forward.schema.arguments[1:]
-        ]
-    )
+    kind, none = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    taken = [(a.name, a.default_value if a.has_default_value() else none) for a in module.forward.schema.arguments[1:]]
+    return inspect.Signature([inspect.Parameter(name, kind, default=default) for name, default in taken])
 
 
 def bind_examples(

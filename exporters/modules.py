@@ -98,6 +98,12 @@ def has_projections(module: Any) -> bool:
     return any(getattr(part, "proj_size", 0) for part in module.modules())
 
 
+def has_shared_weights(module: Any) -> bool:
+    """Whether one parameter stands at two places (an embedding that is the output layer too)."""
+    places = [id(weight) for _, weight in module.named_parameters(remove_duplicate=False)]
+    return len(set(places)) < len(places)
+
+
 def has_fast_path(module: Any) -> bool:
     """Whether torch has a fused kernel for a part of the module, with other numbers at padded positions."""
     torch = require("torch", extra="torch")

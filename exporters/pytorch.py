@@ -110,6 +110,7 @@ class TorchSource(Source):
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
+        found += _rank_notes(cases)
         if self._recurrent and options.way == "auto":
             found.append(
                 f"TorchScript goes first, because it keeps a recurrent layer as one operator: {self._recurrent[0]}"
@@ -185,11 +186,30 @@ class TorchSource(Source):
         written = torch_onnx.changed_buffers(self._module, before)
         if written:
             self._state = before
-            self._restore()
+            self._check_state(written, outputs)
             notes.append(
                 f"forward writes to {', '.join(written[:3])}, on which no output depends; the graph does not keep it"
             )
         return notes
+
+    def _check_state(self, written: Sequence[str], outputs: Mapping[str, Array]) -> None:
+        """Refuse a module whose outputs follow from a buffer that an earlier call wrote.
+
+        Raises:
+            SourceError: With other values in the buffer, the example gives other outputs.
+        """
+        torch_onnx.restore_buffers(self._module, self._state, change=written)
+        try:
+            others = torch_onnx.run_module(self._module, self._examples)
+        except Exception:  # noqa: BLE001 - it minds the values, whatever it says about them
+            others = {}
+        self._restore()
+        if any(not _same(array, others.get(name)) for name, array in outputs.items()):
+            raise SourceError(
+                f"{self.label} keeps a state in {written[0]!r}: forward writes to it, and the next call reads it",
+                expected="outputs that depend on nothing but the inputs",
+                hint="make the state an input and an output of forward",
+            )
 
     def _compare_fast_path(self, outputs: Mapping[str, Array]) -> list[str]:
         """Whether torch's fused kernels for transformers, which stay off here, give other numbers."""
@@ -323,6 +343,16 @@ def export_feeds(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, Arra
         else:
             made[spec.name] = vary(example, shape, rng)
     return made
+
+
+def _rank_notes(cases: Sequence[Case]) -> list[str]:
+    ranks = {name: {case.outputs[name].ndim for case in cases} for name in cases[0].outputs}
+    return [
+        f"output {name!r} has {' or '.join(map(str, sorted(found)))} dimensions, which depends on the sizes; the graph "
+        f"declares {cases[0].outputs[name].ndim}"
+        for name, found in ranks.items()
+        if len(found) > 1
+    ]
 
 
 def _widen(array: Array) -> Array:
