@@ -156,5 +156,5 @@ def made_up_examples(
     if variadic and all(name.startswith(f"{variadic[0]}_") for name in given):
         bound, call = bind_examples(module, tuple(given.values()), label)
     else:
-        bound, call = bind_examples(module, given, label)
+        bound, call = bind_examples(module, (), label, given)
     return bound, call, ranges

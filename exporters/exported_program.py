@@ -85,9 +85,17 @@ class ExportedProgramSource(Source):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Translate the program as it is."""
-        job = torch_onnx.Job(self._program, {}, self.signature, opset or DEFAULT_OPSET)
         torch_onnx.preload(way.name)
-        run_bounded(lambda: torch_onnx.write(job, way.name, target), self._limit_s)
+
+        def work() -> list[str]:
+            program = self._program
+            if not all(size.is_symbol for size in program.range_constraints):
+                # torch 2.13 cannot decompose a loaded program with sizes like 2*s ("expected sympy.Symbol").
+                program = torch_onnx.export_again(self._module, self.cases[0].feeds, self.signature.inputs)
+            job = torch_onnx.Job(program, {}, self.signature, opset or DEFAULT_OPSET)
+            return torch_onnx.write(job, way.name, target)
+
+        run_bounded(work, self._limit_s)
 
     def tools(self) -> dict[str, str]:
         """torch and onnxscript."""
@@ -213,7 +221,7 @@ class _Runner:
     """
 
     def __init__(self, program: Any, slots: tuple[str | tuple[Any], ...]) -> None:
-        self._module = program.module()
+        self.program_module = program.module()
         self._spec = program.call_spec.in_spec
         self._slots = slots
         self.output_names: tuple[str, ...] = ()
@@ -225,7 +233,7 @@ class _Runner:
         leaves = [next(left) if isinstance(slot, str) else slot[0] for slot in self._slots]
         args, kwargs = _pytree.tree_unflatten(leaves, self._spec)
         taken = tuple(slot for slot in self._slots if isinstance(slot, str))
-        outputs = torch_onnx.flatten_outputs(self._module(*args, **kwargs), taken)
+        outputs = torch_onnx.flatten_outputs(self.program_module(*args, **kwargs), taken)
         self.output_names = tuple(outputs)
         return tuple(outputs.values())
 

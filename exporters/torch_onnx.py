@@ -18,7 +18,7 @@ from deploykit.exporters.reasons import torch_reason
 from deploykit.exporters.tidy import placeholders, tidy
 from deploykit.exporters.tracing import frozen_decisions, tracer_warnings
 from deploykit.extras import require
-from deploykit.specs import Array, Feeds, Signature
+from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
 if TYPE_CHECKING:
     from deploykit.exporters.binding import Call
@@ -248,6 +248,33 @@ def _by_torch_export(job: Job, target: Path) -> list[str]:
     )
     program.save(str(target))
     return []
+
+
+def export_again(run: Any, feeds: Feeds, specs: Sequence[TensorSpec]) -> Any:
+    """A program of `torch.export` from something that runs one.
+
+    Args:
+        run: Takes tensors by position and returns a tuple of tensors; the program's module is its `program_module`.
+        feeds: Example inputs.
+        specs: Their dynamic dimensions; which of them follow from others, torch finds out.
+    """
+    torch = require("torch", extra="torch")
+
+    class Flat(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = run.program_module
+
+        def forward(self, *tensors: Any) -> tuple[Any, ...]:
+            outputs: tuple[Any, ...] = run(*tensors)
+            return outputs
+
+    shapes = tuple(
+        {axis: torch.export.Dim.AUTO for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)} or None
+        for spec in specs
+    )
+    tensors = tuple(from_numpy(feeds[spec.name]) for spec in specs)
+    return torch.export.export(Flat(), tensors, dynamic_shapes=(shapes,), strict=False)
 
 
 def _by_torchscript(job: Job, target: Path) -> list[str]:
