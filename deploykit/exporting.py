@@ -64,8 +64,8 @@ def export(
         dims: Sizes of dynamic dimensions where inputs are made up.
         opset: ONNX opset; 18 by default.
         exporter: "auto" (torch.export, then TorchScript), "torch.export" or "torchscript".
-        timeout_s: Seconds of CPU time that one way to ONNX may take; by default a minute, more for large modules, and
-            ten times that where no other way leads there.
+        timeout_s: Seconds of CPU time that one way to ONNX may take; by default 40 and more for large modules, and
+            five times that where no other way leads there.
         data: Real inputs for the parity check.
         devices: Where the result has to be right; by default on the CPU of every installed runtime, where only the
             first decides and the others are reported.

@@ -33,9 +33,9 @@ from deploykit.specs import Array, Feeds, Signature, TensorSpec
 __all__ = ["Call", "TorchSource", "export_feeds", "observed_range"]
 
 # CPU seconds that a way may take while another one is left: most exports take less than half of it.
-_LIMIT_S = 60.0
+_LIMIT_S = 40.0
 _LIMIT_PER_MODULE_S = 0.2
-_PATIENCE = 10
+_PATIENCE = 5
 
 
 class TorchSource(Source):

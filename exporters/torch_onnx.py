@@ -16,7 +16,7 @@ from deploykit.exporters.modules import has_projections, has_shared_weights
 from deploykit.exporters.nesting import flatten_outputs, left_out
 from deploykit.exporters.reasons import torch_reason
 from deploykit.exporters.tidy import placeholders, tidy
-from deploykit.exporters.tracing import frozen_decisions, tracer_warnings
+from deploykit.exporters.tracing import frozen_decisions, sizes_stay_tensors, tracer_warnings
 from deploykit.extras import require
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
@@ -283,7 +283,7 @@ def _by_torchscript(job: Job, target: Path) -> list[str]:
     if is_scripted(job.module.model):
         _trace(job, _traced(job.module, tensors), target)
         return []
-    with tracer_warnings() as warned:
+    with tracer_warnings() as warned, sizes_stay_tensors():
         _trace(job, job.module, target)
     frozen = frozen_decisions(job.module, tensors, warned)
     notes = []

@@ -9,6 +9,7 @@ each conversion of such a value is then answered the other way, to see whether t
 
 from __future__ import annotations
 
+import builtins
 import functools
 import linecache
 import os
@@ -104,6 +105,46 @@ def tracer_warnings() -> Iterator[dict[Place, str]]:
         warnings.showwarning = show
         warnings.simplefilter("always", torch.jit.TracerWarning)
         yield found
+
+
+@contextmanager
+def sizes_stay_tensors() -> Iterator[None]:
+    """Keep arithmetic on sizes in the trace where Python's own functions would freeze it.
+
+    In a trace a size is a tensor, but `math.ceil(size / 2)` asks it for a float, and `max(size - 3, 0)` for a truth
+    value. TensorFlow's padding, as EfficientNet ports compute it, needs both.
+    """
+    torch = require("torch", extra="torch")
+
+    def rounded(function: Any) -> Any:
+        return lambda tensor: function(tensor).to(torch.int64) if tensor.is_floating_point() else tensor
+
+    def extreme(original: Any, function: Any) -> Any:
+        def chosen(*args: Any, **kwargs: Any) -> Any:
+            sizes = len(args) > 1 and not kwargs and any(isinstance(a, torch.Tensor) for a in args)
+            if not sizes or not torch.jit.is_tracing() or any(getattr(a, "ndim", 0) for a in args):
+                return original(*args, **kwargs)
+            return functools.reduce(function, [torch.as_tensor(a) for a in args])
+
+        return chosen
+
+    patches: list[tuple[Any, str, Any]] = [
+        (torch.Tensor, "__ceil__", rounded(torch.ceil)),
+        (torch.Tensor, "__floor__", rounded(torch.floor)),
+        (builtins, "max", extreme(builtins.max, torch.maximum)),
+        (builtins, "min", extreme(builtins.min, torch.minimum)),
+    ]
+    before = [(owner, name, getattr(owner, name, None)) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from deploykit.cli import common
 )  # fmt: skip
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
-    help="CPU seconds that one way to ONNX may take; by default a minute, more for large modules, and ten times that "
+    help="CPU seconds that one way to ONNX may take; by default 40 and more for large modules, and five times that "
     "where no other way is left.",
 )  # fmt: skip
 @common.data_option("Real inputs for the parity check:")

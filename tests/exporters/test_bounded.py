@@ -111,8 +111,8 @@ def test_a_way_that_crashes_is_left(opened: Any, message: Any, tmp_path: Path) -
 def test_limits_grow_with_the_module_and_with_patience(opened: Any) -> None:
     source = opened("classifier")
     hasty, patient = (source._limit_s(Way("torch.export", True, patient)) for patient in (False, True))
-    assert 60 < hasty < 70
-    assert patient == 10 * hasty
+    assert 40 < hasty < 45
+    assert patient == 5 * hasty
     assert [way.patient for way in source.ways] == [False] * 4
     assert all(way.patient for way in opened("classifier", way="torchscript").ways)
     assert all(way.patient for way in opened("classifier", timeout_s=5).ways)

@@ -83,3 +83,13 @@ def test_checks_are_told_from_branches(build: Any) -> None:
     assert [str(p) for p in traced(build, "frozen").wrong] == [line_of(build, ".item() > 100")]
     assert traced(build, "shortcut").wrong == traced(build, "shortcut").checks == ()
     assert traced(build, "specializes").wrong == ()  # by the shape, which the cases cover
+
+
+def test_arithmetic_on_sizes_stays_in_the_graph(opened: Any, tmp_path: Path) -> None:
+    before = (max, min)
+    source = opened("same_padding", dynamic=("input:0=batch,2=height,3=width",))
+    export(source, SCRIPT, tmp_path / "m.onnx")
+    assert len({case.feeds["input"].shape[2] % 2 for case in source.cases}) == 2
+    for case in source.cases:
+        assert np.allclose(run(tmp_path / "m.onnx", **case.feeds), case.outputs["output"], atol=1e-5)
+    assert (max, min) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import os
 import signal
 from typing import Any, NamedTuple
@@ -588,3 +589,18 @@ a_number = 7
 
 def options_alone() -> nn.Module:
     return Options()
+
+
+class SamePadding(nn.Conv2d):
+    """TensorFlow's padding, out of Python's arithmetic on sizes."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        pads = []
+        for size in (image.shape[3], image.shape[2]):
+            pad = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            pads += [pad // 2, pad - pad // 2]
+        return F.conv2d(F.pad(image, pads), self.weight, self.bias, 2)
+
+
+def same_padding() -> Any:
+    return seeded(nn.Sequential(SamePadding(3, 4, 3), SamePadding(4, 4, 3))), torch.randn(2, 3, 8, 8)
