@@ -9,6 +9,7 @@ DeploykitError
 ├── SourceError                 the thing to export cannot be found, read or built
 ├── ModelError                  an ONNX or OpenVINO file is corrupt, unsafe or invalid
 ├── ExportError                 a good source could not be turned into ONNX
+│   └── TimeLimitError          a way to ONNX took longer than it may
 ├── ParityError                 the outputs differ from the reference
 │   └── UnverifiableError       the outputs do not react to the inputs, so that equality proves nothing
 ├── DeviceError                 a runtime, provider or device is unknown or cannot be had
@@ -101,6 +102,10 @@ class ModelError(DeploykitError):
 
 class ExportError(DeploykitError):
     """A source that works in its framework could not be turned into ONNX."""
+
+
+class TimeLimitError(ExportError):
+    """A way to ONNX took longer than it may."""
 
 
 class ParityError(DeploykitError):

@@ -30,6 +30,7 @@ class ExportOptions:
         data: Real inputs for the parity check; anything that `Dataset.open` reads.
         task: What a Hugging Face model is for, where that is not what its config names.
         part: Which graph of a model that becomes several ("encoder", "decoder"); None for all of them.
+        timeout_s: Seconds of CPU time that one way may take; None for a limit that grows with the model.
     """
 
     inputs: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class ExportOptions:
     data: str | None = None
     task: str | None = None
     part: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,13 @@ class Way:
         name: "torch.export", "torchscript" or "copy".
         dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
         attention: Another attention implementation than the model's own ("eager"); empty for its own.
+        patient: Whether it may take long, because no other way is left.
     """
 
     name: str
     dynamic: bool
     attention: str = ""
+    patient: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         name = f"{self.name} with {self.attention} attention" if self.attention else self.name
@@ -88,6 +92,7 @@ class Source(ABC):
         data: Where the values of the cases come from: "example", "text", "generated" or a dataset's name.
         assets: Files that belong to the model (a tokenizer).
         notes: What the user must know.
+        precision: The coarsest floating-point type that the source computes in, where its outputs may hide it.
     """
 
     kind: str
@@ -98,6 +103,7 @@ class Source(ABC):
     data: str
     assets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    precision: str | None = None
 
     @property
     @abstractmethod
@@ -107,6 +113,10 @@ class Source(ABC):
     def cases_for(self, way: Way) -> tuple[Case, ...]:
         """The cases that a result of ``way`` has to reproduce."""
         return self.cases
+
+    def notes_on(self, way: Way) -> tuple[str, ...]:
+        """What the user must know about the result of ``way``, once it is written."""
+        return ()
 
     @abstractmethod
     def write(self, way: Way, target: Path, opset: int | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class HuggingFaceSource(TorchSource):
         own = super().ways
         if getattr(self._model.config, "_attn_implementation", _EAGER) == _EAGER:
             return own
-        eager = tuple(Way(way.name, way.dynamic, _EAGER) for way in own)
+        eager = tuple(replace(way, attention=_EAGER) for way in own)
         # Fixed shapes are the last resort: eager attention costs speed, fixed shapes cost the user's inputs.
         return tuple(sorted((*own, *eager), key=lambda way: not way.dynamic))
 

@@ -32,6 +32,11 @@ from deploykit.cli import common
     "--part", metavar="PART",
     help="One graph of a model that becomes several: encoder or decoder, text or image. All of them by default.",
 )  # fmt: skip
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    help="CPU seconds that one way to ONNX may take; by default 40 and more for large modules, and five times that "
+    "where no other way is left.",
+)  # fmt: skip
 @common.data_option("Real inputs for the parity check:")
 @common.dim_option
 @common.device_option
@@ -47,6 +52,7 @@ def command(
     exporter: str,
     task: str | None,
     part: str | None,
+    timeout_s: float | None,
     data: str | None,
     dims: tuple[str, ...],
     devices: tuple[str, ...],
@@ -65,7 +71,7 @@ def command(
     sizes = common.parse_dims(dims)
     params = {
         "source": source, "dynamic": list(dynamic), "inputs": list(inputs), "opset": opset, "exporter": exporter,
-        "task": task, "part": part, "data": data, "dims": sizes, "devices": list(devices),
+        "task": task, "part": part, "timeout_s": timeout_s, "data": data, "dims": sizes, "devices": list(devices),
         "allow_unverified": allow_unverified or None,
     }  # fmt: skip
     if dry_run:
@@ -75,7 +81,8 @@ def command(
 
     made = export_parts(
         source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter, data=data,
-        task=task, part=part, devices=devices, allow_unverified=allow_unverified, progress=common.progress(),
+        timeout_s=timeout_s, task=task, part=part, devices=devices, allow_unverified=allow_unverified,
+        progress=common.progress(),
     )  # fmt: skip
     if "" in made or part is not None:
         common.show_artifact(next(iter(made.values())), as_json=as_json)
