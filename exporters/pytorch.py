@@ -14,6 +14,7 @@ from deploykit.data import Dataset, ValueRange, generate, user_frame
 from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
+from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
@@ -148,6 +149,14 @@ class TorchSource(Source):
 
     def _reference(self, feeds: Feeds) -> dict[str, Array]:
         return torch_onnx.run_module(self._module, feeds)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the module; inputs may come in any order."""
+        return self._reference({s.name: feeds[s.name] for s in self.signature.inputs})
+
+    def tensors(self, feeds: Feeds) -> ModuleTensors:
+        """The result of every operator."""
+        return ModuleTensors(self._module, {s.name: feeds[s.name] for s in self.signature.inputs})
 
     @property
     def ways(self) -> tuple[Way, ...]:
