@@ -62,10 +62,16 @@ class Judge:
 
     max_error: float | None = None
 
-    def compare(self, have: Array, want: Array) -> Difference:
-        """The difference, with a reason where they are not the same; layouts may differ, and precisions."""
+    def compare(self, have: Array, want: Array, *, any_layout: bool = False) -> Difference:
+        """The difference, with a reason where they are not the same; precisions may differ, and layouts where allowed.
+
+        Args:
+            have: The candidate's.
+            want: The reference's.
+            any_layout: Whether another shape, and another order of the axes, is accepted.
+        """
         found = self._same_layout(have, want)
-        if not found.reason or have.size != want.size or "O" in have.dtype.kind + want.dtype.kind:
+        if not any_layout or not found.reason or have.size != want.size or "O" in have.dtype.kind + want.dtype.kind:
             return found
         flat = have.reshape(-1)
         sample = np.linspace(0, flat.size - 1, min(flat.size, _SAMPLE)).astype(np.int64)
@@ -163,7 +169,7 @@ class Matcher:
                 telling = is_telling(have)
                 self.found[name] = Match(Status.UNMATCHED, telling=telling)
                 if want is not None:
-                    diff = self._judge.compare(have, want)
+                    diff = self._judge.compare(have, want, any_layout=not trust_names)
                     status = Status.DIFFERS if diff.reason else Status.AGREES
                     self.found[name] = Match(status, name, "name", diff, telling)
                 if stop(name):
@@ -205,7 +211,7 @@ class Matcher:
         for partner, want in partners.items():
             if partner in taken and not movement[name]:
                 continue
-            diff = self._judge.compare(have, want)
+            diff = self._judge.compare(have, want, any_layout=True)
             if not diff.reason:
                 self.found[name] = Match(Status.AGREES, partner, "value", diff, True)
                 taken.add(partner)

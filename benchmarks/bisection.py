@@ -133,7 +133,7 @@ def bisect_models(
             finding = _blame_optimizer(
                 [(candidate, device, mine), (reference, reference_device, theirs)], feeds, wanted
             )
-    return finding
+    return replace(finding, seconds=round(time.monotonic() - started, 2))
 
 
 def bisect_source(

@@ -1,8 +1,8 @@
 """Does `deploykit verify` name a wrong node in a real graph, and how long does it take?
 
 The model is all-MiniLM-L6-v2 with its trained weights, exported through TorchScript to opset 14 (some 800 nodes,
-nothing fused). One node at a time is made wrong; the command line compares the result with the original, and has to name the
-very node. Exits with 1 where it does not, or takes more than the limit.
+nothing fused). One node at a time is made wrong; the command line compares the result with the original, and has to
+name the very node. Exits with 1 where it does not, or where the search takes more than the limit.
 
 Usage: python benchmarks/suite/bisect_planted.py [--model ARTIFACT_OR_ONNX] [--limit SECONDS]
 """
