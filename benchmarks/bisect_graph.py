@@ -68,12 +68,13 @@ class Graph:
         node = self.nodes[number]
         return node.name or next((name for name in node.output if name), node.op_type)
 
-    def upstream(self, names: Iterable[str]) -> set[int]:
-        """Numbers of all nodes that the tensors follow from."""
+    def upstream(self, names: Iterable[str], given: frozenset[str] = frozenset()) -> set[int]:
+        """Numbers of all nodes that the tensors follow from, up to tensors that are given."""
         found: set[int] = set()
         open_names = list(names)
         while open_names:
-            number = self.producer.get(open_names.pop())
+            name = open_names.pop()
+            number = None if name in given else self.producer.get(name)
             if number is not None and number not in found:
                 found.add(number)
                 open_names += self.reads[number]

@@ -108,12 +108,12 @@ class Probe:
         return name if number is None else f"{self.graph.nodes[number].op_type} {self.graph.label(number)}"
 
 
-def run_model(model: object, folder: Path, feeds: Feeds, device: Device) -> dict[str, Array]:
-    """Write a model into its weights' folder and run it; without graph optimizations where the runtime allows that."""
+def run_model(model: object, folder: Path, feeds: Feeds, device: Device, *, optimize: bool = False) -> dict[str, Array]:
+    """Write a model into its weights' folder and run it; OpenVINO optimizes its graph in any case."""
     file = folder / f"cut-{len(list(folder.glob('cut-*.onnx')))}.onnx"
     file.write_bytes(model.SerializeToString())  # type: ignore[attr-defined]
     try:
-        with open_session(file, device, optimize=device.runtime != "ort") as session:
+        with open_session(file, device, optimize=optimize or device.runtime != "ort") as session:
             names = {s.name for s in session.signature.inputs}
             return session.run({k: v for k, v in feeds.items() if k in names})
     finally:

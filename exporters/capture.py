@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deploykit.exporters.torch_onnx import from_numpy, to_numpy
@@ -16,6 +17,26 @@ _COMPOSED = (
     "native_layer_norm", "native_group_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_softmax",
     "_log_softmax", "var_mean", "rsqrt", "addcmul", "addcdiv", "glu", "logit", "norm", "linalg_vector_norm",
 )  # fmt: skip
+# Operators that choose between scores, and what they become in ONNX.
+_CHOICES = {
+    "topk": "TopK", "sort": "TopK", "argmax": "ArgMax", "argmin": "ArgMin", "max": "ArgMax", "min": "ArgMin",
+    "gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """One operator that chooses, as it ran.
+
+    Attributes:
+        op: What it becomes in ONNX.
+        inputs: The scores; both sides of a comparison.
+        outputs: What it chose; the last are the indices.
+    """
+
+    op: str
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
 
 
 class ModuleTensors:
@@ -47,21 +68,32 @@ class ModuleTensors:
         self._record(keep)
         return found
 
+    def choices(self, feeds: Feeds) -> list[Choice]:
+        """What the module chose in one run, on other inputs too; see `_CHOICES`."""
+        made: list[Choice] = []
+        self._record(lambda name, tensor: None, feeds, made.append)
+        return made
+
     def describe(self, name: str) -> str:
         """The operator, and the part of the module that called it."""
         number, _, rest = name.partition(":")
         where, _, op = rest.rpartition(":")
         return f"{op} (operator {number}{f' in {where}' if where else ''})"
 
-    def _record(self, visit: Callable[[str, Any], None]) -> None:
+    def _record(
+        self,
+        visit: Callable[[str, Any], None],
+        feeds: Feeds | None = None,
+        choose: Callable[[Choice], None] = lambda choice: None,
+    ) -> None:
         torch = require("torch", extra="torch")
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         # Fused attention kernels hide the scores that every exported graph computes.
         with _owners(self._module) as owner, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            mode = _recorder(torch, visit, owner)
-            with mode:
-                self._module(*(from_numpy(a) for a in self._feeds.values()))
+            given = self._feeds if feeds is None else {name: feeds[name] for name in self._feeds}
+            with _recorder(torch, visit, owner, choose):
+                self._module(*(from_numpy(a) for a in given.values()))
 
 
 @contextlib.contextmanager
@@ -88,7 +120,9 @@ def _owners(module: Any) -> Iterator[Callable[[], str]]:
             handle.remove()
 
 
-def _recorder(torch: Any, visit: Callable[[str, Any], None], owner: Callable[[], str]) -> Any:
+def _recorder(
+    torch: Any, visit: Callable[[str, Any], None], owner: Callable[[], str], choose: Callable[[Choice], None]
+) -> Any:
     from torch._decomp import core_aten_decompositions
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,6 +141,10 @@ def _recorder(torch: Any, visit: Callable[[str, Any], None], owner: Callable[[],
                 with contextlib.suppress(Exception), self:
                     rule(*args, **given)
             result = func(*args, **given)
+            op = _CHOICES.get(_base_name(func))
+            whole = op in ("ArgMax", "ArgMin") and "arg" not in _base_name(func) and not isinstance(result, tuple)
+            if op is not None and not whole:  # the largest of all elements, without its place
+                choose(_choice(torch, op, args, result))
             for tensor in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(tensor, torch.Tensor) and tensor.numel():
                     visit(f"{self.count}:{owner()}:{_base_name(func)}", tensor)
@@ -114,6 +152,13 @@ def _recorder(torch: Any, visit: Callable[[str, Any], None], owner: Callable[[],
             return result
 
     return Recorder()
+
+
+def _choice(torch: Any, op: str, args: tuple[Any, ...], result: Any) -> Choice:
+    count = 2 if op in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual") else 1
+    inputs = tuple(to_numpy(a if isinstance(a, torch.Tensor) else torch.tensor(a)) for a in args[:count])
+    outputs = tuple(to_numpy(t) for t in (result if isinstance(result, tuple | list) else (result,)))
+    return Choice(op, inputs, outputs[-1:] if op in ("ArgMax", "ArgMin") else outputs)
 
 
 def _base_name(op: Any) -> str:
