@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _WEIGHT_BYTES = 256 * 1024 * 1024
 
 
+# Inputs of the graph are what their names say.
+_NAMED = Match(Status.AGREES, by="name")
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """A node as a model of its own, its weights inside, with the tensors around it.
@@ -86,7 +90,7 @@ def explain(
     if other is None:
         return inputs, outputs, ["the reference has no node that makes a tensor of that name"]
     causes = [
-        *_definition(graph, number, reference.graph, other),
+        *_definition(graph, number, reference.graph, other, matches),
         *_replay(candidate, reference, judge, number, other),
     ]
     return inputs, outputs, causes
@@ -135,8 +139,8 @@ def _neighbours(graph: Graph, reference: TensorSource, number: int, matches: Map
     return found
 
 
-def _definition(graph: Graph, number: int, other: Graph, partner: int) -> list[str]:
-    """Differences of operator, attributes and constants."""
+def _definition(graph: Graph, number: int, other: Graph, partner: int, matches: Mapping[str, Match]) -> list[str]:
+    """Differences of operator, attributes, constants, and of which tensors are read."""
     mine, theirs = graph.nodes[number], other.nodes[partner]
     if (mine.domain or "ai.onnx", mine.op_type) != (theirs.domain or "ai.onnx", theirs.op_type):
         return [f"the operator is {mine.op_type} instead of {theirs.op_type}"]
@@ -148,6 +152,9 @@ def _definition(graph: Graph, number: int, other: Graph, partner: int) -> list[s
     for place, (left, right) in enumerate(zip(mine.input, theirs.input, strict=False)):
         x, y = _constant(graph, left), _constant(other, right)
         if x is None or y is None:
+            read = matches[left].partner if left in matches else left if left in graph.inputs else ""
+            if read and read != right and matches.get(left, _NAMED).by == "name":
+                causes.append(f"input {place} is {left!r}, in the reference it is {right!r}")
             continue
         if x.shape != y.shape or x.dtype != y.dtype:
             causes.append(f"constant {left!r} (input {place}) is {_form(x)} instead of {_form(y)}")

@@ -234,6 +234,16 @@ def _text(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
+def dequantized(graph: Graph) -> dict[str, str]:
+    """The float tensor that a Q/DQ pair stands in for, by the name of what the pair makes."""
+    found = {}
+    for node in graph.nodes:
+        maker = graph.producer.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if maker is not None and graph.nodes[maker].op_type == "QuantizeLinear":
+            found[node.output[0]] = graph.nodes[maker].input[0]
+    return found
+
+
 def inline_branch(graph: Graph, number: int, taken: bool) -> Graph:
     """The graph with one If replaced by the branch that is taken."""
     import onnx

@@ -149,29 +149,34 @@ class Matcher:
         self._sketches: dict[str, tuple[int, float, float, float]] = {}
         self._theirs: dict[str, tuple[int, float, float, float]] = {}
 
-    def by_name(self, names: Sequence[str], stop: Callable[[str], bool], *, trust_names: bool) -> bool:
+    def by_name(
+        self, names: Sequence[str], stop: Callable[[str], bool], *, trust_names: bool, alias: Mapping[str, str]
+    ) -> bool:
         """Judge tensors by those of the same names; the others, and those that differ, are kept for `by_value`.
 
         Args:
             names: In the order in which they are made.
             trust_names: Whether what differs from the tensor of its name is wrong, and need not be looked for.
             stop: Asked after every tensor; true ends the search early.
+            alias: What a tensor is called in the reference, where that is another name.
 
         Returns:
             Whether all were judged.
         """
-        sizes = {n: self._candidate.sizes[n] + self._reference.sizes.get(n, 0) for n in names}
+        known = self._reference.sizes
+        partners = {name: partner for name in names if (partner := alias.get(name, name)) in known}
+        sizes = {n: self._candidate.sizes[n] + (known[partners[n]] if n in partners else 0) for n in names}
         for chunk in in_chunks(sizes, names, self._budget):
             mine = self._candidate.fetch(chunk)
-            theirs = self._reference.fetch([name for name in chunk if name in self._reference.sizes])
+            theirs = self._reference.fetch(list({partners[name]: 0 for name in chunk if name in partners}))
             for name in chunk:
-                have, want = mine[name], theirs.get(name)
+                have, want = mine[name], theirs.get(partners.get(name, ""))
                 telling = is_telling(have)
                 self.found[name] = Match(Status.UNMATCHED, telling=telling)
                 if want is not None:
                     diff = self._judge.compare(have, want, any_layout=not trust_names)
                     status = Status.DIFFERS if diff.reason else Status.AGREES
-                    self.found[name] = Match(status, name, "name", diff, telling)
+                    self.found[name] = Match(status, partners[name], "name", diff, telling)
                 if stop(name):
                     return False
                 wanted = self.found[name].status is Status.UNMATCHED or not trust_names

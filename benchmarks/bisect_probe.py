@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from deploykit.benchmarks.bisect_graph import Graph, bytes_of, value_info
+from deploykit.modelfile import dtype_name
 from deploykit.runtimes import Device, open_session, parse_device
 from deploykit.specs import Array, Feeds
 
@@ -101,6 +102,11 @@ class Probe:
     def _exposed(self, names: Sequence[str]) -> dict[str, Array]:
         cut = self.graph.cut([value_info(name, self._types[name]) for name in names])
         return run_model(cut, self.graph.folder, self.feeds, self.device)
+
+    def dtype(self, name: str) -> str:
+        """Element type of a tensor; empty where it is unknown."""
+        kind = self._types[name]
+        return dtype_name(kind) if kind else ""
 
     def describe(self, name: str) -> str:
         """Operator and name of the node that made it."""

@@ -14,9 +14,9 @@ from deploykit.benchmarks.bisect_match import Match, Status
 # Their outputs say nothing about the values of their inputs.
 _BLIND = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
 # Relative errors below these are rounding, summed in another order.
-_NOISE = {"float16": 2e-3, "bfloat16": 1e-2}
-_NOISE_DEFAULT = 1e-6
-# A node inside the tolerance that multiplies its input's error so much more than the first node outside is the origin.
+NOISE = {"float16": 2e-3, "bfloat16": 1e-2}
+NOISE_DEFAULT = 1e-6
+# A node inside the tolerance whose error is this much above the noise, out of clean inputs, is an origin.
 _JUMP = 10.0
 _LAYERS = 10
 
@@ -36,7 +36,9 @@ class Suspect:
     alternatives: tuple[str, ...] = ()
 
 
-def find_suspect(graph: Graph, matches: Mapping[str, Match], failing: Sequence[str], dtype: str) -> Suspect | None:
+def find_suspect(
+    graph: Graph, matches: Mapping[str, Match], failing: Sequence[str], noise: float | None
+) -> Suspect | None:
     """The topologically first node that has agreeing inputs and an output that does not agree.
 
     Only nodes count from which a failing output is reached through tensors that do not agree. A tensor without a
@@ -46,7 +48,7 @@ def find_suspect(graph: Graph, matches: Mapping[str, Match], failing: Sequence[s
         graph: The candidate's.
         matches: What is known about its tensors.
         failing: Names of the outputs that are wrong.
-        dtype: Of the candidate's arithmetic, for what counts as noise.
+        noise: Relative errors up to this are rounding; None where no earlier origin shall be looked for.
     """
     trusted = _trusted(graph, matches)
 
@@ -60,7 +62,7 @@ def find_suspect(graph: Graph, matches: Mapping[str, Match], failing: Sequence[s
     first = [n for n in reached if all(good(name) for name in graph.reads[n])]
     if not first:
         return None
-    origin = _origin(graph, matches, first[0], dtype)
+    origin = first[0] if noise is None else _origin(graph, matches, first[0], noise)
     differing = {graph.producer[name] for name, m in matches.items() if m.status is Status.DIFFERS}
     others = tuple(graph.label(n) for n in first[1:] if n in differing)[:5]
     return Suspect(origin, graph.label(first[0]) if origin != first[0] else "", others)
@@ -94,28 +96,26 @@ def _reached(graph: Graph, failing: Sequence[str], good: Any) -> list[int]:
     return sorted(found)
 
 
-def _origin(graph: Graph, matches: Mapping[str, Match], first: int, dtype: str) -> int:
-    """Where the error came from: errors grow on their way, and the tolerance may be passed long after the fault."""
-    noise = _NOISE.get(dtype, _NOISE_DEFAULT)
+def _origin(graph: Graph, matches: Mapping[str, Match], first: int, noise: float) -> int:
+    """Where the error came from: errors grow on their way, and the tolerance may be passed long after the fault.
 
-    def jump(number: int) -> float:
-        return output_error(graph, matches, number) / max(input_error(graph, matches, number), noise)
-
-    best, best_jump = first, _JUMP * jump(first)
-    seen: set[int] = set()
-    open_numbers = [first]
+    Upstream of the first node outside the tolerance, through tensors with more than noise in them, stands a node whose
+    inputs are clean; of several, that with the largest error.
+    """
+    best, best_error = first, _JUMP * noise
+    seen = {first}
+    open_numbers = [first] if input_error(graph, matches, first) > noise else []
     while open_numbers:
         for name in graph.reads[open_numbers.pop()]:
             number = graph.producer.get(name)
-            if number is None or number in seen:
+            error = output_error(graph, matches, number) if number is not None else 0.0
+            if number is None or number in seen or not noise < error < float("inf"):
                 continue
             seen.add(number)
-            error = output_error(graph, matches, number)
-            if not noise < error < float("inf"):
-                continue
-            open_numbers.append(number)
-            if error > _JUMP * noise and jump(number) > best_jump:
-                best, best_jump = number, jump(number)
+            if input_error(graph, matches, number) > noise:
+                open_numbers.append(number)
+            elif error > best_error:
+                best, best_error = number, error
     return best
 
 

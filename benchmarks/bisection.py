@@ -13,18 +13,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploykit.benchmarks.bisect_explain import Evidence, explain, gather_evidence, partner_of
-from deploykit.benchmarks.bisect_graph import MOVEMENT_OPS, Graph, body_of, captured_names, inline_branch, load_graph
+from deploykit.benchmarks.bisect_graph import (
+    MOVEMENT_OPS,
+    Graph,
+    body_of,
+    captured_names,
+    dequantized,
+    inline_branch,
+    load_graph,
+)
 from deploykit.benchmarks.bisect_match import Judge, Match, Matcher, Status
 from deploykit.benchmarks.bisect_probe import BUDGET_BYTES, Probe, TensorSource, run_model
-from deploykit.benchmarks.bisect_search import Suspect, find_suspect, worst_layers
+from deploykit.benchmarks.bisect_search import NOISE, NOISE_DEFAULT, Suspect, find_suspect, worst_layers
 from deploykit.benchmarks.differences import Outputs
 from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array, Feeds
+
+if TYPE_CHECKING:
+    import onnx
 
 _QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
 _LEVELS = ("basic", "extended", "all")
@@ -216,7 +227,7 @@ def _search(hunt: _Hunt, path: tuple[str, ...]) -> Finding:
     def found_one(name: str) -> bool:
         return trust and hunt.judge.max_error is None and _surely_wrong(graph, matcher.found, name)
 
-    if matcher.by_name(names, found_one, trust_names=trust):
+    if matcher.by_name(names, found_one, trust_names=trust, alias=dequantized(graph)):
         moves = {name: graph.nodes[graph.producer[name]].op_type in MOVEMENT_OPS for name in names}
         matcher.by_value(moves)
     return _conclude(hunt, matcher.found, path)
@@ -246,7 +257,7 @@ def _surely_wrong(graph: Graph, found: Mapping[str, Match], name: str) -> bool:
 def _conclude(hunt: _Hunt, matches: Mapping[str, Match], path: tuple[str, ...]) -> Finding:
     graph = hunt.candidate.graph
     layers = tuple(worst_layers(graph, matches))
-    suspect = find_suspect(graph, matches, hunt.failing, _dtype(hunt))
+    suspect = find_suspect(graph, matches, hunt.failing, _noise(hunt))
     if suspect is None:
         text = "no node can be named: every tensor that leads to the wrong outputs agrees, or has no counterpart"
         return Finding(text, "unknown", len(graph.nodes), path=path, layers=layers)
@@ -257,8 +268,8 @@ def _conclude(hunt: _Hunt, matches: Mapping[str, Match], path: tuple[str, ...]) 
     inputs, outputs, causes = explain(hunt.candidate, hunt.reference, hunt.judge, suspect.number, matches)
     label = graph.label(suspect.number)
     where = f" inside {' / '.join(path)}" if path else ""
-    known = next((o for o in outputs if o.get("reason")), None)
-    what = known["reason"] if known else "the reference has no such tensor, though it has all of the node's inputs"
+    what = next((o["reason"] for o in outputs if o.get("reason")), "") or _reason_behind(graph, node, matches)
+    what = what or "the reference has no such tensor, though it has all of the node's inputs"
     summary = f"the first node that diverges is {label!r} ({node.op_type}){where}: {what}"
     notes = []
     if suspect.exceeded:
@@ -281,10 +292,21 @@ def _conclude(hunt: _Hunt, matches: Mapping[str, Match], path: tuple[str, ...]) 
     )
 
 
-def _dtype(hunt: _Hunt) -> str:
-    """The narrowest floating-point type of the failing outputs."""
-    arrays = hunt.candidate.fetch(hunt.failing).values()
-    return min((a.dtype for a in arrays), key=lambda d: d.itemsize).name
+def _reason_behind(graph: Graph, node: onnx.NodeProto, matches: Mapping[str, Match]) -> str:
+    """For a QuantizeLinear, whose integers have no counterpart: how its dequantized values differ."""
+    if node.op_type != "QuantizeLinear":
+        return ""
+    readers = [graph.nodes[i] for i in graph.consumers().get(node.output[0], [])]
+    names = [name for reader in readers for name in reader.output]
+    return next((m.diff.reason for name in names if (m := matches.get(name)) and m.diff.reason), "")
+
+
+def _noise(hunt: _Hunt) -> float | None:
+    """Relative errors below this are rounding; None where the candidate is quantized, which is no rounding."""
+    if hunt.judge.max_error is not None:
+        return None
+    kinds = {hunt.candidate.dtype(name) for name in hunt.candidate.sizes}
+    return max(NOISE.get(kind, NOISE_DEFAULT) for kind in kinds)
 
 
 def _look_inside(hunt: _Hunt, suspect: Suspect, matches: Mapping[str, Match], path: tuple[str, ...]) -> Finding | None:
