@@ -144,7 +144,8 @@ def worst_layers(graph: Graph, matches: Mapping[str, Match]) -> list[dict[str, A
         worst = min(m.diff.sqnr_db for m in found)
         if not np.isfinite(worst):
             continue
-        into = input_error(graph, matches, number)
+        before = graph.producer.get(node.input[0], number) if node.op_type == "DequantizeLinear" else number
+        into = input_error(graph, matches, before)  # integers have no error: what counts is what was quantized
         rows.append(
             {
                 "node": graph.label(number),

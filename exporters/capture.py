@@ -13,7 +13,7 @@ from deploykit.specs import Array, Feeds
 
 # Operators that torch computes in one piece and ONNX in several; their decompositions are run beside them.
 _COMPOSED = (
-    "gelu", "silu", "hardswish", "hardsigmoid", "mish", "elu", "leaky_relu", "softplus", "addmm", "addbmm", "baddbmm",
+    "gelu", "silu", "hardswish", "hardsigmoid", "mish", "elu", "leaky_relu", "softplus", "addmm", "baddbmm",
     "native_layer_norm", "native_group_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_softmax",
     "_log_softmax", "var_mean", "rsqrt", "addcmul", "addcdiv", "glu", "logit", "norm", "linalg_vector_norm",
 )  # fmt: skip
@@ -123,10 +123,10 @@ def _owners(module: Any) -> Iterator[Callable[[], str]]:
 def _recorder(
     torch: Any, visit: Callable[[str, Any], None], owner: Callable[[], str], choose: Callable[[Choice], None]
 ) -> Any:
-    from torch._decomp import core_aten_decompositions
+    from torch._decomp import decomposition_table
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    table = {op: rule for op, rule in core_aten_decompositions().items() if _base_name(op) in _COMPOSED}
+    table = {op: rule for op, rule in decomposition_table.items() if _base_name(op) in _COMPOSED}
 
     class Recorder(TorchDispatchMode):  # type: ignore[misc]
         count = 0
