@@ -133,9 +133,10 @@ def _neighbours(graph: Graph, reference: TensorSource, number: int, matches: Map
         found.append(f"its input is made by {reference.describe(partner)} in the source")
     if partners:
         last = max(order[p] for p in partners)
-        after = [name for name in list(reference.sizes)[last + 1 : last + 4]]
+        said = {reference.describe(p) for p in partners}
+        after = [text for name in list(reference.sizes)[last + 1 :] if (text := reference.describe(name)) not in said]
         if after:
-            found.append("the source goes on with " + ", ".join(reference.describe(name) for name in after))
+            found.append("the source goes on with " + ", ".join(list(dict.fromkeys(after))[:3]))
     return found
 
 

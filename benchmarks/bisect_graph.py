@@ -66,7 +66,7 @@ class Graph:
     def label(self, number: int) -> str:
         """The node's name; where it has none, its first output's."""
         node = self.nodes[number]
-        return node.name or next((name for name in node.output if name), node.op_type)
+        return str(node.name or next((name for name in node.output if name), node.op_type))
 
     def upstream(self, names: Iterable[str], given: frozenset[str] = frozenset()) -> set[int]:
         """Numbers of all nodes that the tensors follow from, up to tensors that are given."""

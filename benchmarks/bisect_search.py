@@ -19,6 +19,8 @@ NOISE_DEFAULT = 1e-6
 # A node inside the tolerance whose error is this much above the noise, out of clean inputs, is an origin.
 _JUMP = 10.0
 _LAYERS = 10
+# Above this it is rounding, summed in another order.
+_ROUNDING_DB = 80.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ def worst_layers(graph: Graph, matches: Mapping[str, Match]) -> list[dict[str, A
         if not found or node.op_type in MOVEMENT_OPS or node.op_type in _BLIND:
             continue
         worst = min(m.diff.sqnr_db for m in found)
-        if not np.isfinite(worst):
+        if not np.isfinite(worst) or worst > _ROUNDING_DB:
             continue
         before = graph.producer.get(node.input[0], number) if node.op_type == "DequantizeLinear" else number
         into = input_error(graph, matches, before)  # integers have no error: what counts is what was quantized

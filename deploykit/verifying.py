@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from deploykit.data import Dataset
 from deploykit.errors import DataError, DeploykitError, ParityError
 from deploykit.exporters import ExportOptions, Source, open_source
 from deploykit.models import LoadedModel, load_model, probe_feeds
-from deploykit.progress import Progress
+from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import check_free
 
@@ -136,8 +137,10 @@ def _open(
     options = ExportOptions(
         inputs=tuple(inputs) if named else (), dims=dict(dims), data=str(data) if data is not None else None
     )
-    with told.step(f"load {against}"):
-        return open_source(str(against), options, _unoptimized)
+    with tempfile.TemporaryDirectory(prefix="deploykit-") as folder, told.step(f"load {against}"):
+        # Frameworks print bars and warnings here; what is wrong with the source is in the error.
+        with quiet(Path(folder) / "log"):
+            return open_source(str(against), options, _unoptimized)
 
 
 def _unoptimized(path: Path) -> Callable[[Feeds], dict[str, Array]]:

@@ -76,9 +76,8 @@ class ModuleTensors:
 
     def describe(self, name: str) -> str:
         """The operator, and the part of the module that called it."""
-        number, _, rest = name.partition(":")
-        where, _, op = rest.rpartition(":")
-        return f"{op} (operator {number}{f' in {where}' if where else ''})"
+        where, _, op = name.partition(":")[2].rpartition(":")
+        return f"{op} of {where}" if where else op
 
     def _record(
         self,
