@@ -137,10 +137,13 @@ def _open(
     options = ExportOptions(
         inputs=tuple(inputs) if named else (), dims=dict(dims), data=str(data) if data is not None else None
     )
-    with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
-        # Frameworks print bars and warnings here; what is wrong with the source is in the error.
-        with told.step(f"load {against}"), quiet(Path(name) / "log"):
-            return open_source(str(against), options, _unoptimized)
+    # Frameworks print bars and warnings; what is wrong with the source is in the error.
+    with (
+        tempfile.TemporaryDirectory(prefix="deploykit-") as folder,
+        told.step(f"load {against}"),
+        quiet(Path(folder) / "log"),
+    ):
+        return open_source(str(against), options, _unoptimized)
 
 
 def _unoptimized(path: Path) -> Callable[[Feeds], dict[str, Array]]:
