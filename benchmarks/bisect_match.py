@@ -22,6 +22,9 @@ _MAX_CANDIDATES = 6
 _MAX_RANK = 5
 # Elements that are looked at before a whole array is laid out in another order.
 _SAMPLE = 64
+_NEAR = 0.05
+# Stands for no limit, and stays finite when it is multiplied.
+_UNLIMITED = 1e30
 
 
 class Status(StrEnum):
@@ -76,12 +79,12 @@ class Judge:
         flat = have.reshape(-1)
         sample = np.linspace(0, flat.size - 1, min(flat.size, _SAMPLE)).astype(np.int64)
         few = _wide(flat[sample])
-        scale = float(np.abs(few).max()) if few.size else 0.0
-        near = 0.1 if self.max_error is None else float("inf")
+        scale = float(np.abs(few).mean()) if few.size else 0.0
+        near = max(_NEAR, 3 * (self.max_error or 0.0))
         for other in _layouts(want):
             index = np.unravel_index(sample, other.shape)
             with np.errstate(invalid="ignore"):
-                if bool((np.abs(_wide(other[index]) - few) > near * scale).any()):
+                if float(np.abs(_wide(other[index]) - few).mean()) > near * scale:
                     continue
             trial = self._same_layout(flat, other.reshape(-1))
             if not trial.reason:
@@ -97,8 +100,7 @@ class Judge:
             tolerance = Tolerance.for_dtype(want.dtype.name)
         if self.max_error is None or want.dtype.kind in "biuOUS":
             return diff_arrays(have, want, tolerance)
-        found = diff_arrays(have, want, Tolerance(float("inf"), float("inf"), self.max_error))
-        return found
+        return diff_arrays(have, want, Tolerance(_UNLIMITED, _UNLIMITED, self.max_error))
 
 
 def _wide(array: Array) -> Array:
@@ -174,7 +176,7 @@ class Matcher:
                 telling = is_telling(have)
                 self.found[name] = Match(Status.UNMATCHED, telling=telling)
                 if want is not None:
-                    diff = self._judge.compare(have, want, any_layout=not trust_names)
+                    diff = self._judge.compare(have, want, any_layout=not trust_names and self._judge.max_error is None)
                     status = Status.DIFFERS if diff.reason else Status.AGREES
                     self.found[name] = Match(status, partners[name], "name", diff, telling)
                 if stop(name):

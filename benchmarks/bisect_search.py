@@ -31,11 +31,13 @@ class Suspect:
         number: Its place in the graph.
         exceeded: Label of the first node whose output is outside the tolerance, where that is a later one.
         alternatives: Labels of other nodes that diverge from agreeing inputs, independently of it.
+        witness: The first tensor after it that has a counterpart and differs, where its own outputs have none.
     """
 
     number: int
     exceeded: str = ""
     alternatives: tuple[str, ...] = ()
+    witness: str = ""
 
 
 def find_suspect(
@@ -67,7 +69,21 @@ def find_suspect(
     origin = first[0] if noise is None else _origin(graph, matches, first[0], noise)
     differing = {graph.producer[name] for name, m in matches.items() if m.status is Status.DIFFERS}
     others = tuple(graph.label(n) for n in first[1:] if n in differing)[:5]
-    return Suspect(origin, graph.label(first[0]) if origin != first[0] else "", others)
+    return Suspect(
+        origin, graph.label(first[0]) if origin != first[0] else "", others, _witness(graph, matches, origin)
+    )
+
+
+def _witness(graph: Graph, matches: Mapping[str, Match], number: int) -> str:
+    follows = set(graph.nodes[number].output)
+    for node, reads in zip(graph.nodes[number:], graph.reads[number:], strict=True):
+        if node is not graph.nodes[number] and not follows.intersection(reads):
+            continue
+        follows.update(node.output)
+        for name in node.output:
+            if name in matches and matches[name].status is Status.DIFFERS:
+                return str(name)
+    return ""
 
 
 def _trusted(graph: Graph, matches: Mapping[str, Match]) -> set[str]:

@@ -35,13 +35,14 @@ from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array, Feeds
 
 if TYPE_CHECKING:
-    import onnx
+    pass
 
 _QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
 _LEVELS = ("basic", "extended", "all")
 _MAX_DEPTH = 4
 # Share of the common names that have to stand for the same operators, if names are to be relied on.
 _ALIKE = 0.9
+_NAMED_SHARE = 0.25
 _MAX_ITERATIONS = 64
 
 
@@ -227,7 +228,10 @@ def _search(hunt: _Hunt, path: tuple[str, ...]) -> Finding:
     def found_one(name: str) -> bool:
         return trust and hunt.judge.max_error is None and _surely_wrong(graph, matcher.found, name)
 
-    if matcher.by_name(names, found_one, trust_names=trust, alias=dequantized(graph)):
+    whole = matcher.by_name(names, found_one, trust_names=trust, alias=dequantized(graph))
+    # Quantizers keep the names, and coarse tolerances would match what is not the same.
+    named = sum(m.by == "name" for m in matcher.found.values())
+    if whole and (hunt.judge.max_error is None or named < _NAMED_SHARE * len(matcher.found)):
         moves = {name: graph.nodes[graph.producer[name]].op_type in MOVEMENT_OPS for name in names}
         matcher.by_value(moves)
     return _conclude(hunt, matcher.found, path)
@@ -268,7 +272,9 @@ def _conclude(hunt: _Hunt, matches: Mapping[str, Match], path: tuple[str, ...]) 
     inputs, outputs, causes = explain(hunt.candidate, hunt.reference, hunt.judge, suspect.number, matches)
     label = graph.label(suspect.number)
     where = f" inside {' / '.join(path)}" if path else ""
-    what = next((o["reason"] for o in outputs if o.get("reason")), "") or _reason_behind(graph, node, matches)
+    what = next((o["reason"] for o in outputs if o.get("reason")), "")
+    if not what and suspect.witness:
+        what = f"{suspect.witness!r}, which follows from it, differs: {matches[suspect.witness].diff.reason}"
     what = what or "the reference has no such tensor, though it has all of the node's inputs"
     summary = f"the first node that diverges is {label!r} ({node.op_type}){where}: {what}"
     notes = []
@@ -290,15 +296,6 @@ def _conclude(hunt: _Hunt, matches: Mapping[str, Match], path: tuple[str, ...]) 
         notes=tuple(notes),
         evidence=gather_evidence(hunt.candidate, hunt.reference, suspect.number, matches),
     )
-
-
-def _reason_behind(graph: Graph, node: onnx.NodeProto, matches: Mapping[str, Match]) -> str:
-    """For a QuantizeLinear, whose integers have no counterpart: how its dequantized values differ."""
-    if node.op_type != "QuantizeLinear":
-        return ""
-    readers = [graph.nodes[i] for i in graph.consumers().get(node.output[0], [])]
-    names = [name for reader in readers for name in reader.output]
-    return next((m.diff.reason for name in names if (m := matches.get(name)) and m.diff.reason), "")
 
 
 def _noise(hunt: _Hunt) -> float | None:

@@ -197,7 +197,8 @@ def _real_positions(outputs: Outputs, mask: Array | None) -> dict[str, Array]:
     if mask is None or mask.ndim != 2 or not mask.any():
         return dict(outputs)
     real = mask.astype(bool)
-    return {n: a[real] if a.ndim > 2 and a.shape[:2] == mask.shape else a for n, a in outputs.items()}
+    # The rank stays: [tokens, hidden] would look like [batch, classes].
+    return {n: a[real][None] if a.ndim > 2 and a.shape[:2] == mask.shape else a for n, a in outputs.items()}
 
 
 def compare_lossy(expected: Sequence[Outputs], actual: Sequence[Outputs], min_cosine: float) -> Parity:
