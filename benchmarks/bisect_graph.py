@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.errors import ModelError
+from deploykit.errors import ModelError, first_line
 from deploykit.modelfile import dtype_name, external_files, read_model
 from deploykit.specs import Array
 
@@ -92,7 +92,10 @@ class Graph:
         import onnx
 
         # Weights may be missing: shapes are not asked for, and types do not follow from values.
-        inferred = onnx.shape_inference.infer_shapes(self.model, check_type=False, strict_mode=False, data_prop=False)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.model)
+        except Exception:  # noqa: BLE001 - onnx raises what it likes; a runtime infers the types as well
+            inferred = self.model
         found: dict[str, int | None] = {}
         for value in [*inferred.graph.value_info, *inferred.graph.output]:
             kind = value.type.WhichOneof("value")
@@ -182,7 +185,10 @@ def load_graph(path: Path, folder: Path) -> Graph:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path.parent / location, target)
     if model.functions:
-        model = inliner.inline_local_functions(model)
+        try:
+            model = inliner.inline_local_functions(model)
+        except Exception as exc:
+            raise ModelError(f"the functions of {path} cannot be put into its graph ({first_line(exc)})") from exc
     onnx.save(
         model,
         str(folder / "whole.onnx"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.benchmarks.bisect_explain import Evidence
-from deploykit.benchmarks.bisection import Finding
+from deploykit.benchmarks.bisect_finding import Finding
 from deploykit.errors import StorageError, storage_error
 from deploykit.modelfile import write_model
 from deploykit.specs import Array

@@ -14,7 +14,7 @@ from deploykit.artifact import is_artifact
 from deploykit.benchmarks.parity import Parity, Verdict, check_vacuity
 from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, graph_choices, relax_ties
 from deploykit.data import Dataset
-from deploykit.errors import DataError, DeploykitError, ParityError
+from deploykit.errors import DataError, DeploykitError, ParityError, first_line
 from deploykit.exporters import ExportOptions, Source, open_source
 from deploykit.models import LoadedModel, load_model, probe_feeds
 from deploykit.progress import Progress, quiet
@@ -22,7 +22,7 @@ from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import check_free
 
 if TYPE_CHECKING:
-    from deploykit.benchmarks.bisection import Finding
+    from deploykit.benchmarks.bisect_finding import Finding
     from deploykit.specs import Array, Feeds
 
 _MODEL_SUFFIXES = (".onnx", ".xml")
@@ -229,7 +229,7 @@ def _relax(
 
     try:
         return relax_ties(result, candidate.path, device, feeds, reference.expected, outputs, choices)
-    except DeploykitError:  # what cannot be exposed cannot be excused
+    except (DeploykitError, OSError):  # what cannot be exposed cannot be excused
         return result
 
 
@@ -248,8 +248,9 @@ def _bisect(
     try:
         with told.step(f"look for the first node that diverges, in case {case}"):
             finding = _find(candidate, reference, device, feeds[case], case, min_cosine)
-    except DeploykitError as exc:
-        return {"bisection": {"kind": "unknown", "summary": f"the models cannot be looked into ({exc.what})"}}
+    except (DeploykitError, OSError) as exc:  # no room for a copy of the weights, for one
+        why = exc.what if isinstance(exc, DeploykitError) else first_line(exc)
+        return {"bisection": {"kind": "unknown", "summary": f"the models cannot be looked into ({why})"}}
     made: dict[str, Any] = {"bisection": finding.as_dict()}
     if report is not None:
         from deploykit.benchmarks.bisect_report import save_finding
