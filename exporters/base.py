@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deploykit.data import ValueRange
 from deploykit.specs import Array, Feeds, Signature
@@ -117,6 +118,14 @@ class Source(ABC):
     def notes_on(self, way: Way) -> tuple[str, ...]:
         """What the user must know about the result of ``way``, once it is written."""
         return ()
+
+    def run(self, feeds: Feeds) -> dict[str, Array] | None:
+        """The source's outputs for other inputs than its cases'; None where it cannot be asked."""
+        return None
+
+    def tensors(self, feeds: Feeds) -> Any:
+        """What the source computes on its way, as `capture.ModuleTensors` offers it; None where it cannot be seen."""
+        return None
 
     @abstractmethod
     def write(self, way: Way, target: Path, opset: int | None) -> None:

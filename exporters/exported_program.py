@@ -15,6 +15,7 @@ from deploykit.errors import ExportError, SourceError, first_line
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, ExportOptions, Source, Way
 from deploykit.exporters.bounded import run_bounded
+from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.pytorch import observed_range
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import require, version_of
@@ -63,6 +64,14 @@ class ExportedProgramSource(Source):
 
     def _reference(self, feeds: Feeds) -> dict[str, Array]:
         return torch_onnx.run_module(self._module, feeds)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the module; inputs may come in any order."""
+        return self._reference({s.name: feeds[s.name] for s in self.signature.inputs})
+
+    def tensors(self, feeds: Feeds) -> ModuleTensors:
+        """The result of every operator."""
+        return ModuleTensors(self._module, {s.name: feeds[s.name] for s in self.signature.inputs})
 
     def _examples(
         self, specs: tuple[TensorSpec, ...], limits: Mapping[str, tuple[int, int]], ties: _Ties

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 _Run = Callable[[Feeds], dict[str, Array]]
-_SAME_VALUES = ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
+# Nodes whose outputs hold values of their first input, or of any input for Concat.
+_SAME_VALUES = (
+    "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Expand", "Tile", "Concat",
+    "Split", "Dropout", "Pad",
+)  # fmt: skip
+# Token, position and segment ids by their place among the inputs, and the table that each indexes.
+_EMBEDDING_TABLES = {"EmbedLayerNormalization": ((0, 2), (1, 4), (8, 3))}
 
 
 class OnnxSource(Source):
@@ -137,25 +143,38 @@ def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[
 def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) -> dict[str, ValueRange]:
     """Legal values of integer inputs that index a table of weights (token ids), found in the graph.
 
-    Follows each input through Cast, Reshape, Squeeze, Unsqueeze and Identity to Gather nodes over an initializer, which
-    may be quantized.
+    Follows each input through nodes that only move values to Gather nodes over an initializer, which may be quantized;
+    into the branches of If and the bodies of Loop as well, and into ONNX Runtime's fused embeddings.
     """
     weights = _tables(model)
     found: dict[str, ValueRange] = {}
     for spec in inputs:
-        if spec.dtype not in ("int32", "int64"):
-            continue
-        names, limit = {spec.name}, None
-        for node in model.graph.node:  # topologically sorted, by the standard
-            if node.op_type in _SAME_VALUES and node.input[0] in names:
-                names.add(node.output[0])
-            elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in weights:
-                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                size = weights[node.input[0]][axis]
-                limit = size if limit is None else min(limit, size)
-        if limit:
-            found[spec.name] = ValueRange(0, limit - 1)
+        if spec.dtype in ("int32", "int64"):
+            sizes = _sizes_indexed(model.graph.node, {spec.name}, weights)
+            if sizes:
+                found[spec.name] = ValueRange(0, min(sizes) - 1)
     return found
+
+
+def _sizes_indexed(nodes: Iterable[onnx.NodeProto], names: set[str], weights: Mapping[str, Sequence[int]]) -> list[int]:
+    """Sizes of all table axes that some tensors, and what is moved from them, index."""
+    sizes: list[int] = []
+    for node in nodes:  # topologically sorted, by the standard
+        reads = node.input if node.op_type == "Concat" else node.input[:1]
+        if node.op_type in _SAME_VALUES and names.intersection(reads):
+            names.update(node.output)
+        elif node.op_type in ("Gather", "GatherElements") and node.input[1] in names and node.input[0] in weights:
+            shape = weights[node.input[0]]
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            sizes += [shape[axis]] if -len(shape) <= axis < len(shape) else []
+        for ids, table in _EMBEDDING_TABLES.get(node.op_type, ()):
+            if max(ids, table) < len(node.input) and node.input[ids] in names and node.input[table] in weights:
+                sizes.append(weights[node.input[table]][0])
+        for attribute in node.attribute:
+            for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                inner = {t.name: list(t.dims) for t in graph.initializer}
+                sizes += _sizes_indexed(graph.node, set(names), {**weights, **inner})
+    return [size for size in sizes if size > 0]
 
 
 def _tables(model: onnx.ModelProto) -> dict[str, list[int]]:

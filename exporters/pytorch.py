@@ -17,6 +17,7 @@ from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
 from deploykit.exporters.binding import Call
 from deploykit.exporters.bounded import run_bounded
+from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import count_modules, has_fast_path, prepare, recurrent_layers
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
@@ -267,6 +268,14 @@ class TorchSource(Source):
         wide = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in feeds.items()}
         outputs = torch_onnx.run_module(self._wide, wide)
         return {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in outputs.items()}
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the module; inputs may come in any order."""
+        return self._reference({s.name: feeds[s.name] for s in self.signature.inputs})
+
+    def tensors(self, feeds: Feeds) -> ModuleTensors:
+        """The result of every operator."""
+        return ModuleTensors(self._module, {s.name: feeds[s.name] for s in self.signature.inputs})
 
     @property
     def ways(self) -> tuple[Way, ...]:
