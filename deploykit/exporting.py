@@ -16,13 +16,16 @@ from deploykit.benchmarks.parity import (
     check_vacuity,
     compare,
 )
-from deploykit.errors import DeploykitError, ExportError, ParityError, UnverifiableError
+from deploykit.contract import conform, names_of
+from deploykit.errors import ContractError, DeploykitError, ExportError, ParityError, UnverifiableError
 from deploykit.exporters import Case, ExportOptions, Source, Way, open_source
 from deploykit.exporters import export as write_onnx
+from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.models import load_model
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import ArtifactWriter
+from deploykit.targets import Target, choose_opset, parse_targets
 
 if TYPE_CHECKING:
     pass
@@ -44,6 +47,7 @@ def export(
     exporter: str = "auto",
     data: str | Path | None = None,
     devices: Sequence[str | Device] = (),
+    contract: Sequence[str] = (),
     allow_unverified: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -64,12 +68,15 @@ def export(
         data: Real inputs for the parity check.
         devices: Where the result has to be right; by default on the CPU of every installed runtime, where only the
             first decides and the others are reported.
+        contract: Runtimes that have to be able to run it, like "triton:24.08", "ort:1.18" or "openvino:2024.6"; they
+            choose opset and IR version.
         allow_unverified: Keep a model whose outputs do not react to inputs; the evidence says "unverifiable".
         progress: Told about steps and notes.
 
     Raises:
         SourceError: The source cannot be loaded.
         ExportError: No way leads to ONNX.
+        ContractError: No way leads to a model that the contract's runtimes can run, or they are unknown.
         ParityError: Every exported graph gave other numbers than the source.
         UnverifiableError: The outputs do not react to the inputs.
         OutputExistsError: The output is taken.
@@ -80,6 +87,8 @@ def export(
         tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None
     )
     targets, strict = find_targets(devices)
+    held = parse_targets(contract)
+    opset = choose_opset(held, opset, DEFAULT_OPSET)
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
         with told.step(f"load {source}"), quiet(log):
@@ -94,7 +103,7 @@ def export(
                 hint="give real inputs with --data, or accept it with --allow-unverified",
             )
         target = writer.dir / _MODEL
-        way, evidence = _export_first_right(opened, targets, target, opset, log, told, strict=strict)
+        way, evidence = _export_first_right(opened, targets, target, opset, log, told, held, strict=strict)
         if vacuous:
             evidence = [record | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for record in evidence]
             told.note(f"unverifiable: {vacuous}")
@@ -111,6 +120,7 @@ def export(
             params={
                 "source": str(source), "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
                 "dynamic": list(dynamic), "inputs": list(inputs), "dims": dict(dims or {}),
+                "contract": names_of(held),
             },
             tools=opened.tools(),
             parent=None,
@@ -133,6 +143,7 @@ def _export_first_right(
     opset: int | None,
     log: Path,
     told: Progress,
+    held: Sequence[Target],
     *,
     strict: bool,
 ) -> tuple[Way, list[dict[str, Any]]]:
@@ -143,11 +154,14 @@ def _export_first_right(
         try:
             with told.step(f"export by {way}"), quiet(log):
                 write_onnx(opened, way, target, opset=opset)
+                lowered = conform(target, held)
             with told.step(f"compare with the source in {', '.join(map(str, targets))}"), quiet(log):
                 evidence = _parity_records(target, opened.cases_for(way), targets, opened.data, told, strict=strict)
-        except (ExportError, ParityError) as exc:
+        except (ExportError, ParityError, ContractError) as exc:
             failures.append((way, exc))
             continue
+        for text in lowered:
+            told.note(text)
         for failed, why in failures:
             told.note(f"{failed} was not used: {why.what}")
         if not way.dynamic and opened.signature.symbols:
@@ -156,7 +170,8 @@ def _export_first_right(
         return way, evidence
     _clear(target)
     reasons = "; ".join(dict.fromkeys(f"{way}: {exc.what}" for way, exc in failures))
-    kind = ParityError if any(isinstance(exc, ParityError) for _, exc in failures) else ExportError
+    kinds = (ParityError, ContractError, ExportError)
+    kind = next(kind for kind in kinds if any(isinstance(exc, kind) for _, exc in failures))
     raise kind(f"no way led to a right ONNX graph of {opened.label}: {reasons}", hint=failures[0][1].hint)
 
 
@@ -206,7 +221,7 @@ def _log_kept_on_failure(log: Path, told: Progress) -> Iterator[None]:
     """Where the frameworks printed something before a failed export, keep it outside the discarded directory."""
     try:
         yield
-    except (ExportError, ParityError):
+    except (ExportError, ParityError, ContractError):
         if log.is_file() and log.stat().st_size:
             with tempfile.NamedTemporaryFile("wb", prefix="deploykit-", suffix=".log", delete=False) as kept:
                 kept.write(log.read_bytes())
