@@ -149,11 +149,6 @@ def contract_of(lineage: Iterable[Any], asked: Iterable[str] = ()) -> tuple[Targ
     return parse_targets([*kept, *asked])
 
 
-def names_of(targets: Iterable[Target]) -> list[str]:
-    """Targets as `--for` takes them, for the lineage."""
-    return [target.name for target in targets]
-
-
 def conform(path: Path, targets: Sequence[Target]) -> list[str]:
     """Bring a written model within the contract where that changes no number, in place, and refuse it otherwise.
 

@@ -15,7 +15,7 @@ from deploykit.benchmarks.parity import (
     compare,
     top1_agreement,
 )
-from deploykit.contract import conform, contract_of, names_of, why_not
+from deploykit.contract import conform, contract_of, why_not
 from deploykit.data import Dataset
 from deploykit.errors import DeploykitError, OptimizationError, ParityError, UnverifiableError
 from deploykit.models import LoadedModel, load_model, probe_feeds
@@ -187,7 +187,7 @@ def _derive(
         _copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
-            params={**done.params, "changed": done.changed, "contract": names_of(held)},
+            params={**done.params, "changed": done.changed, "contract": [t.name for t in held]},
             tools=done.tools,
             parent=parent.digest,
             seconds=round(time.monotonic() - started, 3),

@@ -16,7 +16,7 @@ from deploykit.benchmarks.parity import (
     check_vacuity,
     compare,
 )
-from deploykit.contract import conform, names_of
+from deploykit.contract import conform
 from deploykit.errors import ContractError, DeploykitError, ExportError, ParityError, UnverifiableError
 from deploykit.exporters import Case, ExportOptions, Source, Way, open_source
 from deploykit.exporters import export as write_onnx
@@ -120,7 +120,7 @@ def export(
             params={
                 "source": str(source), "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
                 "dynamic": list(dynamic), "inputs": list(inputs), "dims": dict(dims or {}),
-                "contract": names_of(held),
+                "contract": [t.name for t in held],
             },
             tools=opened.tools(),
             parent=None,

@@ -31,8 +31,14 @@ def command(
     """Simplify the graph with onnxsim, else onnxslim; the result is compared with its parent."""
     sizes = common.parse_dims(dims)
     if dry_run:
-        params = {"model": model, "timeout_s": timeout_s, "data": data, "dims": sizes, "contract": list(contract)}
-        common.show_recipe("simplify", params)
+        asked: dict[str, object] = {
+            "model": model,
+            "timeout_s": timeout_s,
+            "data": data,
+            "dims": sizes,
+            "contract": list(contract),
+        }
+        common.show_recipe("simplify", asked)
         return
     from deploykit.pipeline import simplify
 
