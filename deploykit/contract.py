@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,7 @@ def conform(path: Path, targets: Sequence[Target]) -> list[str]:
     if not targets:
         return []
     model = read_model(path, weights=False)
+    refuse([v for v in violations(model, targets) if v.kind not in ("opset", "ir_version")], path.name)
     notes = [*_lower_opset(path, model, targets)]
     if notes:
         model = read_model(path, weights=False)
@@ -222,8 +224,8 @@ def _lower_opset(path: Path, model: onnx.ModelProto, targets: Sequence[Target]) 
     except Exception as exc:
         first = newer[0]
         raise ContractError(
-            f"opset {have} cannot be lowered to {limit} ({first_line(exc)}); the first node that needs it is "
-            f"{first.label} ({first.node.op_type}-{_since(first)})",
+            f"opset {have} cannot be lowered to {limit} ({first_line(exc, 120)}), which node "
+            f"{first.label} ({first.node.op_type}-{_since(first)}) needs",
             hint=f"export it again from its source with --opset {limit}",
         ) from exc
     return [f"opset converted from {have} to {limit}, the newest that the target reads"]
@@ -305,10 +307,15 @@ def _check_types(model: onnx.ModelProto, target: Target) -> Iterator[Violation]:
 
 
 def _type_ir(kind: int) -> int:
+    return _ir_by_number().get(kind, 0)
+
+
+@cache
+def _ir_by_number() -> dict[int, int]:
     import onnx
 
-    by_number = {getattr(onnx.TensorProto, n): v for n, v in _TYPE_IR.items() if hasattr(onnx.TensorProto, n)}
-    return by_number.get(kind, 0)
+    # An older onnx package does not know the newest types, and cannot read a model that has them.
+    return {getattr(onnx.TensorProto, n): v for n, v in _TYPE_IR.items() if hasattr(onnx.TensorProto, n)}
 
 
 def _types(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:

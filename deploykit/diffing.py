@@ -14,6 +14,7 @@ from deploykit.errors import ModelError, first_line
 from deploykit.graphs import stored_tensors, type_name
 from deploykit.inspecting import inspect_model
 from deploykit.modelfile import read_model
+from deploykit.specs import Array
 
 if TYPE_CHECKING:
     import onnx
@@ -100,15 +101,23 @@ def _numbers(a: Mapping[str, Any], b: Mapping[str, Any], keys: tuple[str, ...]) 
 
 
 def _initializers(a: Path, b: Path) -> dict[str, Any] | None:
-    """Stored tensors by name: those that only one has, and those with other values; None for OpenVINO IR."""
+    """Stored tensors by name: those that only one has, and those with other values; None for OpenVINO IR.
+
+    A weight that B holds as integers under the names that ONNX Runtime's quantizer gives (`w_quantized`, `w_scale`,
+    `w_zero_point`) is compared by the values that the integers stand for.
+    """
     if ".xml" in (a.suffix, b.suffix):
         return None
     first, second = (_by_name(read_model(p, weights=False)) for p in (a, b))
     changed, equal = [], 0
+    quantized = {name for name in first if name not in second and {f"{name}_quantized", f"{name}_scale"} <= set(second)}
     for name in first:
-        if name not in second:
+        if name not in second and name not in quantized:
             continue
-        record = _compare(first[name], a.parent, second[name], b.parent)
+        if name in quantized:
+            record = _compare_quantized(name, first[name], a.parent, second, b.parent)
+        else:
+            record = _compare(first[name], a.parent, second[name], b.parent)
         if record is None:
             equal += 1
         else:
@@ -117,7 +126,7 @@ def _initializers(a: Path, b: Path) -> dict[str, Any] | None:
     return {
         "equal": equal,
         "changed": changed,
-        "only_a": [_entry(name, first[name]) for name in first if name not in second],
+        "only_a": [_entry(name, first[name]) for name in first if name not in second and name not in quantized],
         "only_b": [_entry(name, second[name]) for name in second if name not in first],
     }
 
@@ -130,23 +139,51 @@ def _entry(name: str, tensor: onnx.TensorProto) -> dict[str, Any]:
     return {"name": name, "dtype": type_name(tensor.data_type), "shape": list(tensor.dims)}
 
 
-def _compare(a: onnx.TensorProto, a_folder: Path, b: onnx.TensorProto, b_folder: Path) -> dict[str, Any] | None:
-    """How two tensors differ; None where they do not. SQNR is in dB, with A as the signal."""
+def _values(tensor: onnx.TensorProto, folder: Path) -> Array:
     from onnx import numpy_helper
 
-    kinds = [_entry("", tensor) for tensor in (a, b)]
-    record: dict[str, Any] = {
-        "a": f"{kinds[0]['dtype']}{kinds[0]['shape']}", "b": f"{kinds[1]['dtype']}{kinds[1]['shape']}",
-        "max_abs": None, "sqnr_db": None,
-    }  # fmt: skip
     try:
-        before, after = numpy_helper.to_array(a, str(a_folder)), numpy_helper.to_array(b, str(b_folder))
+        return np.asarray(numpy_helper.to_array(tensor, str(folder)))
     except (ValueError, TypeError, OSError) as exc:
-        raise ModelError(f"cannot read the values of {a.name!r} ({first_line(exc)})") from exc
+        raise ModelError(f"cannot read the values of {tensor.name!r} ({first_line(exc)})") from exc
+
+
+def _compare(a: onnx.TensorProto, a_folder: Path, b: onnx.TensorProto, b_folder: Path) -> dict[str, Any] | None:
+    """How two tensors differ; None where they do not."""
+    kinds = [_entry("", tensor) for tensor in (a, b)]
+    texts = [f"{kind['dtype']}{kind['shape']}" for kind in kinds]
+    before, after = _values(a, a_folder), _values(b, b_folder)
     if kinds[0] == kinds[1] and before.tobytes() == after.tobytes():
         return None
-    if before.shape != after.shape or before.dtype.kind in "OSU" or after.dtype.kind in "OSU":
-        return record
+    return {"a": texts[0], "b": texts[1], **_error(before, after)}
+
+
+def _compare_quantized(
+    name: str, a: onnx.TensorProto, a_folder: Path, second: Mapping[str, onnx.TensorProto], b_folder: Path
+) -> dict[str, Any]:
+    """How a weight differs from what its integers stand for."""
+    integers = second[f"{name}_quantized"]
+    scale = _values(second[f"{name}_scale"], b_folder).astype(np.float64)
+    zero = second.get(f"{name}_zero_point")
+    points = np.zeros(1) if zero is None else _values(zero, b_folder).astype(np.float64)
+    before, whole = _values(a, a_folder), _values(integers, b_folder).astype(np.float64)
+    # The axis of the scales stands in the nodes; where several have its length, any other gives far worse values.
+    axes = [i for i, size in enumerate(whole.shape) if size == scale.size] if scale.size > 1 else [0]
+    found = []
+    for axis in axes:
+        shape = [scale.size if i == axis else 1 for i in range(whole.ndim)]
+        zeros = points.reshape(shape) if points.size == scale.size else points
+        found.append(_error(before, (whole - zeros) * scale.reshape(shape)))
+    best = max(found, key=lambda e: -math.inf if e["sqnr_db"] is None else e["sqnr_db"], default=_error(before, None))
+    kind, stored = _entry("", a), _entry("", integers)
+    return {"a": f"{kind['dtype']}{kind['shape']}", "b": f"{stored['dtype']}{stored['shape']}, dequantized", **best}
+
+
+def _error(before: Array, after: Array | None) -> dict[str, float | None]:
+    """Largest difference, and signal to noise ratio in dB with A as the signal; None where there is no such number."""
+    found: dict[str, float | None] = {"max_abs": None, "sqnr_db": None}
+    if after is None or before.shape != after.shape or {before.dtype.kind, after.dtype.kind} & set("OSU"):
+        return found
     wide = np.complex128 if "c" in (before.dtype.kind, after.dtype.kind) else np.float64
     x, y = before.astype(wide), after.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -154,7 +191,7 @@ def _compare(a: onnx.TensorProto, a_folder: Path, b: onnx.TensorProto, b_folder:
         worst = float(noise.max()) if noise.size else 0.0
         power, error = float(np.square(np.abs(x)).sum()), float(np.square(noise).sum())
     if math.isfinite(worst):
-        record["max_abs"] = worst
+        found["max_abs"] = worst
     if error > 0 and power > 0 and math.isfinite(error) and math.isfinite(power):
-        record["sqnr_db"] = round(10 * math.log10(power / error), 2)
-    return record
+        found["sqnr_db"] = round(10 * math.log10(power / error), 2)
+    return found

@@ -18,7 +18,7 @@ from deploykit.contract import Violation, contract_of, violations
 from deploykit.costs import count_compute, count_quantized, peak_memory
 from deploykit.errors import DataError, ModelError
 from deploykit.graphs import element_bits, opsets_of, stored_tensors, type_name, walk
-from deploykit.loading import not_tried, try_loading
+from deploykit.loading import LoadResult, not_tried, try_loading
 from deploykit.modelfile import check_model, external_files, read_model
 from deploykit.shaping import Trace, size_of, trace_model
 from deploykit.targets import Target
@@ -72,14 +72,20 @@ def inspect_model(
     if file.suffix == ".xml":
         from deploykit.inspecting_ir import describe_ir, ir_violations
 
+        # In a process of its own first: what crashes OpenVINO must not crash us.
+        runtimes = _loads(file, file.stat().st_size, load)
+        crashed = next((r.reason for r in runtimes if r.reason and r.reason.startswith("it crashed")), None)
+        if crashed:
+            raise ModelError(f"OpenVINO cannot read {file}: {crashed}", hint="make it again")
         found |= describe_ir(file, dims or {})
         broken = ir_violations(file, targets)
     else:
         model = read_model(file, weights=False)
         broken = violations(model, targets)
         found |= _describe(model, file, dims or {})
+        runtimes = _loads(file, found["files"]["bytes"], load)
     found["contract"] = _contract(targets, broken)
-    found["runtimes"] = [r.as_dict() for r in _loads(file, found["files"]["bytes"], load)]
+    found["runtimes"] = [r.as_dict() for r in runtimes]
     found["artifact"] = None if artifact is None else _artifact(artifact)
     return found
 
@@ -134,7 +140,7 @@ def _contract(targets: Sequence[Target], broken: Sequence[Violation]) -> dict[st
     }
 
 
-def _loads(file: Path, size: int, load: bool | None) -> Any:
+def _loads(file: Path, size: int, load: bool | None) -> list[LoadResult]:
     if load is False:
         return not_tried(file, "not tried: --no-load")
     if load is None and size > _LOAD_LIMIT_BYTES:

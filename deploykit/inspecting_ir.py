@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.contract import Violation
-from deploykit.errors import DataError, ModelError, first_line
+from deploykit.errors import DataError, ModelError
 from deploykit.extras import require
+from deploykit.loading import reason_of
 from deploykit.targets import Target
 
 _BITS = {"boolean": 8, "bf16": 16, "nf4": 4, "f8e4m3": 8, "f8e5m2": 8, "f8e8m0": 8, "f4e2m1": 4}
@@ -37,10 +38,14 @@ def describe_ir(file: Path, dims: Mapping[str, int]) -> dict[str, Any]:
         DataError: `dims` names a dimension that the model does not have.
     """
     ov = require("openvino", extra="openvino")
+    with file.open("rb") as stream:
+        # OpenVINO would try the readers of all other formats on it, loudly.
+        if not stream.read(64).lstrip().startswith(b"<"):
+            raise ModelError(f"{file} is not XML", expected="an OpenVINO IR file", hint="make it again")
     try:
         model = ov.Core().read_model(str(file))
     except Exception as exc:
-        raise ModelError(f"OpenVINO cannot read {file} ({first_line(exc)})", hint="make it again") from exc
+        raise ModelError(f"OpenVINO cannot read {file} ({reason_of(str(exc))})", hint="make it again") from exc
     inputs = [_port(p, f"input_{i}") for i, p in enumerate(model.inputs)]
     outputs = [_port(p, f"output_{i}") for i, p in enumerate(model.outputs)]
     symbols = [d for port in inputs for d in port["shape"] or [] if isinstance(d, str)]
@@ -129,7 +134,7 @@ def _reshape(model: Any, inputs: Sequence[Mapping[str, Any]], sizes: Mapping[str
     try:
         model.reshape(shapes)
     except Exception as exc:  # noqa: BLE001 - sizes that do not fit are the finding
-        return [f"the model does not take these sizes ({first_line(exc)})"]
+        return [f"the model does not take these sizes ({reason_of(str(exc))})"]
     return []
 
 

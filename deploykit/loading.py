@@ -74,7 +74,7 @@ def _try(runtime: str, path: Path, timeout_s: float) -> LoadResult:
     except (IndexError, ValueError, KeyError, TypeError):
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
         return LoadResult(device, version_of(package), False, lines[-1][:_REASON_LENGTH])
-    return LoadResult(device, version, reason is None, None if reason is None else _clean(str(reason)))
+    return LoadResult(device, version, reason is None, None if reason is None else reason_of(str(reason)))
 
 
 def _signal(number: int) -> str:
@@ -84,7 +84,7 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
-def _clean(text: str) -> str:
+def reason_of(text: str) -> str:
     """The sentence of a runtime's message that says why."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(line for line in lines if not line.startswith(_NOISE)) or " ".join(lines)

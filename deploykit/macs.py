@@ -195,7 +195,7 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
 }
 # Standard operators that multiply and add in bulk, and for which no such count is agreed on.
-_BULK = frozenset({"DFT", "STFT", "LinearAttention", "CausalConvWithState", "SwiGLU", "Det"})
+_BULK = frozenset({"DFT", "STFT", "LinearAttention", "CausalConvWithState", "Det"})
 # Of the runtime's own operators, those that only move, scale or look up.
 _FREE_CONTRIB = frozenset(
     {

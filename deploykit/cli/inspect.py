@@ -128,11 +128,12 @@ def _show_costs(found: Mapping[str, Any]) -> None:
     for note in compute["notes"][:_LIST_LENGTH]:
         _line("", f"note: {note}")
     if memory["peak_activation_bytes"] is not None:
+        place = f"at node {memory['at_node']}" if memory["at_node"] else "at the inputs"
         unknown = f", {memory['unknown_tensors']} tensors of unknown size left out" if memory["unknown_tensors"] else ""
         _line(
             "memory",
             f"about {_bytes(memory['total_bytes'])}: weights {_bytes(memory['weight_bytes'])}, "
-            f"activations {_bytes(memory['peak_activation_bytes'])} at {memory['at_node'] or 'the inputs'}{unknown}",
+            f"activations {_bytes(memory['peak_activation_bytes'])} {place}{unknown}",
         )
     quantized = found["quantized"]
     if quantized and quantized["nodes"]["share"] is not None:
@@ -168,9 +169,12 @@ def show_difference(found: Mapping[str, Any]) -> None:
     if not found["signature"]:
         _line("signature", "the same")
     rows = [["file", *_pair(found["files"]["bytes"], _bytes)]]
-    rows += [["opset " + (k or "ai.onnx"), str(v["a"]), str(v["b"]), ""] for k, v in found["opsets"].items()]
+    rows += [
+        ["opset " + (k or "ai.onnx"), _or_dash(v["a"], str), _or_dash(v["b"], str), ""]
+        for k, v in found["opsets"].items()
+    ]
     if a["ir_version"] != b["ir_version"]:
-        rows.append(["IR version", str(a["ir_version"]), str(b["ir_version"]), ""])
+        rows.append(["IR version", _or_dash(a["ir_version"], str), _or_dash(b["ir_version"], str), ""])
     rows.append(["parameters", *_pair(found["parameters"]["count"], "{:,}".format)])
     rows += [["  " + k, *_pair(v, "{:,}".format)] for k, v in found["parameters_by_dtype"].items()]
     rows.append(["MACs", *_pair(found["macs"], "{:,}".format)])
