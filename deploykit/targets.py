@@ -106,20 +106,26 @@ def _runtime(kind: str, version: str, name: str) -> Target:
     row = _row(kind, minor, asked=version)
     notes = [row["note"]] if "note" in row else []
     if kind == "ort":
-        contrib = frozenset(
-            op for since, ops in _table()["contrib"].items() if _key(since) <= _key(minor) for op in ops
-        )
+        contrib = _until(_table()["contrib"], minor)
         missing: frozenset[str] = frozenset()
         ml = None
     else:
         contrib = frozenset(row["contrib"])
-        missing = frozenset(row["missing"])
+        patterns = _until(_table()["openvino_patterns"], minor)
+        missing = frozenset(row["missing"]) - patterns
+        if patterns:
+            notes.append(f"{', '.join(sorted(patterns))} are read in certain patterns only, which is not checked")
         ml = frozenset(row["ml"])
         notes.append("no limit of opset or IR version is published, and none was found; operators are checked")
     return Target(
         name, kind, version, row.get("opset"), row.get("ml_opset"), row.get("ir"), contrib, missing, ml, _sources(row),
         tuple(notes),
     )  # fmt: skip
+
+
+def _until(by_version: Mapping[str, Iterable[str]], version: str) -> frozenset[str]:
+    """The operators of a table by first version that are there at a version."""
+    return frozenset(op for since, ops in by_version.items() if _key(since) <= _key(version) for op in ops)
 
 
 def _row(kind: str, version: str, asked: str | None = None) -> dict[str, Any]:

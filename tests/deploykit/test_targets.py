@@ -123,6 +123,10 @@ def test_the_first_version_that_has_an_operator_is_found() -> None:
     assert not has_operator(openvino, "Attention", "")
     found = first_with(openvino, "Attention", "")
     assert found is not None and re.fullmatch(r"openvino:202[56]\.\d", found)
+    assert not has_operator(openvino, "SequenceAt", "")
+    # No single node of it is read, and models with it are.
+    newest = parse_target("openvino:2026.4")
+    assert has_operator(newest, "SequenceConstruct", "") and any("patterns" in note for note in newest.notes)
     assert has_operator(openvino, "Conv", "") and not has_operator(openvino, "Scaler", "ai.onnx.ml")
 
 
