@@ -65,7 +65,7 @@ def _try(runtime: str, path: Path, timeout_s: float) -> LoadResult:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace")
     except subprocess.TimeoutExpired:
-        return LoadResult(device, version_of(package), False, f"it took more than {timeout_s:.0f} s")
+        return LoadResult(device, version_of(package), False, f"it took more than {timeout_s:g} s")
     if done.returncode < 0:
         return LoadResult(device, version_of(package), False, f"it crashed ({_signal(-done.returncode)})")
     try:
@@ -89,5 +89,5 @@ def reason_of(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = " ".join(line for line in lines if not line.startswith(_NOISE)) or " ".join(lines)
     # "[ONNXRuntimeError] : 1 : FAIL : why"
-    said = said.split(" : ", 2)[-1] if said.startswith("[ONNXRuntimeError]") else said
+    said = said.split(" : ", 3)[-1] if said.startswith("[ONNXRuntimeError]") else said
     return said if len(said) <= _REASON_LENGTH else said[: _REASON_LENGTH - 3] + "..."

@@ -63,8 +63,8 @@ def command(
 
         first = found["contract"]["violations"][0]
         raise ContractError(
-            f"{path} breaks the contract with {first['target']}, see above: "
-            f"{len(found['contract']['violations'])} violations",
+            f"{path} breaks the contract with {first['target']}: {_violations(len(found['contract']['violations']))}",
+            expected="none",
             hint=first["hint"],
         )
 
@@ -149,7 +149,7 @@ def _show_contract(contract: Mapping[str, Any]) -> None:
     broken = contract["violations"]
     for name in contract["targets"]:
         mine = [v for v in broken if v["target"] == name]
-        _line("contract", f"{name}: {f'{len(mine)} violations' if mine else 'kept'}")
+        _line("contract", f"{name}: {_violations(len(mine)) if mine else 'kept'}")
         for v in mine[:_SHOWN_ROWS]:
             op = f"{v['domain']}.{v['op']}" if v["domain"] else v["op"]
             since = f"-{v['since']}" if v["since"] else ""
@@ -207,6 +207,10 @@ def _side(value: Any) -> str:
     if not value:
         return "not there"
     return _spec(value) if isinstance(value, dict) else ", ".join(value)
+
+
+def _violations(count: int) -> str:
+    return f"{count} violation{'s' if count > 1 else ''}"
 
 
 def _delta(a: int, b: int) -> dict[str, int]:
