@@ -114,6 +114,7 @@ def _initializers(a: Path, b: Path) -> dict[str, Any] | None:
     for name in first:
         if name not in second and name not in quantized:
             continue
+        record: dict[str, Any] | None
         if name in quantized:
             record = _compare_quantized(name, first[name], a.parent, second, b.parent)
         else:
