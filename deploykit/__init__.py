@@ -28,6 +28,7 @@ _EXPORTS = {
     "TensorSpec": "specs",
     "benchmark": "pipeline",
     "export": "pipeline",
+    "export_parts": "pipeline",
     "open_session": "runtimes",
     "quantize_dynamic": "pipeline",
     "quantize_static": "pipeline",
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "benchmark",
     "export",
+    "export_parts",
     "open_session",
     "quantize_dynamic",
     "quantize_static",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from deploykit.pipeline import (
         benchmark,
         export,
+        export_parts,
         quantize_dynamic,
         quantize_static,
         run,

@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord, write_golden
 from deploykit.benchmarks.parity import (
@@ -16,9 +17,10 @@ from deploykit.benchmarks.parity import (
     check_vacuity,
     compare,
 )
+from deploykit.comparing import find_targets
 from deploykit.contract import conform
 from deploykit.errors import ContractError, DeploykitError, ExportError, ParityError, UnverifiableError
-from deploykit.exporters import Case, ExportOptions, Source, Way, open_source
+from deploykit.exporters import Case, ExportOptions, Source, Way, open_parts, open_source
 from deploykit.exporters import export as write_onnx
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.models import load_model
@@ -26,11 +28,6 @@ from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import ArtifactWriter
 from deploykit.targets import Target, choose_opset, parse_targets
-
-if TYPE_CHECKING:
-    pass
-
-from deploykit.comparing import find_targets
 
 _MODEL = "model.onnx"
 _LOG = "export.log"
@@ -46,6 +43,8 @@ def export(
     opset: int | None = None,
     exporter: str = "auto",
     data: str | Path | None = None,
+    task: str | None = None,
+    part: str | None = None,
     devices: Sequence[str | Device] = (),
     contract: Sequence[str] = (),
     allow_unverified: bool = False,
@@ -66,6 +65,8 @@ def export(
         opset: ONNX opset; 18 by default.
         exporter: "auto" (torch.export, then TorchScript), "torch.export" or "torchscript".
         data: Real inputs for the parity check.
+        task: What a Hugging Face model is for ("text-classification"), where that is not what its config names.
+        part: Which graph of a model that becomes several ("encoder"); see `export_parts`.
         devices: Where the result has to be right; by default on the CPU of every installed runtime, where only the
             first decides and the others are reported.
         contract: Runtimes that have to be able to run it, like "triton:24.08", "ort:1.18" or "openvino:2024.6"; they
@@ -81,59 +82,152 @@ def export(
         UnverifiableError: The outputs do not react to the inputs.
         OutputExistsError: The output is taken.
     """
-    told = progress or Progress()
-    started = time.monotonic()
     options = ExportOptions(
-        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None
+        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part
     )
-    targets, strict = find_targets(devices)
-    held = parse_targets(contract)
-    opset = choose_opset(held, opset, DEFAULT_OPSET)
+    made = _export(
+        str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=True,
+        unverified=allow_unverified,
+    )  # fmt: skip
+    return next(iter(made.values()))
+
+
+def export_parts(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dynamic: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    dims: Mapping[str, int] | None = None,
+    opset: int | None = None,
+    exporter: str = "auto",
+    data: str | Path | None = None,
+    task: str | None = None,
+    part: str | None = None,
+    devices: Sequence[str | Device] = (),
+    contract: Sequence[str] = (),
+    allow_unverified: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Artifact]:
+    """Turn a model into verified artifacts, one for each graph that it becomes.
+
+    The arguments and errors are those of `export`. An encoder-decoder becomes `OUTPUT/encoder` and `OUTPUT/decoder`,
+    the towers of CLIP `OUTPUT/text` and `OUTPUT/image`; all of them appear together or none does.
+
+    Returns:
+        The artifacts by the name of their part; one under an empty name, at `output` itself, where there is one graph.
+    """
+    options = ExportOptions(
+        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part
+    )
+    return _export(
+        str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=False,
+        unverified=allow_unverified,
+    )  # fmt: skip
+
+
+def _export(
+    source: str,
+    output: str | Path,
+    options: ExportOptions,
+    devices: Sequence[str | Device],
+    held: Sequence[Target],
+    told: Progress,
+    *,
+    single: bool,
+    unverified: bool,
+) -> dict[str, Artifact]:
+    started = time.monotonic()
+    targets = find_targets(devices)
+    choose_opset(held, options.opset, DEFAULT_OPSET)  # a contradiction is said before the work is done
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
         with told.step(f"load {source}"), quiet(log):
-            opened = open_source(str(source), options, _unoptimized)
-        for note in opened.notes:
-            told.note(note)
-        vacuous = check_vacuity([case.outputs for case in opened.cases])
-        if vacuous and not allow_unverified:
-            raise UnverifiableError(
-                f"parity cannot be verified: {vacuous}",
-                expected="a trained model, and inputs that make a difference",
-                hint="give real inputs with --data, or accept it with --allow-unverified",
+            opened = (
+                {"": open_source(source, options, _unoptimized)}
+                if single
+                else open_parts(source, options, _unoptimized)
             )
-        target = writer.dir / _MODEL
-        way, evidence = _export_first_right(opened, targets, target, opset, log, told, held, strict=strict)
-        if vacuous:
-            evidence = [record | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for record in evidence]
-            told.note(f"unverifiable: {vacuous}")
-        cases = opened.cases_for(way)
-        write_golden(writer.dir / GOLDEN, [(case.feeds, case.outputs) for case in cases])
-        for asset in opened.assets:
-            (writer.dir / "assets").mkdir(exist_ok=True)
-            shutil.copyfile(asset, writer.dir / "assets" / asset.name)
-        if not log.stat().st_size:
-            log.unlink()
-        exported = load_model(target)
-        step = StepRecord(
-            step="export",
-            params={
-                "source": str(source), "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
-                "dynamic": list(dynamic), "inputs": list(inputs), "dims": dict(dims or {}),
-                "contract": [t.name for t in held],
-            },
-            tools=opened.tools(),
-            parent=None,
-            seconds=round(time.monotonic() - started, 3),
-            notes=list(told.notes),
-        )  # fmt: skip
-        return writer.commit(
-            model=_MODEL,
-            signature=exported.signature if opened.kind != "onnx" else opened.signature,
-            lineage=[step],
-            evidence=Evidence(parity=evidence),
-            ranges=opened.ranges,
+        if len(opened) == 1:
+            ((name, only),) = opened.items()
+            return {
+                name: _export_graph(only, writer, source, options, targets, held, started, told, unverified=unverified)
+            }
+        if options.data is not None:
+            raise ExportError(
+                f"{source} becomes {len(opened)} graphs, and --data holds the inputs of one",
+                hint=f"one at a time: --part {next(iter(opened))}",
+            )
+        printed = log.read_bytes()
+        log.unlink()
+        made = {}
+        for name, graph in opened.items():
+            told.note(f"part {name}:")
+            with ArtifactWriter(writer.dir / name) as inner, _log_kept_on_failure(inner.dir / _LOG, told):
+                (inner.dir / _LOG).write_bytes(printed)
+                own = replace(options, part=name)
+                made[name] = _export_graph(
+                    graph, inner, source, own, targets, held, started, told, unverified=unverified
+                )
+        return writer.commit_parts(made)
+
+
+def _export_graph(
+    opened: Source,
+    writer: ArtifactWriter,
+    source: str,
+    options: ExportOptions,
+    targets: tuple[Sequence[Device], bool],
+    held: Sequence[Target],
+    started: float,
+    told: Progress,
+    *,
+    unverified: bool,
+) -> Artifact:
+    """Write one graph that is right, with its evidence."""
+    log, target, before = writer.dir / _LOG, writer.dir / _MODEL, len(told.notes)
+    for note in opened.notes:
+        told.note(note)
+    vacuous = check_vacuity([case.outputs for case in opened.cases])
+    if vacuous and not unverified:
+        raise UnverifiableError(
+            f"parity cannot be verified: {vacuous}",
+            expected="a trained model, and inputs that make a difference",
+            hint="give real inputs with --data, or accept it with --allow-unverified",
         )
+    opset = choose_opset(held, options.opset, DEFAULT_OPSET)
+    way, evidence = _export_first_right(opened, targets[0], target, opset, log, told, held, strict=targets[1])
+    if vacuous:
+        evidence = [record | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for record in evidence]
+        told.note(f"unverifiable: {vacuous}")
+    cases = opened.cases_for(way)
+    write_golden(writer.dir / GOLDEN, [(case.feeds, case.outputs) for case in cases])
+    for asset in opened.assets:
+        (writer.dir / "assets").mkdir(exist_ok=True)
+        shutil.copyfile(asset, writer.dir / "assets" / asset.name)
+    if not log.stat().st_size:
+        log.unlink()
+    exported = load_model(target)
+    step = StepRecord(
+        step="export",
+        params={
+            "source": source, "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
+            "dynamic": list(options.dynamic), "inputs": list(options.inputs), "dims": dict(options.dims),
+            "contract": [t.name for t in held],
+            **({"task": options.task} if options.task else {}), **({"part": options.part} if options.part else {}),
+        },
+        tools=opened.tools(),
+        parent=None,
+        seconds=round(time.monotonic() - started, 3),
+        notes=list(told.notes[before:]),
+    )  # fmt: skip
+    return writer.commit(
+        model=_MODEL,
+        signature=exported.signature if opened.kind != "onnx" else opened.signature,
+        lineage=[step],
+        evidence=Evidence(parity=evidence),
+        ranges=opened.ranges,
+    )
 
 
 def _export_first_right(

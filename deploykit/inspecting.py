@@ -21,6 +21,7 @@ from deploykit.graphs import element_bits, opsets_of, stored_tensors, type_name,
 from deploykit.loading import LoadResult, not_tried, try_loading
 from deploykit.modelfile import check_model, external_files, read_model
 from deploykit.shaping import Trace, size_of, trace_model
+from deploykit.specs import terms
 from deploykit.targets import Target
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _trace(
         for name, (axis, rank, floats) in symbols.items():
             default = samples if axis == 0 else side if rank == _IMAGE_RANK and floats and axis > 1 else length
             # A sum of other dimensions follows from them.
-            if size_of(name, sizes) is None and "+" not in name:
+            if size_of(name, sizes) is None and len(terms(name)) == 1:
                 sizes[name] = default
         for name in symbols:
             sizes.setdefault(name, size_of(name, sizes) or length)

@@ -15,7 +15,7 @@ from deploykit.errors import DataError, ModelError
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.onnx_file import guess_sizes, vocabulary_ranges
 from deploykit.modelfile import check_model, model_bytes, read_model, signature_of
-from deploykit.specs import Array, Signature, fit_feeds
+from deploykit.specs import Array, Signature, fit_feeds, terms
 
 # Distinct inputs that a benchmark rotates through.
 _BENCHMARK_INPUTS = 32
@@ -200,7 +200,7 @@ def _golden_sizes(model: LoadedModel) -> dict[str, int]:
     for feeds, _ in golden[-1:]:
         for spec in model.signature.inputs:
             for dim, size in zip(spec.shape or (), feeds[spec.name].shape, strict=False):
-                if isinstance(dim, str):
+                if isinstance(dim, str) and len(terms(dim)) == 1:
                     sizes[dim] = size
     return sizes
 

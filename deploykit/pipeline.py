@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, outputs_of
 from deploykit.deriving import quantize_dynamic, quantize_static, simplify
-from deploykit.exporting import export
+from deploykit.exporting import export, export_parts
 
-__all__ = ["benchmark", "export", "quantize_dynamic", "quantize_static", "run", "simplify", "verify"]
+__all__ = ["benchmark", "export", "export_parts", "quantize_dynamic", "quantize_static", "run", "simplify", "verify"]
 
 
 def verify(

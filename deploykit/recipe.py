@@ -48,6 +48,8 @@ class ExportStep(_Step):
     exporter: Literal["auto", "torch.export", "torchscript"] = "auto"
     data: str | None = None
     dims: dict[str, int] = {}
+    task: str | None = None
+    part: str | None = None
     devices: list[str] = []
     contract: list[str] = []
     allow_unverified: bool = False

@@ -18,7 +18,7 @@ import numpy as np
 
 from deploykit.contrib_shapes import CONTRIB_SHAPES
 from deploykit.graphs import domain_of, opsets_of, subgraphs
-from deploykit.specs import Array
+from deploykit.specs import Array, terms
 
 if TYPE_CHECKING:
     import onnx
@@ -411,11 +411,9 @@ def size_of(symbol: str, sizes: Mapping[str, int]) -> int | None:
     """Size of a dimension's name; exporters write sums too ("past_sequence + sequence"). None where it is not given."""
     if symbol in sizes:
         return sizes[symbol]
-    parts = [part.strip() for part in symbol.split("+")]
-    if len(parts) < 2:
-        return int(symbol) if symbol.isdecimal() and symbol.isascii() else None
-    found = [size_of(part, sizes) for part in parts]
-    return None if any(part is None for part in found) else sum(part for part in found if part is not None)
+    parts = [part if isinstance(part, int) else sizes.get(part) for part in terms(symbol)]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def small_values(tensor: onnx.TensorProto, folder: Path) -> Array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,16 @@ DTYPES = frozenset(
 )  # fmt: skip
 
 
+_SUM = re.compile(r"\s*\w+(?:\s*\+\s*\w+)+\s*")
+
+
+def terms(dim: Dim) -> tuple[Dim, ...]:
+    """What a dimension is the sum of: itself, or the parts of "past_sequence + 1"."""
+    if isinstance(dim, int) or not _SUM.fullmatch(dim):
+        return (dim,)
+    return tuple(int(part) if part.isdecimal() else part for part in (p.strip() for p in dim.split("+")))
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One named tensor.
@@ -30,8 +41,8 @@ class TensorSpec:
     Attributes:
         name: Name in the model.
         dtype: One of `DTYPES`.
-        shape: One entry a dimension: a fixed size, or the name of a symbol ("batch"); equal symbols are equal sizes.
-            None where the rank is unknown.
+        shape: One entry a dimension: a fixed size, the name of a symbol ("batch"), or a sum of them
+            ("past_sequence + sequence"); equal symbols are equal sizes. None where the rank is unknown.
     """
 
     name: str
@@ -40,8 +51,8 @@ class TensorSpec:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """Names of the dynamic dimensions, in order."""
-        return tuple(d for d in self.shape or () if isinstance(d, str))
+        """Names of the dynamic dimensions, in order; a sum gives the names in it."""
+        return tuple(t for d in self.shape or () for t in terms(d) if isinstance(t, str))
 
     def concrete(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape with every symbol replaced.
@@ -57,7 +68,7 @@ class TensorSpec:
                 f"no size for dimension {missing[0]!r} of {self.name!r}",
                 hint=f"add --dim {missing[0]}=SIZE or --data",
             )
-        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+        return tuple(sum(sizes[t] if isinstance(t, str) else t for t in terms(d)) for d in self.shape)
 
     def __str__(self) -> str:
         dims = "?" if self.shape is None else ", ".join(str(d) for d in self.shape)
@@ -105,6 +116,9 @@ def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
         if spec.shape is not None:
             _check_shape(spec, array.shape, sizes)
         out[spec.name] = array
+    known = {symbol: size for symbol, (size, _) in sizes.items()}
+    for spec in signature.inputs:
+        _check_sums(spec, out[spec.name].shape, known)
     return out
 
 
@@ -117,11 +131,25 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, tupl
             if dim != size:
                 raise DataError(f"{spec.name!r} has shape {tuple(shape)}: axis {axis} is {size}", expected=str(spec))
             continue
+        if len(terms(dim)) > 1:
+            continue
         seen = sizes.setdefault(dim, (size, spec.name))
         if seen[0] != size:
             raise DataError(
                 f"dimension {dim!r} is {seen[0]} in {seen[1]!r} and {size} in {spec.name!r}",
                 expected="one size for one symbol",
+            )
+
+
+def _check_sums(spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
+    for axis, dim in enumerate(spec.shape or ()):
+        parts = terms(dim)
+        if len(parts) == 1 or any(isinstance(part, str) and part not in sizes for part in parts):
+            continue
+        wanted = sum(sizes[part] if isinstance(part, str) else part for part in parts)
+        if shape[axis] != wanted:
+            raise DataError(
+                f"{spec.name!r} has shape {shape}: axis {axis} is {shape[axis]}", expected=f"{dim} = {wanted}"
             )
 
 

@@ -101,6 +101,26 @@ class ArtifactWriter:
         (self.dir / MANIFEST).write_bytes(raw)
         for path in (*paths, self.dir / MANIFEST, *(p for p in self.dir.rglob("*") if p.is_dir()), self.dir):
             _fsync(path)
+        self._publish()
+        return Artifact(self.output, manifest, hashlib.sha256(raw).hexdigest())
+
+    def commit_parts(self, parts: Mapping[str, Artifact]) -> dict[str, Artifact]:
+        """Rename a staging directory that holds whole artifacts, and nothing else, to its place.
+
+        Args:
+            parts: Artifacts that other writers committed into `dir`, by the name of their directory.
+
+        Returns:
+            The same artifacts at the place where they stand now.
+
+        Raises:
+            OutputExistsError: Somebody put something there in the meantime.
+        """
+        _fsync(self.dir)
+        self._publish()
+        return {name: Artifact(self.output / name, part.manifest, part.digest) for name, part in parts.items()}
+
+    def _publish(self) -> None:
         check_free(self.output)
         self.dir.chmod(0o777 & ~_umask())
         try:
@@ -111,7 +131,6 @@ class ArtifactWriter:
             raise
         _fsync(self.output.parent)
         self._made_parents.clear()
-        return Artifact(self.output, manifest, hashlib.sha256(raw).hexdigest())
 
     def _prefix(self) -> str:
         return f".{self.output.name}.tmp-"

@@ -28,6 +28,8 @@ class ExportOptions:
         way: "auto", "torch.export" or "torchscript".
         dims: Sizes for dynamic dimensions when inputs are made up.
         data: Real inputs for the parity check; anything that `Dataset.open` reads.
+        task: What a Hugging Face model is for, where that is not what its config names.
+        part: Which graph of a model that becomes several ("encoder", "decoder"); None for all of them.
     """
 
     inputs: tuple[str, ...] = ()
@@ -36,6 +38,8 @@ class ExportOptions:
     way: str = "auto"
     dims: Mapping[str, int] = field(default_factory=dict)
     data: str | None = None
+    task: str | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,16 @@ class Way:
     Attributes:
         name: "torch.export", "torchscript" or "copy".
         dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
+        attention: Another attention implementation than the model's own ("eager"); empty for its own.
     """
 
     name: str
     dynamic: bool
+    attention: str = ""
 
     def __str__(self) -> str:
-        return self.name if self.dynamic else f"{self.name} with fixed shapes"
+        name = f"{self.name} with {self.attention} attention" if self.attention else self.name
+        return name if self.dynamic else f"{name} with fixed shapes"
 
 
 @dataclass(frozen=True, slots=True)

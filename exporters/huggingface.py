@@ -6,78 +6,277 @@ Nothing is fetched, and no code out of the directory runs.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deploykit.data import ValueRange
-from deploykit.errors import ExportError, SourceError, first_line
-from deploykit.exporters.base import ExportOptions, Source
+from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
+from deploykit.exporters.base import ExportOptions, Source, Way
+from deploykit.exporters.hf_generation import Graph, decoder_graph, decoder_tokens, encoder_decoder_graphs
+from deploykit.exporters.hf_inputs import Inputs, audio_inputs, choose, image_inputs, joined, text_inputs
+from deploykit.exporters.hf_tasks import Task, class_for, parse_task, task_of
 from deploykit.exporters.pytorch import Call, TorchSource
 from deploykit.exporters.shapes import plan_inputs
 from deploykit.extras import require
-from deploykit.specs import Array, TensorSpec
 
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _ASSETS = (
-    "config.json",
+    "config.json", "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-# Sentences of different lengths, so that the parity check sees real tokens and real padding.
-_SENTENCES = (
-    "Yes.",
-    "The parcel arrived two days late, but nothing was broken.",
-    "Could you tell me how to reset the password of an account that I can no longer reach by e-mail?",
-    "Rain is expected in the north tomorrow.",
-    "Quarterly revenue rose by 4.2 % to $31.7 million, while costs fell; the board raised its forecast.",
-    "A short walk along the river, past the old mill and the wooden bridge, leads to a meadow where, in early "
-    "summer, hundreds of orchids bloom between the tall grass and visitors come from far away to see them.",
-    "I would not buy it again!",
-    "Le train part à huit heures.",
-)
-_LONG = (5, 4, 2)
-
-# Makes text inputs of shape [batch, sequence].
-_Draw = Callable[[int, int], dict[str, Array]]
+_EAGER = "eager"
+_OWN_MODULE = "export a module of your own: file.py:factory"
 
 
-def open_model_directory(path: Path, options: ExportOptions) -> Source:
+class HuggingFaceSource(TorchSource):
+    """One graph of a Hugging Face model.
+
+    Args:
+        model: The whole model, whose attention can be exchanged.
+        graph: Which part of it, and its inputs.
+        options: What the user asked for.
+        label: What the user called the source.
+        assets: Files that belong to the model.
+        notes: What the user must know.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        graph: Graph,
+        options: ExportOptions,
+        label: str,
+        assets: tuple[Path, ...],
+        notes: Sequence[str],
+    ) -> None:
+        self._model = model
+        inputs = graph.inputs
+        example = inputs.sized(options.dims)
+        feeds = inputs.draw(example)
+        wanted = plan_inputs(feeds, options) if options.dynamic else inputs.by_default(example)
+        chosen = choose(inputs, wanted, example)
+        super().__init__(
+            graph.module,
+            feeds,
+            Call(tuple(feeds), 0, graph.constants),
+            options,
+            label,
+            specs=chosen.specs,
+            draw=chosen.draw,
+            ranges=inputs.ranges,
+            limits=chosen.limits,
+            check=chosen.check,
+            data=inputs.data,
+            kind="huggingface",
+            assets=assets,
+            notes=notes,
+        )
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """As for any module, and then the same with eager attention where the model has another."""
+        own = super().ways
+        if getattr(self._model.config, "_attn_implementation", _EAGER) == _EAGER:
+            return own
+        eager = tuple(Way(way.name, way.dynamic, _EAGER) for way in own)
+        # Fixed shapes are the last resort: eager attention costs speed, fixed shapes cost the user's inputs.
+        return tuple(sorted((*own, *eager), key=lambda way: not way.dynamic))
+
+    def write(self, way: Way, target: Path, opset: int | None) -> None:
+        """Export, with the way's attention; the reference keeps the model's own."""
+        with self._attention(way.attention), _global_pooling(self._model), _batched_experts(self._model):
+            super().write(way, target, opset)
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        own = getattr(self._model.config, "_attn_implementation", None)
+        if not name:
+            yield
+            return
+        try:
+            self._model.set_attn_implementation(name)
+        except Exception as exc:
+            raise ExportError(f"{type(self._model).__name__} has no {name} attention ({first_line(exc)})") from exc
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(own)
+
+
+@contextmanager
+def _global_pooling(model: Any) -> Iterator[None]:
+    """Average over the whole picture where that is what a pool larger than any picture means.
+
+    EfficientNet's pool has as many rows and columns as the network has channels, and rounds up; OpenVINO refuses a
+    window that is larger than what it slides over.
+    """
+    torch = require("torch", extra="torch")
+    width = getattr(model.config, "hidden_dim", None)
+    found = [
+        (parent, name, pool)
+        for parent in model.modules()
+        for name, pool in parent.named_children()
+        if isinstance(pool, torch.nn.AvgPool2d) and pool.ceil_mode and pool.kernel_size == width
+    ]
+    for parent, name, _ in found:
+        setattr(parent, name, torch.nn.AdaptiveAvgPool2d(1))
+    try:
+        yield
+    finally:
+        for parent, name, pool in found:
+            setattr(parent, name, pool)
+
+
+@contextmanager
+def _batched_experts(model: Any) -> Iterator[None]:
+    """Mixtures of experts as batched matrix products: the default groups tokens by a kernel that ONNX does not have."""
+    able = getattr(model, "_can_set_experts_implementation", None)
+    if able is None or not able():
+        yield
+        return
+    own = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(own)
+
+
+def open_model_directory(path: Path, options: ExportOptions) -> dict[str, Source]:
     """Load a model directory.
 
+    Returns:
+        The graphs that it becomes, by the name of the part: one with an empty name, or for example "encoder" and
+        "decoder".
+
     Raises:
-        SourceError: Unreadable, without safetensors, with missing weights, or of a kind not supported yet.
+        SourceError: Unreadable, without safetensors, with missing weights, or of a kind not supported.
+        ExportError: The task or the part is none of the model's.
     """
     transformers = require("transformers", extra="hf")
-    config = _config(transformers, path)
     if options.inputs:
         raise ExportError("--input does not apply to a Hugging Face directory, whose config names the inputs")
-    model = _load(transformers, config, path)
-    parameters = inspect.signature(model.forward).parameters
-    assets = tuple(p for name in _ASSETS if (p := path / name).is_file())
-    if getattr(config, "is_encoder_decoder", False) or ("past_key_values" in parameters and _is_decoder(config)):
+    task = parse_task(options.task)
+    config = _config(transformers, path)
+    model = _load(path, class_for(transformers, config, task))
+    found = task or task_of(model)
+    notes = [f"exported as {type(model).__name__}{f', for {found}' if found else ''}"]
+    if found is Task.TEXT_GENERATION and "past_key_values" not in inspect.signature(model.forward).parameters:
+        notes.append("the model has no key-value cache: the graph computes the whole text at every step")
+    try:
+        graphs = _graphs(transformers, model, path, options, found)
+    except DeploykitError:
+        raise
+    except Exception as exc:  # a model of an unforeseen build: whatever fails, it is not the user's command
         raise ExportError(
-            f"{type(model).__name__} generates text; models with a decoder are not supported yet",
-            hint="export a module of your own: file.py:factory",
-        )
+            f"{type(model).__name__} cannot be taken apart into graphs ({first_line(exc)})", hint=_OWN_MODULE
+        ) from exc
+    _refuse_dims(graphs, options)
+    assets = tuple(p for name in _ASSETS if (p := path / name).is_file())
+    return {g.name: HuggingFaceSource(model, g, options, str(path), assets, notes) for g in graphs}
+
+
+def _graphs(transformers: Any, model: Any, path: Path, options: ExportOptions, task: Task | None) -> tuple[Graph, ...]:
+    """What a model becomes, by what its forward takes."""
+    config = model.config
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    main = model.main_input_name
+    if "decoder_input_ids" in parameters and task not in (Task.TEXT_CLASSIFICATION, Task.QUESTION_ANSWERING):
+        source = _encoder_inputs(transformers, model, path, parameters, main)
+        if "encoder_outputs" not in parameters or not hasattr(model, "get_encoder") or task is Task.FEATURE_EXTRACTION:
+            raise _unsupported(model, parameters)
+        return _selected(encoder_decoder_graphs(model, source, decoder_tokens(config)), options)
+    if {"pixel_values", "input_ids"} <= set(parameters):
+        return _selected(_towers(transformers, model, path, task, parameters), options)
+    constants = {"use_cache": False} if "use_cache" in parameters else {}
+    if task is Task.TEXT_GENERATION and "past_key_values" in parameters:
+        text = text_inputs(transformers, config, path, parameters)
+        return _selected((decoder_graph(model, text, parameters),), options)
+    inputs = _encoder_inputs(transformers, model, path, parameters, main)
+    return _selected((Graph("", model, inputs, constants),), options)
+
+
+def _encoder_inputs(transformers: Any, model: Any, path: Path, parameters: Sequence[str], main: str) -> Inputs:
+    if main in ("input_values", "input_features") and main in parameters:
+        return audio_inputs(model.config, path, main, parameters)
     if "pixel_values" in parameters and "input_ids" not in parameters:
-        return _image_source(model, config, path, options, assets)
-    if "input_ids" in parameters and "pixel_values" not in parameters:
-        return _text_source(transformers, model, config, path, options, assets)
-    raise ExportError(
-        f"{type(model).__name__} takes {', '.join(list(parameters)[:4])}",
-        expected="a text encoder (input_ids) or an image model (pixel_values)",
-        hint="export a module of your own: file.py:factory",
+        encoder = getattr(model.config, "encoder", None) or model.config
+        return image_inputs(encoder, path)
+    if "input_ids" in parameters:
+        return text_inputs(transformers, model.config, path, parameters)
+    raise _unsupported(model, parameters)
+
+
+def _towers(
+    transformers: Any, model: Any, path: Path, task: Task | None, parameters: Sequence[str]
+) -> tuple[Graph, ...]:
+    """The text and the image tower of CLIP and its kin, or both as one graph for zero-shot classification."""
+    towers = getattr(model, "get_text_features", None), getattr(model, "get_image_features", None)
+    if None in towers or not hasattr(model.config, "text_config") or not hasattr(model.config, "vision_config"):
+        raise _unsupported(model, parameters)
+    text = text_inputs(
+        transformers, model.config.text_config, path, tuple(inspect.signature(model.get_text_features).parameters)
+    )
+    image = image_inputs(model.config.vision_config, path)
+    if task is Task.ZERO_SHOT_IMAGE_CLASSIFICATION:
+        return (Graph("", _method(model, None), joined(text, image), {"return_dict": True}),)
+    return (
+        Graph("text", _method(model, "get_text_features"), text, {}),
+        Graph("image", _method(model, "get_image_features"), image, {}),
     )
 
 
-def _is_decoder(config: Any) -> bool:
-    names = " ".join(getattr(config, "architectures", None) or [])
-    return bool(getattr(config, "is_decoder", False)) or "CausalLM" in names or "LMHead" in names
+def _method(model: Any, name: str | None) -> Any:
+    """A module whose forward is a method of the model, with the embeddings and scores out of what it returns."""
+    torch = require("torch", extra="torch")
+
+    class Method(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **tensors: Any) -> Any:
+            if name is None:
+                out = self.inner(**tensors)
+                return {n: out[n] for n in _SCORES if n in out}
+            out = getattr(self.inner, name)(**tensors)
+            # Newer releases return the tower's whole output, whose pooler_output holds the projected embedding.
+            pooled = out if isinstance(out, torch.Tensor) else out.pooler_output
+            return {"text_embeds" if name == "get_text_features" else "image_embeds": pooled}
+
+    return Method().eval()
+
+
+_SCORES = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+
+def _selected(graphs: Sequence[Graph], options: ExportOptions) -> tuple[Graph, ...]:
+    if options.part is None:
+        return tuple(graphs)
+    names = [g.name for g in graphs if g.name]
+    if options.part not in names:
+        raise ExportError(
+            f"there is no part {options.part!r}",
+            expected=f"one of {', '.join(names)}" if names else "no --part: the model is one graph",
+        )
+    return tuple(g for g in graphs if g.name == options.part)
+
+
+def _unsupported(model: Any, parameters: Sequence[str]) -> ExportError:
+    return ExportError(
+        f"{type(model).__name__} takes {', '.join(list(parameters)[:4])}",
+        expected="a text, image or speech model, a decoder, an encoder with a decoder, or two towers as of CLIP",
+        hint=_OWN_MODULE,
+    )
+
+
+def _refuse_dims(graphs: Sequence[Graph], options: ExportOptions) -> None:
+    known = list(dict.fromkeys(symbol for graph in graphs for symbol in graph.inputs.example))
+    unknown = next((name for name in options.dims if name not in known), None)
+    if unknown is not None:
+        raise ExportError(f"--dim names {unknown!r}", expected=f"one of {', '.join(known)}")
 
 
 def _config(transformers: Any, path: Path) -> Any:
@@ -90,178 +289,36 @@ def _config(transformers: Any, path: Path) -> Any:
         ) from exc
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
-    """The class that config.json names; the name comes from a stranger, so it has to be a model's."""
-    name = next(iter(getattr(config, "architectures", None) or []), None)
-    if name is None:
-        return transformers.AutoModel
-    try:
-        found = getattr(transformers, str(name), None)
-    except Exception as exc:  # transformers imports on access, and the import may fail in any way
-        raise SourceError(f"transformers {transformers.__version__} cannot import {name} ({first_line(exc)})") from exc
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise SourceError(
-            f"transformers {transformers.__version__} has no model {name}",
-            expected="a known architecture in config.json",
-        )
-    return found
-
-
-def _load(transformers: Any, config: Any, path: Path) -> Any:
+def _load(path: Path, model_class: Any) -> Any:
     if not any(path.glob("*.safetensors")):
         raise SourceError(
             f"{path} has no *.safetensors",
             expected="weights as safetensors (pickled .bin files may run code)",
             hint="convert them: model.save_pretrained(DIR)",
         )
-    auto = _model_class(transformers, config)
     try:
-        model, info = auto.from_pretrained(
+        model, info = model_class.from_pretrained(
             str(path), local_files_only=True, use_safetensors=True, output_loading_info=True, dtype="float32"
         )
     except Exception as exc:
         raise SourceError(
-            f"cannot load {path} as {auto.__name__} ({first_line(exc)})", hint="fetch the directory again"
+            f"cannot load {path} as {model_class.__name__} ({first_line(exc)})", hint="fetch the directory again"
         ) from exc
+    _check_loaded(path, model_class.__name__, info)
+    model.config.return_dict = True
+    return model.eval()
+
+
+def _check_loaded(path: Path, name: str, info: Mapping[str, Any]) -> None:
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         # transformers fills these with random numbers; whatever is exported then is not the user's model.
         raise SourceError(
-            f"{path} lacks {len(missing)} weights of {auto.__name__}, the first is {missing[0]}",
+            f"{path} lacks {len(missing)} weights of {name}, the first is {missing[0]}",
             expected="a checkpoint of this very class",
-            hint='correct "architectures" in config.json, or fetch the directory again',
+            hint='correct "architectures" in config.json, leave --task out, or fetch the directory again',
         )
     if info.get("mismatched_keys"):
         raise SourceError(
             f"{path}: weights of another shape than config.json says: {sorted(info['mismatched_keys'])[0]}"
         )
-    model.config.return_dict = True
-    return model
-
-
-def _constants(model: Any) -> dict[str, Any]:
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-
-def _text_source(
-    transformers: Any, model: Any, config: Any, path: Path, options: ExportOptions, assets: tuple[Path, ...]
-) -> Source:
-    parameters = inspect.signature(model.forward).parameters
-    tokenizer = _tokenizer(transformers, path)
-    wanted = set(tokenizer.model_input_names) if tokenizer else {"input_ids", "attention_mask"}
-    if not tokenizer and getattr(config, "type_vocab_size", 0) > 1:
-        wanted.add("token_type_ids")
-    names = tuple(n for n in _TEXT_INPUTS if n in parameters and n in wanted | {"input_ids", "attention_mask"})
-    longest = _longest(config)
-    draw = _sentence_drawer(tokenizer, names) if tokenizer else _token_drawer(config, names)
-    examples = draw(4, min(24, longest))
-    specs = _text_specs(names, examples, options)
-    shape = specs[0].shape or ()
-    return TorchSource(
-        model,
-        examples,
-        Call(names, 0, _constants(model)),
-        options,
-        str(path),
-        specs=specs,
-        draw=lambda sizes: draw(*specs[0].concrete(sizes)),
-        ranges=_text_ranges(config, names),
-        limits={str(shape[1]): (1, longest)},
-        data="text" if tokenizer else "generated",
-        kind="huggingface",
-        assets=assets,
-    )
-
-
-def _text_specs(names: tuple[str, ...], examples: dict[str, Array], options: ExportOptions) -> tuple[TensorSpec, ...]:
-    """`[batch, sequence]` unless the user says otherwise, and the same for every input."""
-    if not options.dynamic:
-        return tuple(TensorSpec(n, "int64", ("batch", "sequence")) for n in names)
-    specs = plan_inputs(examples, options)
-    if len({s.shape for s in specs}) > 1:
-        raise ExportError(
-            f"the inputs of a text model share their shape, and --dynamic makes it {', '.join(map(str, specs))}",
-            hint="name the same axes for every input",
-        )
-    return specs
-
-
-def _longest(config: Any) -> int:
-    """Longest sequence that the position table allows; RoBERTa-like tables start after the padding index."""
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    offset = (getattr(config, "pad_token_id", None) or 0) + 1 if "roberta" in config.model_type else 0
-    return int(positions) - offset
-
-
-def _text_ranges(config: Any, names: tuple[str, ...]) -> dict[str, ValueRange]:
-    ranges = {"input_ids": ValueRange(0, int(config.vocab_size) - 1), "attention_mask": ValueRange(1, 1)}
-    ranges["token_type_ids"] = ValueRange(0, 0)
-    return {n: r for n, r in ranges.items() if n in names}
-
-
-def _tokenizer(transformers: Any, path: Path) -> Any:
-    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as exc:
-        raise SourceError(
-            f"cannot load the tokenizer of {path} ({first_line(exc)})", hint="fetch the directory again"
-        ) from exc
-
-
-def _sentence_drawer(tokenizer: Any, names: tuple[str, ...]) -> _Draw:
-    """Inputs of any size out of real sentences: as many as the batch, cut and padded to the sequence length."""
-    calls = itertools.count()
-
-    def draw(batch: int, sequence: int) -> dict[str, Array]:
-        # Other sentences at every call. A batch of one takes a long one; else mostly padding would be compared.
-        turn = next(calls)
-        order = _LONG if batch == 1 else range(len(_SENTENCES))
-        chosen = [_SENTENCES[order[(turn + i) % len(order)]] for i in range(batch)]
-        encoded = tokenizer(chosen, padding="max_length", truncation=True, max_length=sequence, return_tensors="np")
-        made = {n: np.asarray(encoded[n], np.int64) for n in names if n in encoded}
-        return {n: made.get(n, np.zeros_like(made["input_ids"])) for n in names}
-
-    return draw
-
-
-def _token_drawer(config: Any, names: tuple[str, ...]) -> _Draw:
-    """Token ids below the vocabulary size; masks with padding at the end of every other row."""
-    calls = itertools.count()
-
-    def draw(batch: int, sequence: int) -> dict[str, Array]:
-        shape = batch, sequence
-        rng = np.random.default_rng(next(calls))
-        mask = np.ones(shape, np.int64)
-        mask[1::2, (sequence + 1) // 2 :] = 0
-        made: dict[str, Array] = {
-            "input_ids": rng.integers(0, int(config.vocab_size), shape),
-            "attention_mask": mask,
-            "token_type_ids": np.zeros(shape, np.int64),
-        }
-        return {n: made[n] for n in names}
-
-    return draw
-
-
-def _image_source(model: Any, config: Any, path: Path, options: ExportOptions, assets: tuple[Path, ...]) -> Source:
-    size = getattr(config, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    shape = (
-        2,
-        int(getattr(config, "num_channels", 3)),
-        int(options.dims.get("height", height)),
-        int(options.dims.get("width", width)),
-    )
-    pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return TorchSource(
-        model,
-        {"pixel_values": pixels},
-        Call(("pixel_values",), 0, _constants(model)),
-        options,
-        str(path),
-        data="generated",
-        kind="huggingface",
-        assets=assets,
-    )

@@ -13,7 +13,7 @@ from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Wa
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import version_of
 from deploykit.modelfile import check_model, copy_model, read_model, signature_of
-from deploykit.specs import Array, Feeds, Signature, TensorSpec
+from deploykit.specs import Array, Feeds, Signature, TensorSpec, terms
 
 if TYPE_CHECKING:
     import onnx
@@ -127,9 +127,10 @@ def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[
     sizes = dict(options.dims)
     for spec in inputs:
         for axis, dim in enumerate(spec.shape or ()):
-            if isinstance(dim, str):
-                image = len(spec.shape or ()) == 4 and spec.dtype.startswith("float")
-                sizes.setdefault(dim, 2 if axis == 0 else 64 if image else 16)
+            image = len(spec.shape or ()) == 4 and spec.dtype.startswith("float")
+            for symbol in terms(dim):
+                if isinstance(symbol, str):
+                    sizes.setdefault(symbol, 2 if axis == 0 else 64 if image else 16)
     return sizes
 
 

@@ -57,6 +57,7 @@ class TorchSource(Source):
         draw: Makes inputs for given sizes; by default variations of the example.
         ranges: Values that made-up inputs may take; by default what the examples show.
         limits: Sizes that the module allows, by symbol.
+        check: Sizes to compare at, beside the example's.
     """
 
     kind = "pytorch"
@@ -73,6 +74,7 @@ class TorchSource(Source):
         draw: Callable[[dict[str, int]], dict[str, Array]] | None = None,
         ranges: dict[str, ValueRange] | None = None,
         limits: Mapping[str, tuple[int, int]] | None = None,
+        check: Sequence[dict[str, int]] | None = None,
         data: str = "example",
         kind: str = "pytorch",
         notes: Sequence[str] = (),
@@ -96,7 +98,7 @@ class TorchSource(Source):
         if options.data:
             cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:
-            dynamic, cases, refused = self._observe(dynamic, limits)
+            dynamic, cases, refused = self._observe(dynamic, limits, check)
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
@@ -104,11 +106,15 @@ class TorchSource(Source):
         self._fixed_cases: tuple[Case, ...] | None = None
 
     def _observe(
-        self, specs: tuple[TensorSpec, ...], limits: Mapping[str, tuple[int, int]] | None
+        self,
+        specs: tuple[TensorSpec, ...],
+        limits: Mapping[str, tuple[int, int]] | None,
+        check: Sequence[dict[str, int]] | None,
     ) -> tuple[tuple[TensorSpec, ...], list[Case], list[str]]:
         """Run the module at several shapes; fall back to the example's where nobody asked for dynamic ones."""
         try:
-            return specs, *make_cases(specs, self._examples, self._reference, draw=self._draw, limits=limits)
+            found = make_cases(specs, self._examples, self._reference, draw=self._draw, limits=limits, check=check)
+            return specs, *found
         except ExportError as exc:
             if asks_for_dynamic(self._options):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 from deploykit.data import LABELS, Dataset, ValueRange
 from deploykit.errors import DeploykitError, ExportError, first_line
 from deploykit.exporters.base import Case, ExportOptions
-from deploykit.specs import DTYPES, Array, Dim, Feeds, Signature, TensorSpec, fit_feeds
+from deploykit.specs import DTYPES, Array, Dim, Feeds, Signature, TensorSpec, fit_feeds, terms
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _NUMBER = r"-?\d+(?:\.\d+)?"
@@ -147,14 +148,32 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, int
         ExportError: One symbol has two sizes.
     """
     sizes: dict[str, int] = {}
+    sums: list[tuple[Dim, int]] = []
     for spec in specs:
         for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=True):
-            if isinstance(dim, str) and sizes.setdefault(dim, int(size)) != size:
+            if len(terms(dim)) > 1:
+                sums.append((dim, size))
+            elif isinstance(dim, str) and sizes.setdefault(dim, int(size)) != size:
                 raise ExportError(
                     f"dimension {dim!r} is {sizes[dim]} and {size} in the example inputs",
                     hint="give the two axes different names with --dynamic",
                 )
+    for dim, size in sums:
+        _settle_sum(dim, size, sizes)
     return sizes
+
+
+def _settle_sum(dim: Dim, size: int, sizes: dict[str, int]) -> None:
+    """Check a sum of symbols; where one of them is unknown so far, its size follows."""
+    unknown = [t for t in terms(dim) if isinstance(t, str) and t not in sizes]
+    rest = size - sum(sizes[t] if isinstance(t, str) else t for t in terms(dim) if t not in unknown)
+    if len(unknown) == 1 and rest >= 0:
+        sizes[unknown[0]] = rest
+    elif unknown or rest:
+        raise ExportError(
+            f"dimension {dim!r} is {size} in the example inputs, where {sizes}",
+            hint="give the axis a name of its own with --dynamic",
+        )
 
 
 def sizes_to_check(
@@ -217,6 +236,7 @@ def make_cases(
     *,
     limits: Mapping[str, tuple[int, int]] | None = None,
     draw: Callable[[dict[str, int]], dict[str, Array]] | None = None,
+    check: Sequence[dict[str, int]] | None = None,
 ) -> tuple[list[Case], list[str]]:
     """Run the source at several shapes.
 
@@ -226,6 +246,7 @@ def make_cases(
         reference: Runs the source.
         limits: Sizes that the source allows, by symbol.
         draw: Makes inputs for given sizes; by default variations of the example.
+        check: Sizes to run at, beside the example's; by default those of `sizes_to_check`.
 
     Returns:
         The cases, the example first, and notes on shapes that the source itself refuses.
@@ -243,7 +264,8 @@ def make_cases(
     cases = [Case(sizes, dict(examples), reference(examples))]
     notes: list[str] = []
     batch = {str(s.shape[0]) for s in specs if s.shape} | {"batch"}
-    for wanted in sizes_to_check(sizes, limits, batch)[1:] if sizes else [{}, {}, {}]:
+    plan = (check if check is not None else sizes_to_check(sizes, limits, batch)[1:]) if sizes else [{}, {}, {}]
+    for wanted in plan:
         feeds = make(wanted)
         try:
             cases.append(Case(wanted, feeds, reference(feeds)))
@@ -291,20 +313,26 @@ def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
     """Output specs, with dimension names found by watching the sizes over all cases.
 
     An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is
-    named after the output.
+    named after the output; axes that always have
+    one size have one name. A sum of two symbols is seen too.
     """
     specs = []
+    named: dict[tuple[int, ...], str] = {}
     for name, first in cases[0].outputs.items():
-        dims = [_observed_dim(name, axis, cases) for axis in range(first.ndim)]
+        dims = [_observed_dim(name, axis, cases, named) for axis in range(first.ndim)]
         specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
     return tuple(specs)
 
 
-def _observed_dim(name: str, axis: int, cases: Sequence[Case]) -> Dim:
+def _observed_dim(name: str, axis: int, cases: Sequence[Case], named: dict[tuple[int, ...], str]) -> Dim:
+    """Size or name of one axis; ``named`` holds the names that were given so far, by the sizes of the axis."""
     sizes = [case.outputs[name].shape[axis] if axis < case.outputs[name].ndim else -1 for case in cases]
     if len(set(sizes)) == 1:
         return int(sizes[0])
     for symbol in cases[0].sizes:
         if all(case.sizes[symbol] == size for case, size in zip(cases, sizes, strict=True)):
             return symbol
-    return f"{name}_dim{axis}"
+    for first, second in itertools.combinations(sorted(cases[0].sizes), 2):
+        if all(c.sizes[first] + c.sizes[second] == size for c, size in zip(cases, sizes, strict=True)):
+            return f"{first} + {second}"
+    return named.setdefault(tuple(sizes), f"{name}_dim{axis}")

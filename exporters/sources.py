@@ -23,7 +23,7 @@ _REFUSED = {
 }
 
 
-def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
+def open_parts(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> dict[str, Source]:
     """Load a source and run it for its reference outputs.
 
     Args:
@@ -31,18 +31,53 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
         options: What the user asked for.
         run_onnx: Runs an imported ONNX file without optimizations.
 
+    Returns:
+        The graphs that it becomes, by name: one without a name, or for example "encoder" and "decoder".
+
     Raises:
         SourceError: Not found, not loadable, or it does not accept its own example inputs.
         ModelError: An ONNX file that is corrupt or unsafe.
         DataError: Options or data that contradict the model.
     """
+    path = Path(source)
+    if path.is_dir() and (path / "config.json").is_file() and not is_artifact(path):
+        from deploykit.exporters.huggingface import open_model_directory
+
+        _check_options(options)
+        return open_model_directory(path, options)
+    for name, value in (("--task", options.task), ("--part", options.part)):
+        if value is not None:
+            raise ExportError(f"{name} applies to Hugging Face model directories", hint=f"leave {name} out")
+    return {"": _open(source, options, run_onnx)}
+
+
+def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
+    """Load a source that becomes one graph; see `open_parts`.
+
+    Raises:
+        ExportError: It becomes several, and `ExportOptions.part` names none of them.
+    """
+    parts = open_parts(source, options, run_onnx)
+    if len(parts) > 1:
+        raise ExportError(
+            f"{source} becomes {len(parts)} graphs: {', '.join(parts)}", hint=f"--part {next(iter(parts))}"
+        )
+    return next(iter(parts.values()))
+
+
+def _check_options(options: ExportOptions) -> None:
     if options.way not in WAYS:
         raise ExportError(f"unknown exporter {options.way!r}", expected=" or ".join(WAYS))
     if options.opset is not None and options.opset < MIN_OPSET:
         raise ExportError(f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out")
+
+
+def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
+    """One graph."""
+    _check_options(options)
     path = Path(source)
     if path.is_dir():
-        return _open_directory(path, options)
+        raise _no_source(path)
     named = path.is_file() or ":" not in source  # a colon may stand in a file's name too
     if path.suffix == ".onnx" and named:
         from deploykit.exporters.onnx_file import OnnxSource
@@ -64,16 +99,13 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
     raise SourceError(f"{source} does not exist", expected=_KINDS)
 
 
-def _open_directory(path: Path, options: ExportOptions) -> Source:
+def _no_source(path: Path) -> SourceError:
+    """Why a directory is none."""
     if is_artifact(path):
-        raise SourceError(f"{path} is an artifact already", hint=f"go on with it: deploykit simplify -m {path} -o OUT")
-    if (path / "config.json").is_file():
-        from deploykit.exporters.huggingface import open_model_directory
-
-        return open_model_directory(path, options)
+        return SourceError(f"{path} is an artifact already", hint=f"go on with it: deploykit simplify -m {path} -o OUT")
     onnx = sorted(path.glob("*.onnx"))
     hint = f"give the file: {onnx[0]}" if onnx else None
-    raise SourceError(f"{path} has no config.json", expected="a Hugging Face model directory", hint=hint)
+    return SourceError(f"{path} has no config.json", expected="a Hugging Face model directory", hint=hint)
 
 
 def export(source: Source, way: Way, target: Path, *, opset: int | None = None) -> None:

@@ -78,7 +78,7 @@ def flatten_outputs(value: Any, taken: tuple[str, ...]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for path, leaf in _leaves(value, ()):
-        name = re.sub(r"\W+", "_", "_".join(path)).strip("_") or "output"
+        name = re.sub(r"[^\w.]+", "_", "_".join(path)).strip("_.") or "output"
         name = f"output_{name}" if name[0].isdigit() else name
         name = f"{name}_out" if name in taken else name
         free, number = name, 1
@@ -175,7 +175,7 @@ def _by_torch_export(job: Job, target: Path) -> None:
     torch = require("torch", extra="torch")
     require("onnxscript", extra="torch")
     shapes = tuple(
-        {axis: dim for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)} or None
+        {axis: re.sub(r"\W+", "_", dim) for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)} or None
         for spec in job.signature.inputs
     )
     program_given = isinstance(job.module, torch.export.ExportedProgram)

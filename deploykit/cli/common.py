@@ -101,17 +101,20 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             click.echo(line.rstrip())
 
 
+def artifact_record(artifact: Any) -> dict[str, Any]:
+    """An artifact as JSON."""
+    return {
+        "artifact": str(artifact.path),
+        "sha256": artifact.digest,
+        "manifest": json.loads(artifact.manifest.model_dump_json()),
+    }
+
+
 def show_artifact(artifact: Any, *, as_json: bool) -> None:
     """Say what was made, and on what grounds it is believed to be right."""
     manifest = artifact.manifest
     if as_json:
-        show_json(
-            {
-                "artifact": str(artifact.path),
-                "sha256": artifact.digest,
-                "manifest": json.loads(manifest.model_dump_json()),
-            }
-        )
+        show_json(artifact_record(artifact))
         return
     click.echo(f"{artifact.path}: {manifest.model}, {artifact.size_bytes / 1e6:.2f} MB")
     for spec in artifact.signature.inputs:

@@ -24,6 +24,14 @@ from deploykit.cli import common
     "--exporter", type=click.Choice(["auto", "torch.export", "torchscript"]), default="auto", show_default=True,
     help="How PyTorch becomes ONNX; auto tries torch.export first and says why where it falls back.",
 )  # fmt: skip
+@click.option(
+    "--task", metavar="TASK",
+    help="What a Hugging Face model is for, such as text-classification; inferred from its config by default.",
+)  # fmt: skip
+@click.option(
+    "--part", metavar="PART",
+    help="One graph of a model that becomes several: encoder or decoder, text or image. All of them by default.",
+)  # fmt: skip
 @common.data_option("Real inputs for the parity check:")
 @common.dim_option
 @common.device_option
@@ -38,6 +46,8 @@ def command(
     inputs: tuple[str, ...],
     opset: int | None,
     exporter: str,
+    task: str | None,
+    part: str | None,
     data: str | None,
     dims: tuple[str, ...],
     devices: tuple[str, ...],
@@ -50,20 +60,30 @@ def command(
 
     SOURCE is file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory or an .onnx file. The
     result is run beside the source at several shapes; where the numbers differ, nothing is written.
+
+    A model that becomes several graphs (an encoder and a decoder with its key-value cache, the towers of CLIP) gives
+    one artifact each: DIR/encoder, DIR/decoder.
     """
     sizes = common.parse_dims(dims)
     params = {
         "source": source, "dynamic": list(dynamic), "inputs": list(inputs), "opset": opset, "exporter": exporter,
-        "data": data, "dims": sizes, "devices": list(devices), "contract": list(contract),
+        "task": task, "part": part, "data": data, "dims": sizes, "devices": list(devices), "contract": list(contract),
         "allow_unverified": allow_unverified or None,
     }  # fmt: skip
     if dry_run:
         common.show_recipe("export", params)
         return
-    from deploykit.pipeline import export
+    from deploykit.pipeline import export_parts
 
-    artifact = export(
+    made = export_parts(
         source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter, data=data,
-        devices=devices, contract=contract, allow_unverified=allow_unverified, progress=common.progress(),
+        task=task, part=part, devices=devices, contract=contract, allow_unverified=allow_unverified,
+        progress=common.progress(),
     )  # fmt: skip
-    common.show_artifact(artifact, as_json=as_json)
+    if "" in made or part is not None:
+        common.show_artifact(next(iter(made.values())), as_json=as_json)
+    elif as_json:
+        common.show_json({name: common.artifact_record(artifact) for name, artifact in made.items()})
+    else:
+        for artifact in made.values():
+            common.show_artifact(artifact, as_json=False)

@@ -1,0 +1,42 @@
+"""Every cell of docs/export-matrix.md, measured again."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "export-matrix.md"
+WRITE = "python benchmarks/suite/export_matrix.py --write docs/export-matrix.md"
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "suite"))
+matrix: Any = importlib.import_module("export_matrix")
+zoo: Any = importlib.import_module("hf_zoo")
+sys.path.pop(0)
+
+DOCUMENTED = matrix.parse(DOCUMENT.read_text())
+
+
+def test_the_document_has_every_graph() -> None:
+    graphs = {(m, part) for m in zoo.ARCHITECTURES for part in zoo.PARTS.get(m, ("",))}
+    assert set(DOCUMENTED) == {(m, part, path) for m, part in graphs for path in matrix.PATHS}, WRITE
+
+
+def test_red_cells_have_reasons() -> None:
+    text = DOCUMENT.read_text()
+    for line in text.splitlines():
+        if line.startswith("|") and ("| no |" in line or "attention" in line):
+            assert "[" in line.split("|")[-2], f"no reason: {line}"
+    assert matrix.Cell("T5", "", "torch.export", ("no operator", "")).marks == ("no", "yes")
+
+
+@pytest.mark.parametrize("path", matrix.PATHS)
+@pytest.mark.parametrize("model", zoo.ARCHITECTURES)
+def test_cell(model: str, path: str, tmp_path: Path) -> None:
+    for cell in matrix.measure(model, path, tmp_path):
+        documented = DOCUMENTED[model, cell.part, path]
+        assert cell.marks == documented, f"{cell}; if this is right: {WRITE}"
