@@ -90,7 +90,7 @@ def measure(
                 if entries[0].status != "ok":
                     raise BenchmarkError(
                         f"the reference {entries[0].candidate.label} does not run: {entries[0].status}",
-                        hint="check it: deploykit inspect " + entries[0].candidate.path,
+                        hint="check it: deploykit inspect -m " + entries[0].candidate.path,
                     )
                 if entry.status != "ok":
                     told.note(f"{entry.candidate.label} does not enter: {entry.status}")

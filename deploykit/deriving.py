@@ -15,6 +15,7 @@ from deploykit.benchmarks.parity import (
     compare,
     top1_agreement,
 )
+from deploykit.contract import conform, contract_of, why_not
 from deploykit.data import Dataset
 from deploykit.errors import DeploykitError, OptimizationError, ParityError, UnverifiableError
 from deploykit.models import LoadedModel, load_model, probe_feeds
@@ -38,6 +39,7 @@ def simplify(
     timeout_s: float = 300.0,
     data: str | Path | None = None,
     dims: Mapping[str, int] | None = None,
+    contract: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Artifact:
     """Simplify the graph: onnxsim, else onnxslim, else as it was; each result is compared with its parent.
@@ -48,13 +50,15 @@ def simplify(
         timeout_s: Seconds for one simplifier.
         data: Real inputs for the comparison; golden or made-up ones by default.
         dims: Sizes of dynamic dimensions where inputs are made up.
+        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
         progress: Told about steps and notes.
 
     Raises:
         ModelError: The model cannot be read.
         ParityError: The result differs from its parent.
+        ContractError: The result, or the model itself, breaks the contract.
     """
-    return _derive("simplify", model, output, SimplifyConfig(timeout_s), data, dims, None, progress)
+    return _derive("simplify", model, output, SimplifyConfig(timeout_s), data, dims, None, contract, progress)
 
 
 def quantize_dynamic(
@@ -65,6 +69,7 @@ def quantize_dynamic(
     data: str | Path | None = None,
     dims: Mapping[str, int] | None = None,
     min_cosine: float = MIN_COSINE,
+    contract: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize weights to int8; activations are quantized while the model runs.
@@ -76,13 +81,17 @@ def quantize_dynamic(
         data: Real inputs for the comparison with the parent.
         dims: Sizes of dynamic dimensions where inputs are made up.
         min_cosine: Smallest accepted cosine between an output and the parent's.
+        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
         progress: Told about steps and notes.
 
     Raises:
         OptimizationError: Nothing to quantize, or the quantizer failed.
         ParityError: The outputs are too far from the parent's.
+        ContractError: The result breaks the contract.
     """
-    return _derive("quantize-dynamic", model, output, config or DynamicConfig(), data, dims, min_cosine, progress)
+    return _derive(
+        "quantize-dynamic", model, output, config or DynamicConfig(), data, dims, min_cosine, contract, progress
+    )
 
 
 def quantize_static(
@@ -92,6 +101,7 @@ def quantize_static(
     data: str | Path,
     config: StaticConfig | None = None,
     min_cosine: float = MIN_COSINE,
+    contract: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Artifact:
     """Quantize weights and activations to 8 bits, with ranges from calibration data.
@@ -102,14 +112,18 @@ def quantize_static(
         data: Calibration data, anything that `Dataset.open` reads.
         config: How to quantize.
         min_cosine: Smallest accepted cosine between an output and the parent's.
+        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
         progress: Told about steps and notes.
 
     Raises:
         DataError: The data cannot be read, or do not fit the model.
         OptimizationError: Nothing to quantize, or the quantizer failed.
         ParityError: The outputs are too far from the parent's.
+        ContractError: The result breaks the contract.
     """
-    return _derive("quantize-static", model, output, config or StaticConfig(), data, None, min_cosine, progress)
+    return _derive(
+        "quantize-static", model, output, config or StaticConfig(), data, None, min_cosine, contract, progress
+    )
 
 
 def _derive(
@@ -120,6 +134,7 @@ def _derive(
     data: str | Path | None,
     dims: Mapping[str, int] | None,
     min_cosine: float | None,
+    contract: Sequence[str],
     progress: Progress | None,
 ) -> Artifact:
     """Apply one optimizer, compare with the parent on every default device, write the artifact."""
@@ -128,6 +143,7 @@ def _derive(
     targets, started = default_devices(), time.monotonic()
     first_note = len(told.notes)
     parent = load_model(model)
+    held = contract_of(parent.lineage, contract)
     dataset = Dataset.open(data) if data else None
     feeds, origin = probe_feeds(parent, dataset, dims or {})
     if min_cosine is not None and origin == "generated":
@@ -148,7 +164,9 @@ def _derive(
                 result = compare(expected, outputs_of(candidate, targets[0], feeds))
             except DeploykitError as exc:
                 return exc.what
-            return f"its outputs differ: {result.reason}" if result.verdict is Verdict.FAILED else None
+            return (
+                f"its outputs differ: {result.reason}" if result.verdict is Verdict.FAILED else why_not(candidate, held)
+            )
 
         with told.step(f"{step} {model}"):
             done = optimize(
@@ -159,7 +177,7 @@ def _derive(
                 open_model=lambda p: open_session(p, targets[0]).run,
                 data=dataset,
             )
-        for note in done.notes:
+        for note in (*done.notes, *conform(target, held)):
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
             records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told)
@@ -169,7 +187,7 @@ def _derive(
         _copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
-            params={**done.params, "changed": done.changed},
+            params={**done.params, "changed": done.changed, "contract": [t.name for t in held]},
             tools=done.tools,
             parent=parent.digest,
             seconds=round(time.monotonic() - started, 3),

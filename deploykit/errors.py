@@ -10,6 +10,7 @@ DeploykitError
 ├── ModelError                  an ONNX or OpenVINO file is corrupt, unsafe or invalid
 ├── ExportError                 a good source could not be turned into ONNX
 │   └── TimeLimitError          a way to ONNX took longer than it may
+├── ContractError               a model does not fit the runtime that it is for, or nothing is known about that runtime
 ├── ParityError                 the outputs differ from the reference
 │   └── UnverifiableError       the outputs do not react to the inputs, so that equality proves nothing
 ├── DeviceError                 a runtime, provider or device is unknown or cannot be had
@@ -106,6 +107,10 @@ class ExportError(DeploykitError):
 
 class TimeLimitError(ExportError):
     """A way to ONNX took longer than it may."""
+
+
+class ContractError(DeploykitError):
+    """A model does not fit the runtime that `--for` names, or nothing is known about that runtime."""
 
 
 class ParityError(DeploykitError):

@@ -19,13 +19,23 @@ from deploykit.benchmarks.parity import (
     compare,
 )
 from deploykit.comparing import find_targets
-from deploykit.errors import DeploykitError, ExportError, ParityError, TimeLimitError, UnverifiableError
+from deploykit.contract import conform
+from deploykit.errors import (
+    ContractError,
+    DeploykitError,
+    ExportError,
+    ParityError,
+    TimeLimitError,
+    UnverifiableError,
+)
 from deploykit.exporters import ExportOptions, Source, Way, open_parts, open_source
 from deploykit.exporters import export as write_onnx
+from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.models import load_model
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import ArtifactWriter
+from deploykit.targets import Target, choose_opset, parse_targets
 
 _MODEL = "model.onnx"
 _LOG = "export.log"
@@ -45,6 +55,7 @@ def export(
     task: str | None = None,
     part: str | None = None,
     devices: Sequence[str | Device] = (),
+    contract: Sequence[str] = (),
     allow_unverified: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -69,12 +80,15 @@ def export(
         part: Which graph of a model that becomes several ("encoder"); see `export_parts`.
         devices: Where the result has to be right; by default on the CPU of every installed runtime, where only the
             first decides and the others are reported.
+        contract: Runtimes that have to be able to run it, like "triton:24.08", "ort:1.18" or "openvino:2024.6"; they
+            choose opset and IR version.
         allow_unverified: Keep a model whose outputs do not react to inputs; the evidence says "unverifiable".
         progress: Told about steps and notes.
 
     Raises:
         SourceError: The source cannot be loaded.
         ExportError: No way leads to ONNX.
+        ContractError: No way leads to a model that the contract's runtimes can run, or they are unknown.
         ParityError: Every exported graph gave other numbers than the source.
         UnverifiableError: The outputs do not react to the inputs.
         OutputExistsError: The output is taken.
@@ -84,8 +98,9 @@ def export(
         timeout_s,
     )  # fmt: skip
     made = _export(
-        str(source), output, options, devices, progress or Progress(), single=True, unverified=allow_unverified
-    )
+        str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=True,
+        unverified=allow_unverified,
+    )  # fmt: skip
     return next(iter(made.values()))
 
 
@@ -103,6 +118,7 @@ def export_parts(
     task: str | None = None,
     part: str | None = None,
     devices: Sequence[str | Device] = (),
+    contract: Sequence[str] = (),
     allow_unverified: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Artifact]:
@@ -119,8 +135,9 @@ def export_parts(
         timeout_s,
     )  # fmt: skip
     return _export(
-        str(source), output, options, devices, progress or Progress(), single=False, unverified=allow_unverified
-    )
+        str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=False,
+        unverified=allow_unverified,
+    )  # fmt: skip
 
 
 def _export(
@@ -128,6 +145,7 @@ def _export(
     output: str | Path,
     options: ExportOptions,
     devices: Sequence[str | Device],
+    held: Sequence[Target],
     told: Progress,
     *,
     single: bool,
@@ -135,6 +153,7 @@ def _export(
 ) -> dict[str, Artifact]:
     started = time.monotonic()
     targets = find_targets(devices)
+    choose_opset(held, options.opset, DEFAULT_OPSET)  # a contradiction is said before the work is done
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
         with told.step(f"load {source}"), quiet(log):
@@ -145,7 +164,9 @@ def _export(
             )
         if len(opened) == 1:
             ((name, only),) = opened.items()
-            return {name: _export_graph(only, writer, source, options, targets, started, told, unverified=unverified)}
+            return {
+                name: _export_graph(only, writer, source, options, targets, held, started, told, unverified=unverified)
+            }
         if options.data is not None:
             raise ExportError(
                 f"{source} becomes {len(opened)} graphs, and --data holds the inputs of one",
@@ -159,7 +180,9 @@ def _export(
             with ArtifactWriter(writer.dir / name) as inner, _log_kept_on_failure(inner.dir / _LOG, told):
                 (inner.dir / _LOG).write_bytes(printed)
                 own = replace(options, part=name)
-                made[name] = _export_graph(graph, inner, source, own, targets, started, told, unverified=unverified)
+                made[name] = _export_graph(
+                    graph, inner, source, own, targets, held, started, told, unverified=unverified
+                )
         return writer.commit_parts(made)
 
 
@@ -169,6 +192,7 @@ def _export_graph(
     source: str,
     options: ExportOptions,
     targets: tuple[Sequence[Device], bool],
+    held: Sequence[Target],
     started: float,
     told: Progress,
     *,
@@ -185,7 +209,8 @@ def _export_graph(
             expected="a trained model, and inputs that make a difference",
             hint="give real inputs with --data, or accept it with --allow-unverified",
         )
-    way, evidence = _export_first_right(opened, targets[0], target, options.opset, log, told, strict=targets[1])
+    opset = choose_opset(held, options.opset, DEFAULT_OPSET)
+    way, evidence = _export_first_right(opened, targets[0], target, opset, log, told, held, strict=targets[1])
     if vacuous:
         evidence = [record | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for record in evidence]
         told.note(f"unverifiable: {vacuous}")
@@ -202,6 +227,7 @@ def _export_graph(
         params={
             "source": source, "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
             "dynamic": list(options.dynamic), "inputs": list(options.inputs), "dims": dict(options.dims),
+            "contract": [t.name for t in held],
             **({"task": options.task} if options.task else {}), **({"part": options.part} if options.part else {}),
         },
         tools=opened.tools(),
@@ -225,6 +251,7 @@ def _export_first_right(
     opset: int | None,
     log: Path,
     told: Progress,
+    held: Sequence[Target],
     *,
     strict: bool,
 ) -> tuple[Way, list[dict[str, Any]]]:
@@ -237,16 +264,17 @@ def _export_first_right(
         try:
             with told.step(f"export by {way}"), quiet(log):
                 write_onnx(opened, way, target, opset=opset)
+                lowered = conform(target, held)
             with told.step(f"compare with the source in {', '.join(map(str, targets))}"), quiet(log):
                 evidence = _parity_records(target, opened, way, targets, told, strict=strict)
-        except (ExportError, ParityError) as exc:
+        except (ExportError, ParityError, ContractError) as exc:
             failures.append((way, exc))
             if isinstance(exc, TimeLimitError) and not way.patient:
                 # Where nothing else keeps the shapes dynamic, it may take its time.
                 later = next((i for i, w in enumerate(waiting) if way.dynamic and not w.dynamic), len(waiting))
                 waiting.insert(later, replace(way, patient=True))
             continue
-        for note in opened.notes_on(way):
+        for note in (*opened.notes_on(way), *lowered):
             told.note(note)
         for failed, why in failures:
             told.note(f"{failed} was not used: {why.what}")
@@ -257,7 +285,8 @@ def _export_first_right(
     _clear(target)
     told_apart = {(way.name, exc.what): way for way, exc in reversed(failures)}
     reasons = "; ".join(f"{way}: {what}" for (_, what), way in reversed(told_apart.items()))
-    kind = ParityError if any(isinstance(exc, ParityError) for _, exc in failures) else ExportError
+    kinds = (ParityError, ContractError, ExportError)
+    kind = next(kind for kind in kinds if any(isinstance(exc, kind) for _, exc in failures))
     raise kind(f"no way led to a right ONNX graph of {opened.label}: {reasons}", hint=failures[0][1].hint)
 
 
@@ -310,7 +339,7 @@ def _log_kept_on_failure(log: Path, told: Progress) -> Iterator[None]:
     """Where the frameworks printed something before a failed export, keep it outside the discarded directory."""
     try:
         yield
-    except (ExportError, ParityError):
+    except (ExportError, ParityError, ContractError):
         if log.is_file() and log.stat().st_size:
             with tempfile.NamedTemporaryFile("wb", prefix="deploykit-", suffix=".log", delete=False) as kept:
                 kept.write(log.read_bytes())

@@ -52,6 +52,7 @@ class ExportStep(_Step):
     task: str | None = None
     part: str | None = None
     devices: list[str] = []
+    contract: list[str] = []
     allow_unverified: bool = False
 
 
@@ -63,6 +64,7 @@ class SimplifyStep(_Step):
     timeout_s: float = 300.0
     data: str | None = None
     dims: dict[str, int] = {}
+    contract: list[str] = []
 
 
 class DynamicStep(_Step):
@@ -76,6 +78,7 @@ class DynamicStep(_Step):
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    contract: list[str] = []
 
 
 class StaticStep(_Step):
@@ -91,6 +94,7 @@ class StaticStep(_Step):
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    contract: list[str] = []
 
 
 class BenchmarkStep(_Step):

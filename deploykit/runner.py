@@ -176,10 +176,18 @@ def _dynamic(
     return pipeline.quantize_dynamic(model, target, config=config, **rest)
 
 
-def _static(model: str, target: Path, *, min_cosine: float, data: str, progress: Progress, **config: Any) -> Artifact:
+def _static(
+    model: str, target: Path, *, min_cosine: float, data: str, contract: list[str], progress: Progress, **config: Any
+) -> Artifact:
     config["exclude"] = tuple(config["exclude"])
     return pipeline.quantize_static(
-        model, target, data=data, config=StaticConfig(**config), min_cosine=min_cosine, progress=progress
+        model,
+        target,
+        data=data,
+        config=StaticConfig(**config),
+        min_cosine=min_cosine,
+        contract=contract,
+        progress=progress,
     )
 
 

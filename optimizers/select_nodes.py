@@ -42,7 +42,7 @@ def check_excluded(model: onnx.ModelProto, excluded: Iterable[str]) -> None:
     if unknown:
         raise OptimizationError(
             f"--exclude {unknown[0]!r} names no node and no operator type of the model",
-            hint="see the names: deploykit inspect MODEL --json",
+            hint="see the names: deploykit inspect -m MODEL --json",
         )
 
 

@@ -120,7 +120,7 @@ class OrtSession(Session):
                 ) from exc
             raise InferenceError(
                 f"ONNX Runtime cannot load {self._path} ({_clean(exc)})",
-                hint="check it: deploykit inspect " + str(self._path),
+                hint="check it: deploykit inspect -m " + str(self._path),
             ) from exc
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:

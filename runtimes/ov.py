@@ -70,7 +70,7 @@ class OpenVinoSession(Session):
             self._model = core.read_model(str(path))
         except Exception as exc:
             raise ModelError(
-                f"OpenVINO cannot read {path} ({_clean(exc)})", hint="check the file: deploykit inspect"
+                f"OpenVINO cannot read {path} ({_clean(exc)})", hint="check the file: deploykit inspect -m MODEL"
             ) from exc
         if not options.optimize:
             # OpenVINO has no such switch; a session that pretended to obey would be a lie.

@@ -20,7 +20,7 @@ _COMMANDS = {
     "simplify": "Simplify the graph, compared with its parent.",
     "quantize": "Quantize to 8 bits: dynamic or static.",
     "verify": "Compare a model with another, or with its own golden outputs.",
-    "inspect": "Show signature, operators, lineage and evidence.",
+    "inspect": "Show what a model is and costs: operators, MACs, memory, runtimes, contracts.",
     "benchmark": "Measure models on devices, in interleaved rounds.",
     "run": "Run a recipe: the whole chain.",
 }

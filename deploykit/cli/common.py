@@ -31,6 +31,10 @@ dim_option: Decorator = click.option(
     metavar="NAME=SIZE",
     help="Size of a dynamic dimension for made-up inputs. Repeatable.",
 )
+contract_option: Decorator = click.option(
+    "--for", "contract", multiple=True, metavar="TARGET",
+    help="A runtime that has to be able to run it: triton:24.08, ort:1.18, openvino:2024.6. Repeatable.",
+)  # fmt: skip
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 dry_run_option: Decorator = click.option(
     "--dry-run", is_flag=True, help="Print the recipe that this amounts to, and stop."

@@ -19,7 +19,7 @@ from deploykit.cli import common
     help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs: "
     "'x=float32[batch,3,224,224]'. Repeatable.",
 )  # fmt: skip
-@click.option("--opset", type=int, help="ONNX opset; 18 by default.")
+@click.option("--opset", type=int, help="ONNX opset; 18, or what --for allows, by default.")
 @click.option(
     "--exporter", type=click.Choice(["auto", "torch.export", "torchscript"]), default="auto", show_default=True,
     help="How PyTorch becomes ONNX; auto tries torch.export first and says why where it falls back.",
@@ -40,6 +40,7 @@ from deploykit.cli import common
 @common.data_option("Real inputs for the parity check:")
 @common.dim_option
 @common.device_option
+@common.contract_option
 @click.option("--allow-unverified", is_flag=True, help="Keep a model whose outputs do not react to its inputs.")
 @common.json_option
 @common.dry_run_option
@@ -56,6 +57,7 @@ def command(
     data: str | None,
     dims: tuple[str, ...],
     devices: tuple[str, ...],
+    contract: tuple[str, ...],
     allow_unverified: bool,
     as_json: bool,
     dry_run: bool,
@@ -71,7 +73,8 @@ def command(
     sizes = common.parse_dims(dims)
     params = {
         "source": source, "dynamic": list(dynamic), "inputs": list(inputs), "opset": opset, "exporter": exporter,
-        "task": task, "part": part, "timeout_s": timeout_s, "data": data, "dims": sizes, "devices": list(devices),
+        "timeout_s": timeout_s, "task": task, "part": part, "data": data, "dims": sizes, "devices": list(devices),
+        "contract": list(contract),
         "allow_unverified": allow_unverified or None,
     }  # fmt: skip
     if dry_run:
@@ -81,7 +84,8 @@ def command(
 
     made = export_parts(
         source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter, data=data,
-        timeout_s=timeout_s, task=task, part=part, devices=devices, allow_unverified=allow_unverified,
+        timeout_s=timeout_s, task=task, part=part, devices=devices, contract=contract,
+        allow_unverified=allow_unverified,
         progress=common.progress(),
     )  # fmt: skip
     if "" in made or part is not None:

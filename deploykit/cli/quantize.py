@@ -39,6 +39,7 @@ def command() -> None:
 @_bits
 @_per_tensor
 @_cosine
+@common.contract_option
 @common.json_option
 @common.dry_run_option
 def dynamic(
@@ -50,6 +51,7 @@ def dynamic(
     weight_bits: str,
     per_tensor: bool,
     min_cosine: float,
+    contract: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -58,7 +60,7 @@ def dynamic(
     if dry_run:
         params = {
             "model": model, "data": data, "dims": sizes, "exclude": list(exclude), "weight_bits": weight_bits,
-            "per_channel": not per_tensor, "min_cosine": min_cosine,
+            "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
         }  # fmt: skip
         common.show_recipe("quantize-dynamic", params)
         return
@@ -67,8 +69,9 @@ def dynamic(
 
     config = DynamicConfig(per_channel=not per_tensor, exclude=exclude, weight_bits=weight_bits)
     artifact = quantize_dynamic(
-        model, output, config=config, data=data, dims=sizes, min_cosine=min_cosine, progress=common.progress()
-    )
+        model, output, config=config, data=data, dims=sizes, min_cosine=min_cosine, contract=contract,
+        progress=common.progress(),
+    )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)
 
 
@@ -89,6 +92,7 @@ def dynamic(
 @_bits
 @_per_tensor
 @_cosine
+@common.contract_option
 @common.json_option
 @common.dry_run_option
 def static(
@@ -102,6 +106,7 @@ def static(
     weight_bits: str,
     per_tensor: bool,
     min_cosine: float,
+    contract: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -110,7 +115,7 @@ def static(
         params = {
             "model": model, "data": data, "calibration": calibration, "batch_size": batch_size,
             "max_samples": max_samples, "exclude": list(exclude), "weight_bits": weight_bits,
-            "per_channel": not per_tensor, "min_cosine": min_cosine,
+            "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
         }  # fmt: skip
         common.show_recipe("quantize-static", params)
         return
@@ -122,6 +127,6 @@ def static(
         max_samples=max_samples, weight_bits=weight_bits,
     )  # fmt: skip
     artifact = quantize_static(
-        model, output, data=data, config=config, min_cosine=min_cosine, progress=common.progress()
+        model, output, data=data, config=config, min_cosine=min_cosine, contract=contract, progress=common.progress()
     )
     common.show_artifact(artifact, as_json=as_json)

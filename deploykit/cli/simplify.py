@@ -15,19 +15,36 @@ from deploykit.cli import common
 )
 @common.data_option("Real inputs for the comparison with the parent:")
 @common.dim_option
+@common.contract_option
 @common.json_option
 @common.dry_run_option
 def command(
-    model: str, output: str, timeout_s: float, data: str | None, dims: tuple[str, ...], as_json: bool, dry_run: bool
+    model: str,
+    output: str,
+    timeout_s: float,
+    data: str | None,
+    dims: tuple[str, ...],
+    contract: tuple[str, ...],
+    as_json: bool,
+    dry_run: bool,
 ) -> None:
     """Simplify the graph with onnxsim, else onnxslim; the result is compared with its parent."""
     sizes = common.parse_dims(dims)
     if dry_run:
-        common.show_recipe("simplify", {"model": model, "timeout_s": timeout_s, "data": data, "dims": sizes})
+        asked: dict[str, object] = {
+            "model": model,
+            "timeout_s": timeout_s,
+            "data": data,
+            "dims": sizes,
+            "contract": list(contract),
+        }
+        common.show_recipe("simplify", asked)
         return
     from deploykit.pipeline import simplify
 
-    artifact = simplify(model, output, timeout_s=timeout_s, data=data, dims=sizes, progress=common.progress())
+    artifact = simplify(
+        model, output, timeout_s=timeout_s, data=data, dims=sizes, contract=contract, progress=common.progress()
+    )
     if not as_json:
         params = artifact.manifest.lineage[-1].params
         click.echo(f"{params['tool']}: {params['nodes_before']} nodes -> {params['nodes_after']}")
