@@ -17,9 +17,10 @@ from deploykit.benchmarks.parity import (
 )
 from deploykit.data import Dataset
 from deploykit.errors import DeploykitError, OptimizationError, ParityError, UnverifiableError
-from deploykit.models import LoadedModel, load_model, probe_feeds
-from deploykit.optimizers import DynamicConfig, SimplifyConfig, StaticConfig, StepConfig, optimize
+from deploykit.models import LoadedModel, load_model
+from deploykit.optimizers import DynamicConfig, SimplifierProcess, SimplifyConfig, StaticConfig, StepConfig, optimize
 from deploykit.progress import Progress
+from deploykit.reference import run_parent
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import ArtifactWriter, check_free
 
@@ -38,6 +39,7 @@ def simplify(
     timeout_s: float = 300.0,
     data: str | Path | None = None,
     dims: Mapping[str, int] | None = None,
+    process: SimplifierProcess | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Simplify the graph: onnxsim, else onnxslim, else as it was; each result is compared with its parent.
@@ -48,13 +50,15 @@ def simplify(
         timeout_s: Seconds for one simplifier.
         data: Real inputs for the comparison; golden or made-up ones by default.
         dims: Sizes of dynamic dimensions where inputs are made up.
+        process: Where the simplifiers run; who simplifies many models keeps one, because its start takes seconds.
         progress: Told about steps and notes.
 
     Raises:
         ModelError: The model cannot be read.
         ParityError: The result differs from its parent.
     """
-    return _derive("simplify", model, output, SimplifyConfig(timeout_s), data, dims, None, progress)
+    config = SimplifyConfig(timeout_s)
+    return _derive("simplify", model, output, config, data, dims, None, progress, process=process)
 
 
 def quantize_dynamic(
@@ -121,6 +125,8 @@ def _derive(
     dims: Mapping[str, int] | None,
     min_cosine: float | None,
     progress: Progress | None,
+    *,
+    process: SimplifierProcess | None = None,
 ) -> Artifact:
     """Apply one optimizer, compare with the parent on every default device, write the artifact."""
     told = progress or Progress()
@@ -129,10 +135,12 @@ def _derive(
     first_note = len(told.notes)
     parent = load_model(model)
     dataset = Dataset.open(data) if data else None
-    feeds, origin = probe_feeds(parent, dataset, dims or {})
+    reference = run_parent(parent, targets[0], dataset, dims or {})
+    feeds, expected, origin = reference.feeds, reference.outputs, reference.origin
+    for note in reference.notes:
+        told.note(note)
     if min_cosine is not None and origin == "generated":
         told.note("checked on made-up inputs only, which prove no accuracy; give real ones with --data")
-    expected = outputs_of(parent.path, targets[0], feeds)
     vacuous = check_vacuity(expected)
     if vacuous and not parent.unverifiable:
         raise UnverifiableError(
@@ -158,6 +166,7 @@ def _derive(
                 check=check,
                 open_model=lambda p: open_session(p, targets[0]).run,
                 data=dataset,
+                process=process,
             )
         for note in done.notes:
             told.note(note)

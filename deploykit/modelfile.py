@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,37 @@ def _unsafe(folder: Path, location: str) -> str | None:
             if info.st_nlink > 1:
                 return "is a hard link"
     return None
+
+
+_RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+
+
+def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node: of the main graph, of its subgraphs, and of the model's functions."""
+
+    def walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+        for node in nodes:
+            yield node
+            for attribute in node.attribute:
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from walk(graph.node)
+
+    yield from walk(model.graph.node)
+    for function in model.functions:
+        yield from walk(function.node)
+
+
+def random_ops(model: onnx.ModelProto) -> list[str]:
+    """Operators of a model that draw random numbers; Dropout where it has a switch for training."""
+    return sorted(
+        {
+            n.op_type
+            for n in all_nodes(model)
+            if n.op_type in _RANDOM_OPS or (n.op_type == "Dropout" and len(n.input) > 2 and n.input[2])
+        }
+    )
 
 
 def write_model(model: onnx.ModelProto, path: Path) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deploykit.data import Dataset, ValueRange, generate
 from deploykit.errors import DeploykitError, ExportError, InferenceError, first_line
 from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Way
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import version_of
-from deploykit.modelfile import check_model, copy_model, read_model, signature_of
+from deploykit.modelfile import check_model, copy_model, random_ops, read_model, signature_of
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -59,10 +61,17 @@ class OnnxSource(Source):
                 ) from exc
             cases, notes = self._made_up(inputs, examples, run)
             self.notes = tuple(notes)
+        _refuse_random(path, random_ops(model), run, cases[0])
         self.cases = tuple(cases)
-        declared = signature_of(model)
+        declared = signature_of(model).outputs
         observed = {s.name: s for s in observed_outputs(cases)}
-        self.signature = Signature(inputs, tuple(_merge(s, observed[s.name]) for s in declared.outputs))
+        merged = tuple(_merge(s, observed[s.name]) for s in declared)
+        self.notes += tuple(
+            f"the file declares {one}; it is {other}"
+            for one, other in zip(declared, merged, strict=True)
+            if _contradicts(one, other)
+        )
+        self.signature = Signature(inputs, merged)
 
     def _made_up(self, inputs: tuple[TensorSpec, ...], examples: Feeds, run: _Run) -> tuple[list[Case], list[str]]:
         """Cases of made-up inputs, at one shape where the graph takes no other, whatever it declares."""
@@ -111,15 +120,44 @@ class OnnxSource(Source):
         return {"onnx": version_of("onnx") or "unknown"}
 
 
+def _refuse_random(path: Path, ops: list[str], run: _Run, case: Case) -> None:
+    """Refuse a model that draws random numbers which reach its outputs.
+
+    Raises:
+        ExportError: The same inputs give other outputs.
+    """
+    if not ops:
+        return
+    again = run(case.feeds)
+    for name, have in again.items():
+        want = case.outputs[name]
+        real = want.dtype.kind in "fc" and have.shape == want.shape
+        if not (np.allclose(have, want, rtol=1e-3, equal_nan=True) if real else np.array_equal(have, want)):
+            raise ExportError(
+                f"{path} gives another {name!r} each time for the same inputs (it has {', '.join(ops)})",
+                expected="a deterministic model",
+                hint="export it again from its source, in inference mode",
+            )
+
+
 def _merge(declared: TensorSpec, observed: TensorSpec) -> TensorSpec:
-    """Declared names of dimensions, where they are names; observation fills in what the file leaves open."""
-    if declared.shape is None or observed.shape is None:
-        return observed
+    """Declared names of dimensions, where they are names; observation decides the rest, whatever the file says."""
+    if declared.shape is None or observed.shape is None or len(declared.shape) != len(observed.shape):
+        return TensorSpec(declared.name, declared.dtype, observed.shape)
     dims = tuple(
-        o if isinstance(d, str) and d.startswith(f"{declared.name}_dim") else d
-        for d, o in zip(declared.shape, observed.shape, strict=False)
+        d if isinstance(d, str) and not d.startswith(f"{declared.name}_dim") else o
+        for d, o in zip(declared.shape, observed.shape, strict=True)
     )
-    return TensorSpec(declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape)
+    return TensorSpec(declared.name, declared.dtype, dims)
+
+
+def _contradicts(declared: TensorSpec, found: TensorSpec) -> bool:
+    """Whether a file's declaration is wrong, and not only less than could be said."""
+    if declared.shape is None or found.shape is None:
+        return False
+    if len(declared.shape) != len(found.shape):
+        return True
+    return any(isinstance(d, int) and d != f for d, f in zip(declared.shape, found.shape, strict=True))
 
 
 def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[str, int]:
