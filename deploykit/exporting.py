@@ -14,7 +14,6 @@ from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord, write_gol
 from deploykit.benchmarks.parity import (
     Verdict,
     check_vacuity,
-    compare,
 )
 from deploykit.errors import DeploykitError, ExportError, ParityError, UnverifiableError
 from deploykit.exporters import Case, ExportOptions, Source, Way, open_source
@@ -27,7 +26,7 @@ from deploykit.staging import ArtifactWriter
 if TYPE_CHECKING:
     pass
 
-from deploykit.comparing import find_targets
+from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets
 
 _MODEL = "model.onnx"
 _LOG = "export.log"
@@ -111,6 +110,7 @@ def export(
             params={
                 "source": str(source), "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
                 "dynamic": list(dynamic), "inputs": list(inputs), "dims": dict(dims or {}),
+                **({"quantized": True} if opened.quantized else {}),
             },
             tools=opened.tools(),
             parent=None,
@@ -144,7 +144,9 @@ def _export_first_right(
             with told.step(f"export by {way}"), quiet(log):
                 write_onnx(opened, way, target, opset=opset)
             with told.step(f"compare with the source in {', '.join(map(str, targets))}"), quiet(log):
-                evidence = _parity_records(target, opened.cases_for(way), targets, opened.data, told, strict=strict)
+                evidence = _parity_records(
+                    target, opened.cases_for(way), targets, opened.data, told, strict=strict, quantized=opened.quantized
+                )
         except (ExportError, ParityError) as exc:
             failures.append((way, exc))
             continue
@@ -166,7 +168,14 @@ def _clear(target: Path) -> None:
 
 
 def _parity_records(
-    model: Path, cases: Sequence[Case], targets: Sequence[Device], data: str, told: Progress, *, strict: bool
+    model: Path,
+    cases: Sequence[Case],
+    targets: Sequence[Device],
+    data: str,
+    told: Progress,
+    *,
+    strict: bool,
+    quantized: bool,
 ) -> list[dict[str, Any]]:
     """Compare on every device; the first, and with ``strict`` every one, has to be right.
 
@@ -180,7 +189,10 @@ def _parity_records(
             with open_session(model, device) as session:
                 names = {s.name for s in session.signature.inputs}
                 outputs = [session.run({k: v for k, v in case.feeds.items() if k in names}) for case in cases]
-            result = compare([case.outputs for case in cases], outputs)
+            feeds = [case.feeds for case in cases]
+            result = compare_outputs(
+                [case.outputs for case in cases], outputs, feeds, MIN_COSINE if quantized else None
+            )
         except DeploykitError as exc:
             if decisive:
                 raise ParityError(f"{device} cannot run the exported graph ({exc.what})", hint=exc.hint) from exc

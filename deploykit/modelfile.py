@@ -70,7 +70,7 @@ def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, path: Path) -> None:
-    """Run ONNX's own checker.
+    """Run ONNX's own checker, but for what runtimes do without: shapes of inputs and outputs, the graph's name.
 
     Raises:
         ModelError: It found something, in its words.
@@ -78,10 +78,39 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
     import onnx
 
     try:
-        # Beyond 2 GB, and with weights outside, the checker wants the path.
-        onnx.checker.check_model(str(path) if external_files(model) else model)
+        if _lacks_formalities(model):
+            onnx.checker.check_model(_with_formalities(model))
+        else:
+            # Beyond 2 GB, and with weights outside, the checker wants the path.
+            onnx.checker.check_model(str(path) if external_files(model) else model)
     except (onnx.checker.ValidationError, ValueError) as exc:
         raise ModelError(f"{path} is not valid ONNX ({first_line(exc)})", hint=_RE_EXPORT) from exc
+
+
+def _lacks_formalities(model: onnx.ModelProto) -> bool:
+    """Whether the checker would refuse a model for an unknown rank, or because its graph has no name."""
+    values = [*model.graph.input, *model.graph.output]
+    return not model.graph.name or any(
+        v.type.WhichOneof("value") == "tensor_type" and not v.type.tensor_type.HasField("shape") for v in values
+    )
+
+
+def _with_formalities(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the checker, which looks at no shape that is given: with them, and without external weights."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.name = copy.graph.name or "graph"
+    for tensor in _tensors(copy):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # looked at when the file was read
+            tensor.CopyFrom(
+                onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.UINT8, dims=[0], raw_data=b"")
+            )
+    for value in [*copy.graph.input, *copy.graph.output]:
+        if value.type.WhichOneof("value") == "tensor_type" and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.SetInParent()
+    return copy
 
 
 def external_files(model: onnx.ModelProto) -> set[str]:
@@ -164,6 +193,18 @@ def _unsafe(folder: Path, location: str) -> str | None:
     return None
 
 
+_QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "ConvInteger", "QGemm", "QMoE", "GatherBlockQuantized")
+_QUANTIZED_PREFIXES = (
+    "QLinear",
+    "QAttention",
+    "QOrdered",
+    "QEmbed",
+    "MatMulInteger",
+    "MatMulNBits",
+    "MatMulBnb4",
+    "MatMulFpQ4",
+    "DynamicQuantize",
+)
 _RANDOM_OPS = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
@@ -191,6 +232,17 @@ def random_ops(model: onnx.ModelProto) -> list[str]:
             n.op_type
             for n in all_nodes(model)
             if n.op_type in _RANDOM_OPS or (n.op_type == "Dropout" and len(n.input) > 2 and n.input[2])
+        }
+    )
+
+
+def quantized_ops(model: onnx.ModelProto) -> list[str]:
+    """Operators of a model that work on quantized values, or make them."""
+    return sorted(
+        {
+            n.op_type
+            for n in all_nodes(model)
+            if n.op_type in _QUANTIZED_OPS or n.op_type.startswith(_QUANTIZED_PREFIXES)
         }
     )
 
@@ -244,10 +296,11 @@ def signature_of(model: onnx.ModelProto) -> Signature:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
+        maps = kind in ("sequence_type", "map_type")
         raise ModelError(
-            f"{value.name!r} is a {(kind or 'value without a type').removesuffix('_type')}",
+            f"{value.name!r} is of kind {(kind or 'unknown').removesuffix('_type')}",
             expected="tensors as inputs and outputs",
-            hint="for scikit-learn models convert with zipmap=False",
+            hint="for scikit-learn models convert with zipmap=False" if maps else "wrap the model",
         )
     tensor = value.type.tensor_type
     shape: tuple[Dim, ...] | None = None

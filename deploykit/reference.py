@@ -13,6 +13,7 @@ from deploykit.exporters.shapes import sizes_to_check
 from deploykit.modelfile import random_ops, read_model
 from deploykit.models import LoadedModel, probe_feeds
 from deploykit.runtimes import Device, Session, open_session
+from deploykit.specs import TensorSpec
 
 if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
@@ -49,8 +50,10 @@ def run_parent(parent: LoadedModel, device: Device, data: Dataset | None, dims: 
     notes: list[str] = []
     with open_session(parent.path, device) as session:
         if origin == "generated" and not _is_golden(parent, feeds, dims):
-            feeds = [*feeds, *_other_shapes(parent, feeds, dims)]
-            feeds, outputs, notes = _runnable(session, feeds)
+            feeds, outputs, notes = _runnable(session, [*feeds, *_other_shapes(parent, feeds, dims)])
+            for case in _other_values(parent, feeds):
+                outputs.append(session.run(case))
+                feeds.append(case)
         else:
             outputs = [session.run(case) for case in feeds]
         _refuse_random(parent, session, feeds[0], outputs[0])
@@ -60,6 +63,12 @@ def run_parent(parent: LoadedModel, device: Device, data: Dataset | None, dims: 
 def _is_golden(parent: LoadedModel, feeds: Sequence[Feeds], dims: Mapping[str, int]) -> bool:
     """Whether the inputs were compared with the source before: those vary already."""
     return parent.artifact is not None and not dims and bool(parent.artifact.golden()) and bool(feeds)
+
+
+def _other_values(parent: LoadedModel, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Three cases at least: of a model that runs at one shape only, more values of that shape."""
+    specs = [TensorSpec(s.name, s.dtype, feeds[0][s.name].shape) for s in parent.signature.inputs]
+    return [generate(specs, {}, ranges=parent.ranges, seed=100 + i) for i in range(3 - len(feeds))]
 
 
 def _other_shapes(

@@ -81,6 +81,7 @@ class Source(ABC):
         data: Where the values of the cases come from: "example", "text", "generated" or a dataset's name.
         assets: Files that belong to the model (a tokenizer).
         notes: What the user must know.
+        quantized: Whether it computes on quantized values, which runtimes round in different ways.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class Source(ABC):
     data: str
     assets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    quantized: bool = False
 
     @property
     @abstractmethod

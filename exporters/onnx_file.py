@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.data import Dataset, ValueRange, generate
-from deploykit.errors import DeploykitError, ExportError, InferenceError, first_line
+from deploykit.errors import DeploykitError, ExportError, InferenceError
 from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Way
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import version_of
-from deploykit.modelfile import check_model, copy_model, random_ops, read_model, signature_of
+from deploykit.modelfile import check_model, copy_model, quantized_ops, random_ops, read_model, signature_of
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -46,21 +46,14 @@ class OnnxSource(Source):
         self.ranges = vocabulary_ranges(model, inputs)
         run = run_onnx(path)
         self.data = options.data or "generated"
-        sizes = guess_sizes(inputs, options)
         if options.data:
             cases = cases_from_data(inputs, Dataset.open(options.data), run)
             self.notes = ()
         else:
-            examples = generate(inputs, sizes, ranges=self.ranges)
-            try:
-                run(examples)
-            except DeploykitError as exc:
-                raise InferenceError(
-                    f"{path} does not run on made-up inputs ({first_line(exc)})",
-                    hint="give real ones: --data FILE, or --dim NAME=SIZE",
-                ) from exc
-            cases, notes = self._made_up(inputs, examples, run)
+            cases, notes = self._made_up(inputs, self._example(inputs, options, run), run)
             self.notes = tuple(notes)
+        # A runtime computes such a graph in integers, where the reference computes in floating point.
+        self.quantized = bool(quantized_ops(model))
         _refuse_random(path, random_ops(model), run, cases[0])
         self.cases = tuple(cases)
         declared = signature_of(model).outputs
@@ -72,6 +65,27 @@ class OnnxSource(Source):
             if _contradicts(one, other)
         )
         self.signature = Signature(inputs, merged)
+
+    def _example(self, inputs: tuple[TensorSpec, ...], options: ExportOptions, run: _Run) -> dict[str, Array]:
+        """Made-up inputs that the graph accepts, at the first of some usual sizes.
+
+        Raises:
+            InferenceError: It accepts none.
+        """
+        first: DeploykitError | None = None
+        for sizes in likely_sizes(inputs, options):
+            examples = generate(inputs, sizes, ranges=self.ranges)
+            try:
+                run(examples)
+            except DeploykitError as exc:
+                first = first or exc
+                continue
+            return examples
+        assert first is not None
+        raise InferenceError(
+            f"{self._path} does not run on made-up inputs ({first.what})",
+            hint="give real ones: --data FILE, or --dim NAME=SIZE",
+        ) from first
 
     def _made_up(self, inputs: tuple[TensorSpec, ...], examples: Feeds, run: _Run) -> tuple[list[Case], list[str]]:
         """Cases of made-up inputs, at one shape where the graph takes no other, whatever it declares."""
@@ -169,6 +183,20 @@ def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[
                 image = len(spec.shape or ()) == 4 and spec.dtype.startswith("float")
                 sizes.setdefault(dim, 2 if axis == 0 else 64 if image else 16)
     return sizes
+
+
+def likely_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> list[dict[str, int]]:
+    """Sizes to try in turn: those of `guess_sizes`, then batch 1, larger images, and 1 for everything that is open."""
+    usual = guess_sizes(inputs, options)
+    first = {s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], str)}
+    single = usual | {name: 1 for name in usual if name in first}
+    images = {name: 224 if size == 64 else size for name, size in single.items()}
+    found: list[dict[str, int]] = []
+    for sizes in (usual, single, images, dict.fromkeys(usual, 1)):
+        wanted = sizes | dict(options.dims)
+        if wanted not in found:
+            found.append(wanted)
+    return found
 
 
 def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) -> dict[str, ValueRange]:

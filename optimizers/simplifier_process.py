@@ -17,6 +17,7 @@ from deploykit.errors import OptimizationError
 
 _WORKER = Path(__file__).with_name("simplify_worker.py")
 _TAIL_BYTES = 4096
+FOLD_LIMIT_BYTES = 2**20
 
 
 class SimplifierProcess:
@@ -38,8 +39,17 @@ class SimplifierProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._printed: IO[bytes] | None = None
 
-    def run(self, tool: str, source: Path, target: Path, timeout_s: float) -> str | None:
+    def run(
+        self, tool: str, source: Path, target: Path, timeout_s: float, *, fold_limit_bytes: int = FOLD_LIMIT_BYTES
+    ) -> str | None:
         """Simplify ``source`` into ``target``.
+
+        Args:
+            tool: "onnxsim" or "onnxslim".
+            source: The model.
+            target: Where the result goes.
+            timeout_s: Seconds that it may take.
+            fold_limit_bytes: Size up to which nodes with constant inputs become constants.
 
         Returns:
             Why there is no result; None where there is one.
@@ -48,8 +58,10 @@ class SimplifierProcess:
             OptimizationError: No process can be started.
         """
         child = self._running()
-        request = json.dumps({"tool": tool, "source": str(source), "target": str(target)}) + "\n"
-        answer = self._ask(child, request.encode(), timeout_s)
+        request = {
+            "tool": tool, "source": str(source), "target": str(target), "fold_limit_bytes": fold_limit_bytes
+        }  # fmt: skip
+        answer = self._ask(child, (json.dumps(request) + "\n").encode(), timeout_s)
         if answer is None:
             self.close()
             return f"it took more than {timeout_s:.0f} s"

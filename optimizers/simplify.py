@@ -15,13 +15,15 @@ from deploykit.errors import ModelError, OptimizationError
 from deploykit.extras import version_of
 from deploykit.modelfile import all_nodes, copy_model, model_bytes, read_model
 from deploykit.optimizers.base import Check, StepResult
-from deploykit.optimizers.simplifier_process import SimplifierProcess
-from deploykit.weights import LightModel, open_light, put_back, set_aside, write_light
+from deploykit.optimizers.simplifier_process import FOLD_LIMIT_BYTES, SimplifierProcess
+from deploykit.weights import LightModel, open_light, put_back, set_aside, tensor_bytes, write_light
 
 if TYPE_CHECKING:
     import onnx
 
 _TOOLS = ("onnxsim", "onnxslim")
+# Folded constants may take the place of several small ones; beyond this, folding is a loss of space.
+_GROWTH, _GROWTH_BYTES = 1.1, 32 * 2**20
 _Port = tuple[str, str, int | None]
 
 
@@ -59,13 +61,14 @@ def simplify(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix=".simplify-", dir=target.parent)))
         worker = process or stack.enter_context(SimplifierProcess())
         given, light, aside = _set_aside(model, folder)
+        limit = max(FOLD_LIMIT_BYTES, _largest(model))
         for tool in _TOOLS:
             candidate = folder / tool / target.name
             candidate.parent.mkdir()
             why = (
-                worker.run(tool, given, candidate, config.timeout_s)
+                worker.run(tool, given, candidate, config.timeout_s, fold_limit_bytes=limit)
                 or _put_back(candidate, light, aside)
-                or _grown(candidate, before)
+                or _grown(candidate, before, model_bytes(model))
                 or changed_interface(model, candidate)
                 or check(candidate)
             )
@@ -149,13 +152,22 @@ def _port(value: onnx.ValueInfoProto) -> _Port:
     return value.name, f"tensor {tensor.elem_type}", len(tensor.shape.dim) if tensor.HasField("shape") else None
 
 
-def _grown(candidate: Path, before: int) -> str | None:
-    """Why the candidate is no simplification: it is no model, or has more nodes than there were."""
+def _grown(candidate: Path, nodes: int, size: int) -> str | None:
+    """Why the candidate is no simplification: it is no model, or larger than the model was."""
     try:
         after = _count(candidate)
     except ModelError as exc:
         return f"it wrote no usable file ({exc})"
-    return f"it made the graph larger: {after} nodes instead of {before}" if after > before else None
+    if after > nodes:
+        return f"it made the graph larger: {after} nodes instead of {nodes}"
+    if model_bytes(candidate) > _GROWTH * size + _GROWTH_BYTES:
+        return f"it made the file larger: {model_bytes(candidate) / 1e6:.1f} MB instead of {size / 1e6:.1f}"
+    return None
+
+
+def _largest(model: Path) -> int:
+    """Bytes of the largest weight: the transpose of a weight may be folded, a table made of two numbers may not."""
+    return max((tensor_bytes(t) for t in read_model(model, weights=False).graph.initializer), default=0)
 
 
 def _count(model: Path) -> int:

@@ -1,7 +1,7 @@
 """Child process of `simplify`: simplifies one model a line until its standard input ends.
 
-Request: `{"tool": "onnxsim"|"onnxslim", "source": "IN.onnx", "target": "OUT.onnx"}`. Answer: `{"failed": null}`, or the
-reason. Both are JSON on one line.
+Request: `{"tool": "onnxsim"|"onnxslim", "source": "IN.onnx", "target": "OUT.onnx", "fold_limit_bytes": 1048576}`.
+Answer: `{"failed": null}`, or the reason. Both are JSON on one line.
 
 Run by path and importing nothing of DeployKit, so that a crash, a hang or an import of torch stays in here.
 """
@@ -9,13 +9,14 @@ Run by path and importing nothing of DeployKit, so that a crash, a hang or an im
 import json
 import os
 import sys
+from typing import Any
 
 # protobuf refuses messages of 2 GiB.
 _INLINE_LIMIT_BYTES = 1_900_000_000
 
 
-def simplify(tool: str, source: str, target: str) -> None:
-    """Simplify ``source`` into ``target``; raises where it cannot."""
+def simplify(tool: str, source: str, target: str, fold_limit_bytes: int) -> None:
+    """Simplify ``source`` into ``target``, folding no constant beyond the limit; raises where it cannot."""
     import onnx
 
     model = onnx.load(source)
@@ -24,13 +25,13 @@ def simplify(tool: str, source: str, target: str) -> None:
         sys.modules["torch"] = None  # type: ignore[assignment]
         import onnxsim
 
-        simplified, equal = onnxsim.simplify(model)
+        simplified, equal = onnxsim.simplify(model, tensor_size_threshold=f"{fold_limit_bytes}B")
         if not equal:
             raise SystemExit("onnxsim's own check found different outputs")
     else:
         import onnxslim
 
-        simplified = onnxslim.slim(model)
+        simplified = onnxslim.slim(model, size_threshold=fold_limit_bytes)
     del model
     if simplified.ByteSize() >= _INLINE_LIMIT_BYTES:
         location = os.path.basename(target) + ".data"  # noqa: PTH119 - the start of this process is waited for
@@ -39,9 +40,9 @@ def simplify(tool: str, source: str, target: str) -> None:
         onnx.save(simplified, target)
 
 
-def _answer(request: dict[str, str]) -> str | None:
+def _answer(request: dict[str, Any]) -> str | None:
     try:
-        simplify(request["tool"], request["source"], request["target"])
+        simplify(request["tool"], request["source"], request["target"], request["fold_limit_bytes"])
     except (Exception, SystemExit) as exc:  # noqa: BLE001 - whatever a simplifier raises is its answer
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         kind = "" if isinstance(exc, SystemExit) else type(exc).__name__

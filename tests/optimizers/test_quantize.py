@@ -179,7 +179,7 @@ def test_dynamic_needs_constant_weights(tmp_path: Path) -> None:
         [value("y", ["n", "m"])],
         {},
     )
-    assert "nothing was quantized" in refused(tmp_path, model, DynamicConfig())
+    assert "with constant weights (it has MatMul)" in refused(tmp_path, model, DynamicConfig())
 
 
 def test_dynamic_raises_the_opset_for_scales_per_channel_only(tmp_path: Path) -> None:

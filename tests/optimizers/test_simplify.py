@@ -99,7 +99,7 @@ import json, os, shutil, signal, sys, time
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 for line in sys.stdin:
-    tool, source, target = json.loads(line).values()
+    tool, source, target, limit = json.loads(line).values()
     failed = None
     if tool in ("bad", "worse"):
         {deed}
