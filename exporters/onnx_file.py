@@ -39,7 +39,7 @@ class OnnxSource(Source):
     def __init__(self, path: Path, options: ExportOptions, run_onnx: OnnxRunner) -> None:
         self.label = str(path)
         self._path = path
-        model = read_model(path)
+        model = read_model(path, weights=False)
         check_model(model, path)
         self._refuse_options(options, model)
         inputs = signature_of(model).inputs
