@@ -148,7 +148,8 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, int
     """
     sizes: dict[str, int] = {}
     for spec in specs:
-        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=True):
+        # Of an unknown rank there is nothing to name.
+        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=spec.shape is not None):
             if isinstance(dim, str) and sizes.setdefault(dim, int(size)) != size:
                 raise ExportError(
                     f"dimension {dim!r} is {sizes[dim]} and {size} in the example inputs",
