@@ -152,7 +152,8 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
         length = next((entry.value for entry in tensor.external_data if entry.key == "length"), "")
         if length:
             return int(length)
-    return -(-math.prod(tensor.dims) * _bits(tensor.data_type) // 8)
+    bits: int = math.prod(tensor.dims) * _bits(tensor.data_type)
+    return -(-bits // 8)
 
 
 def _bits(data_type: int) -> int:
