@@ -7,10 +7,11 @@ below the model's own folder, and long enough for the bytes that the model claim
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 # protobuf refuses messages of 2 GiB; above this, weights go to a file of their own.
-_INLINE_LIMIT_BYTES = 1_900_000_000
+INLINE_LIMIT_BYTES = 1_900_000_000
 # The fields of onnx.proto below which there may be tensors.
 _TENSOR_FIELDS = frozenset(
     {
@@ -193,68 +194,47 @@ def _unsafe(folder: Path, location: str) -> str | None:
     return None
 
 
-_QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "ConvInteger", "QGemm", "QMoE", "GatherBlockQuantized")
-_QUANTIZED_PREFIXES = (
-    "QLinear",
-    "QAttention",
-    "QOrdered",
-    "QEmbed",
-    "MatMulInteger",
-    "MatMulNBits",
-    "MatMulBnb4",
-    "MatMulFpQ4",
-    "DynamicQuantize",
-)
-_RANDOM_OPS = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
-
-
-def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Every node: of the main graph, of its subgraphs, and of the model's functions."""
-
-    def walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-        for node in nodes:
-            yield node
-            for attribute in node.attribute:
-                for graph in (attribute.g, *attribute.graphs):
-                    yield from walk(graph.node)
-
-    yield from walk(model.graph.node)
-    for function in model.functions:
-        yield from walk(function.node)
-
-
-def random_ops(model: onnx.ModelProto) -> list[str]:
-    """Operators of a model that draw random numbers; Dropout where it has a switch for training."""
-    return sorted(
-        {
-            n.op_type
-            for n in all_nodes(model)
-            if n.op_type in _RANDOM_OPS or (n.op_type == "Dropout" and len(n.input) > 2 and n.input[2])
-        }
-    )
-
-
-def quantized_ops(model: onnx.ModelProto) -> list[str]:
-    """Operators of a model that work on quantized values, or make them."""
-    return sorted(
-        {
-            n.op_type
-            for n in all_nodes(model)
-            if n.op_type in _QUANTIZED_OPS or n.op_type.startswith(_QUANTIZED_PREFIXES)
-        }
-    )
-
-
 def write_model(model: onnx.ModelProto, path: Path) -> None:
     """Write an ONNX file; weights go to `<name>.data` beside it where the file would pass protobuf's 2 GiB."""
     import onnx
 
-    if model.ByteSize() < _INLINE_LIMIT_BYTES:
+    if inline_bytes(model) < INLINE_LIMIT_BYTES:
         onnx.save(model, str(path))
     else:
         onnx.save(model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+
+
+def inline_bytes(model: onnx.ModelProto) -> int:
+    """About the size of a model's file: its tensors that are in memory.
+
+    protobuf's own ByteSize serializes the message to measure it, and fails from 2 GiB on.
+    """
+    import onnx
+
+    return sum(tensor_bytes(t) for t in _tensors(model) if t.data_location != onnx.TensorProto.EXTERNAL)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's values in a file."""
+    import onnx
+
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        length = next((entry.value for entry in tensor.external_data if entry.key == "length"), "")
+        if length:
+            return int(length)
+    bits: int = math.prod(tensor.dims) * bits_of(tensor.data_type)
+    return -(-bits // 8)
+
+
+def bits_of(data_type: int) -> int:
+    """Bits of one element in a file; 0 for strings."""
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(data_type)
+    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+    if name in packed:
+        return packed[name]
+    return 0 if name in ("STRING", "UNDEFINED") else 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def copy_model(source: Path, target: Path) -> None:

@@ -10,8 +10,9 @@ from deploykit.benchmarks.parity import Verdict, compare
 from deploykit.data import Dataset, generate
 from deploykit.errors import InferenceError, ModelError
 from deploykit.exporters.shapes import sizes_to_check
-from deploykit.modelfile import random_ops, read_model
+from deploykit.modelfile import read_model
 from deploykit.models import LoadedModel, probe_feeds
+from deploykit.nodes import random_ops
 from deploykit.runtimes import Device, Session, open_session
 from deploykit.specs import TensorSpec
 

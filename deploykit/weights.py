@@ -6,14 +6,13 @@ and writes the result piece by piece. Peak memory then follows from the largest 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.errors import ModelError
-from deploykit.modelfile import read_model
+from deploykit.modelfile import INLINE_LIMIT_BYTES, bits_of, inline_bytes, read_model, tensor_bytes
 
 if TYPE_CHECKING:
     import onnx
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 WHOLE_LIMIT_BYTES = 512 * 2**20
 # In a larger model, weights of this size on stay on disk; smaller ones are there for constant folding.
 LARGE_BYTES = 2**20
-# protobuf refuses messages of 2 GiB.
-_INLINE_LIMIT_BYTES = 1_900_000_000
 # ONNX Runtime maps external data into memory, which wants them to begin at a page (Windows: at 64 KiB).
 _ALIGNMENT_BYTES = 65536
 _PIECE_BYTES = 16 * 2**20
@@ -60,7 +57,7 @@ def open_light(path: Path, scratch: Path, *, whole_limit: int | None = None) -> 
     """
     proto = read_model(path, weights=False)
     limit = WHOLE_LIMIT_BYTES if whole_limit is None else whole_limit
-    if proto.ByteSize() + sum(tensor_bytes(t) for t in proto.graph.initializer if is_external(t)) <= limit:
+    if inline_bytes(proto) + sum(tensor_bytes(t) for t in proto.graph.initializer if is_external(t)) <= limit:
         return LightModel(read_model(path), path.parent)
     _load_small(proto, path.parent)
     if any(is_external(t) for t in proto.graph.initializer):
@@ -69,9 +66,9 @@ def open_light(path: Path, scratch: Path, *, whole_limit: int | None = None) -> 
     else:
         light = LightModel(proto, scratch)
         _spill(proto, scratch / "weights.data")
-    if proto.ByteSize() >= _INLINE_LIMIT_BYTES:
+    if inline_bytes(proto) >= INLINE_LIMIT_BYTES:
         raise ModelError(
-            f"{path}: {proto.ByteSize() / 1e9:.1f} GB of weights are in Constant nodes or subgraphs",
+            f"{path}: {inline_bytes(proto) / 1e9:.1f} GB of weights are in Constant nodes or subgraphs",
             expected="large weights as initializers of the main graph",
             hint="export it again from its source",
         )
@@ -89,7 +86,7 @@ def write_light(light: LightModel, target: Path) -> None:
 
     proto, data = light.proto, target.with_name(f"{target.name}.data")
     outside = [t for t in proto.graph.initializer if is_external(t)]
-    if proto.ByteSize() >= _INLINE_LIMIT_BYTES:
+    if inline_bytes(proto) >= INLINE_LIMIT_BYTES:
         outside = [t for t in proto.graph.initializer if is_external(t) or _may_leave(t)]
     if outside:
         with data.open("wb") as stream:
@@ -146,29 +143,9 @@ def is_external(tensor: onnx.TensorProto) -> bool:
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Size of a tensor's values in a file."""
-    if is_external(tensor):
-        length = next((entry.value for entry in tensor.external_data if entry.key == "length"), "")
-        if length:
-            return int(length)
-    bits: int = math.prod(tensor.dims) * _bits(tensor.data_type)
-    return -(-bits // 8)
-
-
-def _bits(data_type: int) -> int:
-    import onnx
-
-    name = onnx.TensorProto.DataType.Name(data_type)
-    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-    if name in packed:
-        return packed[name]
-    return 0 if name in ("STRING", "UNDEFINED") else 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
-
-
 def _may_leave(tensor: onnx.TensorProto) -> bool:
     """Whether a tensor is large, and of a type that numpy writes as ONNX does (packed types are not)."""
-    plain = is_external(tensor) or tensor.HasField("raw_data") or _bits(tensor.data_type) >= 8
+    plain = is_external(tensor) or tensor.HasField("raw_data") or bits_of(tensor.data_type) >= 8
     return plain and tensor_bytes(tensor) >= LARGE_BYTES
 
 

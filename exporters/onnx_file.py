@@ -14,7 +14,8 @@ from deploykit.errors import DeploykitError, ExportError, InferenceError
 from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Way
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import version_of
-from deploykit.modelfile import check_model, copy_model, quantized_ops, random_ops, read_model, signature_of
+from deploykit.modelfile import check_model, copy_model, read_model, signature_of
+from deploykit.nodes import quantized_ops, random_ops
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from deploykit.errors import OptimizationError, first_line
-from deploykit.modelfile import quantized_ops
+from deploykit.nodes import quantized_ops
 from deploykit.weights import put_back, set_aside
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from deploykit.errors import ModelError, OptimizationError
 from deploykit.extras import version_of
-from deploykit.modelfile import all_nodes, copy_model, model_bytes, read_model
+from deploykit.modelfile import copy_model, model_bytes, read_model, tensor_bytes
+from deploykit.nodes import all_nodes
 from deploykit.optimizers.base import Check, StepResult
 from deploykit.optimizers.simplifier_process import FOLD_LIMIT_BYTES, SimplifierProcess
-from deploykit.weights import LightModel, open_light, put_back, set_aside, tensor_bytes, write_light
+from deploykit.weights import LightModel, open_light, put_back, set_aside, write_light
 
 if TYPE_CHECKING:
     import onnx

@@ -33,7 +33,7 @@ def simplify(tool: str, source: str, target: str, fold_limit_bytes: int) -> None
 
         simplified = onnxslim.slim(model, size_threshold=fold_limit_bytes)
     del model
-    if simplified.ByteSize() >= _INLINE_LIMIT_BYTES:
+    if sum(len(tensor.raw_data) for tensor in simplified.graph.initializer) >= _INLINE_LIMIT_BYTES:
         location = os.path.basename(target) + ".data"  # noqa: PTH119 - the start of this process is waited for
         onnx.save(simplified, target, save_as_external_data=True, location=location, size_threshold=1024)
     else:

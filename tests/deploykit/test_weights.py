@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit import weights
 from deploykit.errors import ModelError
-from deploykit.weights import LightModel, is_external, open_light, put_back, set_aside, tensor_bytes, write_light
+from deploykit.modelfile import tensor_bytes
+from deploykit.weights import LightModel, is_external, open_light, put_back, set_aside, write_light
 
 BIG = np.random.default_rng(0).standard_normal((512, 520)).astype(np.float32)  # more than 1 MiB
 SMALL = np.float32([1, 2, 3])
@@ -106,7 +107,7 @@ def test_weights_that_are_not_needed_any_more_are_left_out(tmp_path: Path) -> No
 
 
 def test_inline_weights_of_two_gigabytes_leave_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_INLINE_LIMIT_BYTES", 1_000_000)
+    monkeypatch.setattr(weights, "INLINE_LIMIT_BYTES", 1_000_000)
     write_light(LightModel(model(), tmp_path), tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").stat().st_size < 10_000
     np.testing.assert_array_equal(values(tmp_path / "out.onnx")["big"], BIG)
@@ -116,7 +117,7 @@ def test_large_weights_in_nodes_are_refused(tmp_path: Path, monkeypatch: pytest.
     made = model()
     made.graph.node[2].attribute[0].t.CopyFrom(numpy_helper.from_array(BIG))
     onnx.save(made, tmp_path / "m.onnx")
-    monkeypatch.setattr(weights, "_INLINE_LIMIT_BYTES", 1_000_000)
+    monkeypatch.setattr(weights, "INLINE_LIMIT_BYTES", 1_000_000)
     with pytest.raises(ModelError, match="are in Constant nodes or subgraphs"):
         open_light(tmp_path / "m.onnx", tmp_path, whole_limit=0)
 
