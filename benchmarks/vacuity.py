@@ -40,7 +40,7 @@ def check_vacuity(expected: Sequence[Outputs], tolerance: Tolerance | None = Non
 def _rows(outputs: Outputs) -> list[dict[str, Array]]:
     """The rows of one batch as cases of their own, at most eight."""
     rows = min((len(a) if a.ndim else 1 for a in outputs.values()), default=1)
-    return [{n: a[i : i + 1] if a.ndim else a for n, a in outputs.items()} for i in range(min(rows, 8))]
+    return [{n: a[i : i + 1] if a.ndim else a for n, a in outputs.items()} for i in range(min(max(rows, 1), 8))]
 
 
 def _reacts(a: Array, b: Array, tolerance: Tolerance | None) -> bool:

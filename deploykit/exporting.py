@@ -18,7 +18,7 @@ from deploykit.benchmarks.parity import (
     check_vacuity,
     compare,
 )
-from deploykit.comparing import find_targets
+from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets
 from deploykit.contract import conform
 from deploykit.errors import (
     ContractError,
@@ -227,7 +227,7 @@ def _export_graph(
         params={
             "source": source, "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
             "dynamic": list(options.dynamic), "inputs": list(options.inputs), "dims": dict(options.dims),
-            "contract": [t.name for t in held],
+            "contract": [t.name for t in held], **({"quantized": True} if opened.quantized else {}),
             **({"task": options.task} if options.task else {}), **({"part": options.part} if options.part else {}),
         },
         tools=opened.tools(),
@@ -313,7 +313,11 @@ def _parity_records(
             with open_session(model, device) as session:
                 names = {s.name for s in session.signature.inputs}
                 outputs = [session.run({k: v for k, v in case.feeds.items() if k in names}) for case in cases]
-            result = compare([case.outputs for case in cases], outputs, tolerance)
+            if opened.quantized:
+                feeds = [case.feeds for case in cases]
+                result = compare_outputs([case.outputs for case in cases], outputs, feeds, MIN_COSINE)
+            else:
+                result = compare([case.outputs for case in cases], outputs, tolerance)
         except DeploykitError as exc:
             if decisive:
                 raise ParityError(f"{device} cannot run the exported graph ({exc.what})", hint=exc.hint) from exc

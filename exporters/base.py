@@ -94,6 +94,7 @@ class Source(ABC):
         assets: Files that belong to the model (a tokenizer).
         notes: What the user must know.
         precision: The coarsest floating-point type that the source computes in, where its outputs may hide it.
+        quantized: Whether it computes on quantized values, which runtimes round in different ways.
     """
 
     kind: str
@@ -105,6 +106,7 @@ class Source(ABC):
     assets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     precision: str | None = None
+    quantized: bool = False
 
     @property
     @abstractmethod

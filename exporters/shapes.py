@@ -150,7 +150,8 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, int
     sizes: dict[str, int] = {}
     sums: list[tuple[Dim, int]] = []
     for spec in specs:
-        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=True):
+        # Of an unknown rank there is nothing to name.
+        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=spec.shape is not None):
             if len(terms(dim)) > 1:
                 sums.append((dim, size))
             elif isinstance(dim, str) and sizes.setdefault(dim, int(size)) != size:
