@@ -216,7 +216,7 @@ def test_symbols_are_readable(made: Made) -> None:
     used = {d.dim_param for v in values for d in v.type.tensor_type.shape.dim if d.dim_param}
     strange = [s for s in used if re.fullmatch(r"[su]\d+|unk.*|.*[^\w].*", s)]
     assert not strange
-    firsts = {s.shape[0] for s in signature_of(model).inputs if s.shape}
+    firsts = {s.shape[0] for s in signature_of(model).inputs if s.shape and isinstance(s.shape[0], str)}
     assert firsts == {"batch"}
 
 
