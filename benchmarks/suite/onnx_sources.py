@@ -27,9 +27,9 @@ import onnx
 from onnx_cases import KINDS, Case, in_processes, load_cases, why_wrong
 
 from deploykit.artifact import Artifact
-from deploykit.describe import describe
 from deploykit.errors import DeploykitError
 from deploykit.exporting import export
+from deploykit.inspecting import inspect_model
 from deploykit.machine import allowed_cores
 from deploykit.pipeline import quantize_dynamic, quantize_static, verify
 
@@ -60,7 +60,7 @@ def judge(case: Case) -> dict[str, Any]:
         folder = Path(name)
         path = folder / "model.onnx"
         onnx.save(model, str(path))
-        attempt("inspect", lambda: describe(path))
+        attempt("inspect", lambda: inspect_model(path, load=False))
         made = attempt("export", lambda: export(path, folder / "exported"))
         if made is None and found["verbs"].get("export", "").startswith("UnverifiableError"):
             made = attempt("export", lambda: export(path, folder / "accepted", allow_unverified=True))

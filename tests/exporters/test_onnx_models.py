@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit.describe import describe
 from deploykit.errors import DataError, DeploykitError, ExportError, InferenceError, ModelError
 from deploykit.exporting import export
+from deploykit.inspecting import inspect_model
 from deploykit.pipeline import simplify, verify
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1, "local" : 1]>'
@@ -174,7 +174,7 @@ ACCEPTED: dict[str, Any] = {
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_accepted(tmp_path: Path, kind: str) -> None:
     path = save(ACCEPTED[kind](), tmp_path)
-    assert describe(path)["nodes"]
+    assert inspect_model(path, load=False)["nodes"]
     made = export(path, tmp_path / "out", devices=["ort:cpu"])
     assert made.model_path.read_bytes() == path.read_bytes()
     assert verify(made.path, devices=["ort:cpu"])[0]["verdict"] == "passed"
