@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deploykit import Artifact, export, export_parts, open_session
-from deploykit.errors import ExportError
+from deploykit.errors import ArtifactError, ExportError
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "suite"))
@@ -112,6 +112,12 @@ def test_parts_are_whole_artifacts_in_one_directory(made: Any) -> None:
         assert part.manifest.lineage[0].params["part"] == name
         assert part.manifest.evidence.parity[0]["verdict"] == "passed"
     assert str(parts["decoder"].signature.outputs[1].shape) == str(("batch", 4, "past_sequence + sequence", 8))
+
+
+def test_a_directory_of_parts_is_no_artifact(made: Any) -> None:
+    _, parts = made("T5")
+    with pytest.raises(ArtifactError, match=r"holds 2 artifacts: decoder, encoder.*/decoder"):
+        Artifact.open(parts["encoder"].path.parent)
 
 
 def test_one_part_alone(made: Any, tmp_path: Path) -> None:
