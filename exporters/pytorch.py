@@ -266,7 +266,7 @@ class TorchSource(Source):
     def ways(self) -> tuple[Way, ...]:
         """torch.export first, or TorchScript for recurrent layers; fixed shapes only where nobody asked for others."""
         has_dynamic = bool(self.signature.symbols)
-        names = (self._options.way,)
+        names: tuple[str, ...] = (self._options.way,)
         if self._scripted:
             names = ("torchscript",)
         elif self._options.way == "auto":
