@@ -148,13 +148,14 @@ class TorchSource(Source):
         before = torch_onnx.copy_buffers(self._module)
         notes = []
         try:
-            if torch_onnx.uses_autocast(self._module, self._examples):
-                self._module.autocast = False
+            with torch_onnx.watch_autocast() as seen:
+                outputs = self._reference(self._examples)
+            if seen and torch_onnx.runs_without_autocast(self._module, self._examples):
+                outputs = self._reference(self._examples)
                 notes.append(
                     "autocast in forward is switched off, for CPU runtimes do not compute in bfloat16; the model is "
                     "exported in float32"
                 )
-            outputs = self._reference(self._examples)
             with contextlib.suppress(Exception):
                 rng = np.random.default_rng(2)
                 self._reference({n: vary(a, a.shape, rng) for n, a in self._examples.items()})
