@@ -79,7 +79,8 @@ def run_bounded(work: Callable[[], T], cpu_s: float) -> T:
         raise ExportError(
             f"torch hung, without work for {_STALL_S:.0f} s", hint="try again; if it hangs again, report it"
         )
-    return _result(data, status, cpu_s)
+    result: T = _result(data, status, cpu_s)
+    return result
 
 
 def _running(pid: int) -> bool:
@@ -89,7 +90,7 @@ def _running(pid: int) -> bool:
 
 def _read_all(descriptor: int, pid: int) -> bytes | None:
     """Everything up to the end of the pipe; None where the child does nothing any longer."""
-    parts = []
+    parts: list[bytes] = []
     busy_at, ticks = time.monotonic(), -1
     while True:
         ready, _, _ = select.select([descriptor], [], [], _POLL_S)

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploykit.data import Dataset, generate
 from deploykit.errors import ExportError, SourceError, first_line
-from deploykit.exporters import torch_onnx
+from deploykit.exporters import nesting, torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, ExportOptions, Source, Way
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
@@ -242,7 +242,7 @@ class _Runner:
         leaves = [next(left) if isinstance(slot, str) else slot[0] for slot in self._slots]
         args, kwargs = _pytree.tree_unflatten(leaves, self._spec)
         taken = tuple(slot for slot in self._slots if isinstance(slot, str))
-        outputs = torch_onnx.flatten_outputs(self.program_module(*args, **kwargs), taken)
+        outputs = nesting.flatten_outputs(self.program_module(*args, **kwargs), taken)
         self.output_names = tuple(outputs)
         return tuple(outputs.values())
 

@@ -155,13 +155,14 @@ class TorchSource(Source):
         before = torch_onnx.copy_buffers(self._module)
         notes = []
         try:
-            if torch_onnx.uses_autocast(self._module, self._examples):
-                self._module.autocast = False
+            with torch_onnx.watch_autocast() as seen:
+                outputs = self._reference(self._examples)
+            if seen and torch_onnx.runs_without_autocast(self._module, self._examples):
+                outputs = self._reference(self._examples)
                 notes.append(
                     "autocast in forward is switched off, for CPU runtimes do not compute in bfloat16; the model is "
                     "exported in float32"
                 )
-            outputs = self._reference(self._examples)
             with contextlib.suppress(Exception):
                 rng = np.random.default_rng(2)
                 self._reference({n: vary(a, a.shape, rng) for n, a in self._examples.items()})
@@ -281,7 +282,7 @@ class TorchSource(Source):
     def ways(self) -> tuple[Way, ...]:
         """torch.export first, or TorchScript for recurrent layers; fixed shapes only where nobody asked for others."""
         has_dynamic = bool(self.signature.symbols)
-        names = (self._options.way,)
+        names: tuple[str, ...] = (self._options.way,)
         if self._scripted:
             names = ("torchscript",)
         elif self._options.way == "auto":

@@ -65,7 +65,7 @@ def flatten_module(module: Any, call: Call) -> Any:
             if self.autocast:
                 value = self.model(*args, **kwargs)
             else:
-                with _autocast_off():
+                with watch_autocast(off=True):
                     value = self.model(*args, **kwargs)
             outputs = flatten_outputs(value, call.names)
             if self.output_names and torch.jit.is_tracing():
@@ -100,17 +100,21 @@ def run_module(module: Any, feeds: Feeds, *, fast_path: bool = False) -> dict[st
 
 
 @contextlib.contextmanager
-def _autocast_off() -> Iterator[list[str]]:
-    """Make `torch.autocast` do nothing on the CPU; the list grows by every use."""
+def watch_autocast(*, off: bool = False) -> Iterator[list[str]]:
+    """Tell whether `torch.autocast` is used on the CPU: the list grows by every use.
+
+    Args:
+        off: Make it do nothing there.
+    """
     from torch.amp.autocast_mode import autocast
 
     original = autocast.__init__
     seen: list[str] = []
 
     def init(self: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
-        off = device_type == "cpu" and enabled
-        seen.extend(["cpu"] if off else [])
-        original(self, device_type, dtype, enabled and not off, cache_enabled)
+        used = device_type == "cpu" and enabled
+        seen.extend(["cpu"] if used else [])
+        original(self, device_type, dtype, enabled and not (used and off), cache_enabled)
 
     autocast.__init__ = init
     try:
@@ -119,14 +123,14 @@ def _autocast_off() -> Iterator[list[str]]:
         autocast.__init__ = original
 
 
-def uses_autocast(module: Any, feeds: Feeds) -> bool:
-    """Whether `forward` switches autocast on for the CPU, and runs without it as well."""
-    with _autocast_off() as seen:
-        try:
-            run_module(module, feeds)
-        except Exception:  # noqa: BLE001 - it needs autocast, or does not run at all, which shows without this
-            return False
-    return bool(seen)
+def runs_without_autocast(module: Any, feeds: Feeds) -> bool:
+    """Whether a flat module runs in float32 as well; some weights fit their inputs under autocast only."""
+    module.autocast = False
+    try:
+        run_module(module, feeds)
+    except Exception:  # noqa: BLE001 - whatever the reason, it stays as it was
+        module.autocast = True
+    return not module.autocast
 
 
 def copy_buffers(module: Any) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def _make_watch(given: tuple[Any, ...], flip: _Flip | None) -> tuple[Any, Any, _
     def tensors_in(nest: Any) -> list[Any]:
         return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, torch.Tensor)]
 
-    class Values(TorchDispatchMode):  # type: ignore[misc,name-defined]
+    class Values(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if not any(watch.marked(t) for t in tensors_in((args, kwargs))):
@@ -310,7 +310,7 @@ def _make_watch(given: tuple[Any, ...], flip: _Flip | None) -> tuple[Any, Any, _
                 watch.mark(tensor)
             return out
 
-    class Calls(TorchFunctionMode):  # type: ignore[misc,name-defined]
+    class Calls(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             return watch.answered(out) if func in copies and watch.marked(args[0]) else out
