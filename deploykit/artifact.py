@@ -182,6 +182,13 @@ def is_artifact(path: Path) -> bool:
 
 def _read_manifest(root: Path) -> bytes:
     file = root / MANIFEST
+    parts = sorted(p.parent.name for p in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
+    if parts and not file.is_file():
+        raise ArtifactError(
+            f"{root} holds {len(parts)} artifacts: {', '.join(parts[:8])}",
+            expected="one of them",
+            hint=f"name it: -m {root / parts[0]}",
+        )
     if not root.is_dir() or not file.is_file():
         raise ArtifactError(
             f"{root} is no artifact: it has no {MANIFEST}",

@@ -363,7 +363,8 @@ def generate(
     Args:
         specs: The inputs.
         sizes: A size for every symbol.
-        ranges: Values an input may take; without one, reals are N(0, 1), integers 0 or 1.
+        ranges: Values an input may take; without one, reals are N(0, 1), integers 0 or 1. Masks without one, told by
+            their name, are ones followed by zeros along the last axis, as padding is; no row is without a one.
         seed: For numpy's default generator.
 
     Raises:
@@ -377,6 +378,9 @@ def generate(
 def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, rng: np.random.Generator) -> Array:
     if spec.dtype == "string":
         raise DataError(f"cannot make up strings for {spec.name!r}", hint="give real inputs with --data")
+    if limits is None and shape and "mask" in spec.name.lower() and spec.dtype != "bfloat16":
+        lengths = rng.integers(1, max(shape[-1], 1) + 1, (*shape[:-1], 1))
+        return np.asarray(np.arange(shape[-1]) < lengths).astype(np.dtype(spec.dtype))
     if spec.dtype == "bfloat16":
         import ml_dtypes
 

@@ -13,14 +13,22 @@ from typing import Any
 
 from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord, write_golden
 from deploykit.benchmarks.parity import (
+    Tolerance,
     Verdict,
     check_vacuity,
     compare,
 )
-from deploykit.comparing import find_targets
+from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets
 from deploykit.contract import conform
-from deploykit.errors import ContractError, DeploykitError, ExportError, ParityError, UnverifiableError
-from deploykit.exporters import Case, ExportOptions, Source, Way, open_parts, open_source
+from deploykit.errors import (
+    ContractError,
+    DeploykitError,
+    ExportError,
+    ParityError,
+    TimeLimitError,
+    UnverifiableError,
+)
+from deploykit.exporters import ExportOptions, Source, Way, open_parts, open_source
 from deploykit.exporters import export as write_onnx
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.models import load_model
@@ -42,6 +50,7 @@ def export(
     dims: Mapping[str, int] | None = None,
     opset: int | None = None,
     exporter: str = "auto",
+    timeout_s: float | None = None,
     data: str | Path | None = None,
     task: str | None = None,
     part: str | None = None,
@@ -64,6 +73,8 @@ def export(
         dims: Sizes of dynamic dimensions where inputs are made up.
         opset: ONNX opset; 18 by default.
         exporter: "auto" (torch.export, then TorchScript), "torch.export" or "torchscript".
+        timeout_s: Seconds of CPU time that one way to ONNX may take; by default 40 and more for large modules, and
+            five times that where no other way leads there.
         data: Real inputs for the parity check.
         task: What a Hugging Face model is for ("text-classification"), where that is not what its config names.
         part: Which graph of a model that becomes several ("encoder"); see `export_parts`.
@@ -83,8 +94,9 @@ def export(
         OutputExistsError: The output is taken.
     """
     options = ExportOptions(
-        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part
-    )
+        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part,
+        timeout_s,
+    )  # fmt: skip
     made = _export(
         str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=True,
         unverified=allow_unverified,
@@ -101,6 +113,7 @@ def export_parts(
     dims: Mapping[str, int] | None = None,
     opset: int | None = None,
     exporter: str = "auto",
+    timeout_s: float | None = None,
     data: str | Path | None = None,
     task: str | None = None,
     part: str | None = None,
@@ -118,8 +131,9 @@ def export_parts(
         The artifacts by the name of their part; one under an empty name, at `output` itself, where there is one graph.
     """
     options = ExportOptions(
-        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part
-    )
+        tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part,
+        timeout_s,
+    )  # fmt: skip
     return _export(
         str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=False,
         unverified=allow_unverified,
@@ -213,7 +227,7 @@ def _export_graph(
         params={
             "source": source, "kind": opened.kind, "exporter": str(way), "opset": exported.opset,
             "dynamic": list(options.dynamic), "inputs": list(options.inputs), "dims": dict(options.dims),
-            "contract": [t.name for t in held],
+            "contract": [t.name for t in held], **({"quantized": True} if opened.quantized else {}),
             **({"task": options.task} if options.task else {}), **({"part": options.part} if options.part else {}),
         },
         tools=opened.tools(),
@@ -243,19 +257,25 @@ def _export_first_right(
 ) -> tuple[Way, list[dict[str, Any]]]:
     """Try the source's ways until one gives a graph with the right numbers; say why the others did not."""
     failures: list[tuple[Way, DeploykitError]] = []
-    for way in opened.ways:
+    waiting = list(opened.ways)
+    while waiting:
+        way = waiting.pop(0)
         _clear(target)
         try:
             with told.step(f"export by {way}"), quiet(log):
                 write_onnx(opened, way, target, opset=opset)
                 lowered = conform(target, held)
             with told.step(f"compare with the source in {', '.join(map(str, targets))}"), quiet(log):
-                evidence = _parity_records(target, opened.cases_for(way), targets, opened.data, told, strict=strict)
+                evidence = _parity_records(target, opened, way, targets, told, strict=strict)
         except (ExportError, ParityError, ContractError) as exc:
             failures.append((way, exc))
+            if isinstance(exc, TimeLimitError) and not way.patient:
+                # Where nothing else keeps the shapes dynamic, it may take its time.
+                later = next((i for i, w in enumerate(waiting) if way.dynamic and not w.dynamic), len(waiting))
+                waiting.insert(later, replace(way, patient=True))
             continue
-        for text in lowered:
-            told.note(text)
+        for note in (*opened.notes_on(way), *lowered):
+            told.note(note)
         for failed, why in failures:
             told.note(f"{failed} was not used: {why.what}")
         if not way.dynamic and opened.signature.symbols:
@@ -263,7 +283,8 @@ def _export_first_right(
             told.note(f"the shapes are fixed, because no way with dynamic ones was right: {shapes}")
         return way, evidence
     _clear(target)
-    reasons = "; ".join(dict.fromkeys(f"{way}: {exc.what}" for way, exc in failures))
+    told_apart = {(way.name, exc.what): way for way, exc in reversed(failures)}
+    reasons = "; ".join(f"{way}: {what}" for (_, what), way in reversed(told_apart.items()))
     kinds = (ParityError, ContractError, ExportError)
     kind = next(kind for kind in kinds if any(isinstance(exc, kind) for _, exc in failures))
     raise kind(f"no way led to a right ONNX graph of {opened.label}: {reasons}", hint=failures[0][1].hint)
@@ -275,7 +296,7 @@ def _clear(target: Path) -> None:
 
 
 def _parity_records(
-    model: Path, cases: Sequence[Case], targets: Sequence[Device], data: str, told: Progress, *, strict: bool
+    model: Path, opened: Source, way: Way, targets: Sequence[Device], told: Progress, *, strict: bool
 ) -> list[dict[str, Any]]:
     """Compare on every device; the first, and with ``strict`` every one, has to be right.
 
@@ -283,13 +304,20 @@ def _parity_records(
         ParityError: It is not.
     """
     records = []
+    cases = opened.cases_for(way)
+    # An output in float32 of a model that computes in float16 has float16's accuracy.
+    tolerance = Tolerance.for_dtype(opened.precision) if opened.precision else None
     for number, device in enumerate(targets):
         decisive = strict or number == 0
         try:
             with open_session(model, device) as session:
                 names = {s.name for s in session.signature.inputs}
                 outputs = [session.run({k: v for k, v in case.feeds.items() if k in names}) for case in cases]
-            result = compare([case.outputs for case in cases], outputs)
+            if opened.quantized:
+                feeds = [case.feeds for case in cases]
+                result = compare_outputs([case.outputs for case in cases], outputs, feeds, MIN_COSINE)
+            else:
+                result = compare([case.outputs for case in cases], outputs, tolerance)
         except DeploykitError as exc:
             if decisive:
                 raise ParityError(f"{device} cannot run the exported graph ({exc.what})", hint=exc.hint) from exc
@@ -301,7 +329,7 @@ def _parity_records(
             if decisive:
                 raise ParityError(text, hint="nothing was written; export a smaller part to find the operator")
             told.note(text)
-        records.append({"against": "source", "device": str(device), "data": data, **result.as_dict()})
+        records.append({"against": "source", "device": str(device), "data": opened.data, **result.as_dict()})
     return records
 
 

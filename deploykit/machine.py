@@ -107,6 +107,14 @@ def _memory() -> int | None:
     return min(found) if found else None
 
 
+def free_memory() -> int | None:
+    """Bytes that a process may still take without swapping; None where the kernel does not say."""
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def _affinity() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

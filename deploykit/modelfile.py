@@ -7,6 +7,7 @@ below the model's own folder, and long enough for the bytes that the model claim
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import stat
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
 # protobuf refuses messages of 2 GiB; above this, weights go to a file of their own.
-_INLINE_LIMIT_BYTES = 1_900_000_000
+INLINE_LIMIT_BYTES = 1_900_000_000
 # The fields of onnx.proto below which there may be tensors.
 _TENSOR_FIELDS = frozenset(
     {
@@ -70,7 +71,7 @@ def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
 
 def check_model(model: onnx.ModelProto, path: Path) -> None:
-    """Run ONNX's own checker.
+    """Run ONNX's own checker, but for what runtimes do without: shapes of inputs and outputs, the graph's name.
 
     Raises:
         ModelError: It found something, in its words.
@@ -78,10 +79,39 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
     import onnx
 
     try:
-        # Beyond 2 GB, and with weights outside, the checker wants the path.
-        onnx.checker.check_model(str(path) if external_files(model) else model)
+        if _lacks_formalities(model):
+            onnx.checker.check_model(_with_formalities(model))
+        else:
+            # Beyond 2 GB, and with weights outside, the checker wants the path.
+            onnx.checker.check_model(str(path) if external_files(model) else model)
     except (onnx.checker.ValidationError, ValueError) as exc:
         raise ModelError(f"{path} is not valid ONNX ({first_line(exc)})", hint=_RE_EXPORT) from exc
+
+
+def _lacks_formalities(model: onnx.ModelProto) -> bool:
+    """Whether the checker would refuse a model for an unknown rank, or because its graph has no name."""
+    values = [*model.graph.input, *model.graph.output]
+    return not model.graph.name or any(
+        v.type.WhichOneof("value") == "tensor_type" and not v.type.tensor_type.HasField("shape") for v in values
+    )
+
+
+def _with_formalities(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the checker, which looks at no shape that is given: with them, and without external weights."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.name = copy.graph.name or "graph"
+    for tensor in _tensors(copy):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # looked at when the file was read
+            tensor.CopyFrom(
+                onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.UINT8, dims=[0], raw_data=b"")
+            )
+    for value in [*copy.graph.input, *copy.graph.output]:
+        if value.type.WhichOneof("value") == "tensor_type" and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.SetInParent()
+    return copy
 
 
 def external_files(model: onnx.ModelProto) -> set[str]:
@@ -168,10 +198,43 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     """Write an ONNX file; weights go to `<name>.data` beside it where the file would pass protobuf's 2 GiB."""
     import onnx
 
-    if model.ByteSize() < _INLINE_LIMIT_BYTES:
+    if inline_bytes(model) < INLINE_LIMIT_BYTES:
         onnx.save(model, str(path))
     else:
         onnx.save(model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+
+
+def inline_bytes(model: onnx.ModelProto) -> int:
+    """About the size of a model's file: its tensors that are in memory.
+
+    protobuf's own ByteSize serializes the message to measure it, and fails from 2 GiB on.
+    """
+    import onnx
+
+    return sum(tensor_bytes(t) for t in _tensors(model) if t.data_location != onnx.TensorProto.EXTERNAL)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's values in a file."""
+    import onnx
+
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        length = next((entry.value for entry in tensor.external_data if entry.key == "length"), "")
+        if length:
+            return int(length)
+    bits: int = math.prod(tensor.dims) * bits_of(tensor.data_type)
+    return -(-bits // 8)
+
+
+def bits_of(data_type: int) -> int:
+    """Bits of one element in a file; 0 for strings."""
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(data_type)
+    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+    if name in packed:
+        return packed[name]
+    return 0 if name in ("STRING", "UNDEFINED") else 8 * int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def copy_model(source: Path, target: Path) -> None:
@@ -213,10 +276,11 @@ def signature_of(model: onnx.ModelProto) -> Signature:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
+        maps = kind in ("sequence_type", "map_type")
         raise ModelError(
-            f"{value.name!r} is a {(kind or 'value without a type').removesuffix('_type')}",
+            f"{value.name!r} is of kind {(kind or 'unknown').removesuffix('_type')}",
             expected="tensors as inputs and outputs",
-            hint="for scikit-learn models convert with zipmap=False",
+            hint="for scikit-learn models convert with zipmap=False" if maps else "wrap the model",
         )
     tensor = value.type.tensor_type
     shape: tuple[Dim, ...] | None = None

@@ -54,8 +54,8 @@ class LoadedModel:
 
     @property
     def quantized(self) -> bool:
-        """Whether a step of the lineage changed the numbers."""
-        return any(step.step.startswith("quantize") for step in self.lineage)
+        """Whether a step of the lineage changed the numbers, or the source was quantized when it came."""
+        return any(step.step.startswith("quantize") or step.params.get("quantized") for step in self.lineage)
 
 
 def load_model(path: str | Path) -> LoadedModel:

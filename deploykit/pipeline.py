@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit.benchmarks.parity import (
-    Verdict,
-    check_vacuity,
-)
 from deploykit.data import Dataset
-from deploykit.errors import OptimizationError, ParityError
-from deploykit.models import load_model, probe_feeds
+from deploykit.errors import OptimizationError
+from deploykit.models import load_model
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
 
@@ -20,66 +16,12 @@ if TYPE_CHECKING:
     from deploykit.benchmarks import Report
     from deploykit.recipe import Recipe
 
-from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, outputs_of
+from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.deriving import quantize_dynamic, quantize_static, simplify
 from deploykit.exporting import export, export_parts
+from deploykit.verifying import verify
 
 __all__ = ["benchmark", "export", "export_parts", "quantize_dynamic", "quantize_static", "run", "simplify", "verify"]
-
-
-def verify(
-    model: str | Path,
-    *,
-    against: str | Path | None = None,
-    data: str | Path | None = None,
-    devices: Sequence[str | Device] = (),
-    dims: Mapping[str, int] | None = None,
-    min_cosine: float | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Check a model: its files, and its outputs against another model or against its own golden cases.
-
-    Args:
-        model: Artifact or model file.
-        against: The reference; without one, the artifact's golden cases.
-        data: Real inputs.
-        devices: Where to run; by default on the CPU of every installed runtime.
-        dims: Sizes of dynamic dimensions where inputs are made up.
-        min_cosine: Accept other values down to this cosine, as for quantized models; None for strict equality.
-        progress: Told about steps.
-
-    Returns:
-        One record a device, with a "verdict".
-
-    Raises:
-        ArtifactError: A file was changed.
-        ParityError: No reference to compare with.
-    """
-    from deploykit.serving.replay import replay_golden
-
-    told = progress or Progress()
-    targets, _ = find_targets(devices)
-    candidate = load_model(model)
-    if against is None:
-        if candidate.artifact is None:
-            raise ParityError(f"{model} has no golden cases", hint="name a reference: --against MODEL")
-        cosine = min_cosine if min_cosine is not None else MIN_COSINE if candidate.quantized else None
-        with told.step(f"replay the golden cases of {model}"):
-            return [replay_golden(candidate.artifact, device, min_cosine=cosine) for device in targets]
-    reference = load_model(against)
-    feeds, origin = probe_feeds(reference, Dataset.open(data) if data else None, dims or {})
-    records = []
-    with told.step(f"compare {model} with {against}"):
-        expected = outputs_of(reference.path, targets[0], feeds)
-        vacuous = check_vacuity(expected)
-        for device in targets:
-            outputs = outputs_of(candidate.path, device, feeds)
-            result = compare_outputs(expected, outputs, feeds, min_cosine)
-            record = {"against": reference.digest, "device": str(device), "data": origin, **result.as_dict()}
-            if vacuous and result.verdict is Verdict.PASSED:
-                record |= {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous}
-            records.append(record)
-    return records
 
 
 def benchmark(

@@ -46,6 +46,7 @@ class ExportStep(_Step):
     inputs: list[str] = []
     opset: int | None = None
     exporter: Literal["auto", "torch.export", "torchscript"] = "auto"
+    timeout_s: float | None = Field(default=None, gt=0)
     data: str | None = None
     dims: dict[str, int] = {}
     task: str | None = None

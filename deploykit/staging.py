@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +22,7 @@ from deploykit.specs import Signature, TensorSpec
 
 # A writer takes its lock a moment after it made the directory; nobody may sweep it in between.
 _LOCK_GRACE_S = 2.0
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 class ArtifactWriter:
@@ -260,7 +262,7 @@ def write_file(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
-        os.link(temporary, path)  # unlike rename, refuses to replace
+        _place(Path(temporary), path)
     except FileExistsError as exc:
         raise _taken(path) from exc
     except OSError as exc:
@@ -268,3 +270,19 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give a finished file its name; unlike rename, refuses to replace.
+
+    Raises:
+        FileExistsError: Something is there.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as exc:
+        if exc.errno not in _NO_LINKS:
+            raise
+        # FAT, some network and FUSE file systems have no hard links: the name is taken first, then filled.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        temporary.replace(path)

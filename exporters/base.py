@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deploykit.data import ValueRange
 from deploykit.specs import Array, Feeds, Signature
@@ -30,6 +31,7 @@ class ExportOptions:
         data: Real inputs for the parity check; anything that `Dataset.open` reads.
         task: What a Hugging Face model is for, where that is not what its config names.
         part: Which graph of a model that becomes several ("encoder", "decoder"); None for all of them.
+        timeout_s: Seconds of CPU time that one way may take; None for a limit that grows with the model.
     """
 
     inputs: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class ExportOptions:
     data: str | None = None
     task: str | None = None
     part: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,13 @@ class Way:
         name: "torch.export", "torchscript" or "copy".
         dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
         attention: Another attention implementation than the model's own ("eager"); empty for its own.
+        patient: Whether it may take long, because no other way is left.
     """
 
     name: str
     dynamic: bool
     attention: str = ""
+    patient: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         name = f"{self.name} with {self.attention} attention" if self.attention else self.name
@@ -88,6 +93,8 @@ class Source(ABC):
         data: Where the values of the cases come from: "example", "text", "generated" or a dataset's name.
         assets: Files that belong to the model (a tokenizer).
         notes: What the user must know.
+        precision: The coarsest floating-point type that the source computes in, where its outputs may hide it.
+        quantized: Whether it computes on quantized values, which runtimes round in different ways.
     """
 
     kind: str
@@ -98,6 +105,8 @@ class Source(ABC):
     data: str
     assets: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    precision: str | None = None
+    quantized: bool = False
 
     @property
     @abstractmethod
@@ -107,6 +116,18 @@ class Source(ABC):
     def cases_for(self, way: Way) -> tuple[Case, ...]:
         """The cases that a result of ``way`` has to reproduce."""
         return self.cases
+
+    def notes_on(self, way: Way) -> tuple[str, ...]:
+        """What the user must know about the result of ``way``, once it is written."""
+        return ()
+
+    def run(self, feeds: Feeds) -> dict[str, Array] | None:
+        """The source's outputs for other inputs than its cases'; None where it cannot be asked."""
+        return None
+
+    def tensors(self, feeds: Feeds) -> Any:
+        """What the source computes on its way, as `capture.ModuleTensors` offers it; None where it cannot be seen."""
+        return None
 
     @abstractmethod
     def write(self, way: Way, target: Path, opset: int | None) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from deploykit.data import Dataset, generate
 from deploykit.errors import ExportError, SourceError, first_line
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, ExportOptions, Source, Way
+from deploykit.exporters.bounded import run_bounded
+from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.pytorch import observed_range
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import require, version_of
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
+# CPU seconds for the translation; there is no other way.
+_LIMIT_S = 1200.0
 _AGAIN = "export it again with torch.export(..., dynamic_shapes=...)"
 
 
@@ -33,14 +38,15 @@ class ExportedProgramSource(Source):
 
     def __init__(self, path: Path, options: ExportOptions) -> None:
         self.label = str(path)
+        self._limit_s = options.timeout_s or _LIMIT_S
         self._program = _load(path)
         if options.way == "torchscript":
             raise ExportError(f"{path} cannot go through TorchScript", hint="leave --exporter out")
         if options.inputs:
             raise ExportError(f"the inputs of {path} are fixed in the file", hint="leave --input out")
-        specs, limits, slots = _inputs(self._program, options)
+        specs, limits, slots, ties = _inputs(self._program, options)
         self._module = _Runner(self._program, slots)
-        examples, self.data = self._examples(specs, limits)
+        examples, self.data = self._examples(specs, limits, ties)
         self.ranges = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
         try:
             self._reference(examples)
@@ -51,7 +57,7 @@ class ExportedProgramSource(Source):
             cases = cases_from_data(specs, Dataset.open(options.data), self._reference)
             self.notes = ()
         else:
-            cases, notes = make_cases(specs, examples, self._reference, limits=limits)
+            cases, notes = make_cases(specs, examples, self._reference, limits=limits, tie=ties.apply)
             self.notes = tuple(notes)
         self.cases = tuple(cases)
         self.signature = Signature(specs, observed_outputs(cases))
@@ -59,8 +65,16 @@ class ExportedProgramSource(Source):
     def _reference(self, feeds: Feeds) -> dict[str, Array]:
         return torch_onnx.run_module(self._module, feeds)
 
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the module; inputs may come in any order."""
+        return self._reference({s.name: feeds[s.name] for s in self.signature.inputs})
+
+    def tensors(self, feeds: Feeds) -> ModuleTensors:
+        """The result of every operator."""
+        return ModuleTensors(self._module, {s.name: feeds[s.name] for s in self.signature.inputs})
+
     def _examples(
-        self, specs: tuple[TensorSpec, ...], limits: Mapping[str, tuple[int, int]]
+        self, specs: tuple[TensorSpec, ...], limits: Mapping[str, tuple[int, int]], ties: _Ties
     ) -> tuple[dict[str, Array], str]:
         torch = require("torch", extra="torch")
         given = self._program.example_inputs
@@ -71,7 +85,7 @@ class ExportedProgramSource(Source):
             if len(tensors) == len(specs):
                 return {s.name: torch_onnx.to_numpy(t) for s, t in zip(specs, tensors, strict=True)}, "example"
         sizes = {s: max(limits.get(s, (2, 0))[0], 2) for spec in specs for s in spec.symbols}
-        return generate(specs, sizes), "generated"
+        return generate(specs, ties.apply(sizes)), "generated"
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -80,11 +94,72 @@ class ExportedProgramSource(Source):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Translate the program as it is."""
-        torch_onnx.write(torch_onnx.Job(self._program, {}, self.signature, opset or DEFAULT_OPSET), way.name, target)
+        torch_onnx.preload(way.name)
+
+        def work() -> list[str]:
+            program = self._program
+            if not all(size.is_symbol for size in program.range_constraints):
+                # torch 2.13 cannot decompose a loaded program with sizes like 2*s ("expected sympy.Symbol").
+                program = torch_onnx.export_again(self._module, self.cases[0].feeds, self.signature.inputs)
+            job = torch_onnx.Job(program, {}, self.signature, opset or DEFAULT_OPSET)
+            return torch_onnx.write(job, way.name, target)
+
+        run_bounded(work, self._limit_s)
 
     def tools(self) -> dict[str, str]:
         """torch and onnxscript."""
         return {name: found for name in ("torch", "onnxscript", "onnx") if (found := version_of(name))}
+
+
+@dataclass(frozen=True, slots=True)
+class _Ties:
+    """Dimensions that follow from a symbol of the program: `factor * symbol + offset`.
+
+    Attributes:
+        derived: Symbol of the program, factor, offset and smallest value of the symbol, by the dimension's name.
+        named: Names of the dimensions that are a symbol themselves, by symbol.
+    """
+
+    derived: Mapping[str, tuple[str, int, int, int]]
+    named: Mapping[str, str]
+
+    def apply(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes, with every derived one made to fit its symbol's; the first stands for a symbol without a name."""
+        values = {symbol: sizes[name] for symbol, name in self.named.items() if name in sizes}
+        found = dict(sizes)
+        for name, (symbol, factor, offset, low) in self.derived.items():
+            value = values.setdefault(symbol, max(low, (sizes[name] - offset) // factor))
+            found[name] = factor * value + offset
+        return found
+
+    def renamed(self, names: Mapping[str, str]) -> _Ties:
+        """With other names of dimensions."""
+        return _Ties(
+            {names.get(n, n): tie for n, tie in self.derived.items()},
+            {symbol: names.get(n, n) for symbol, n in self.named.items()},
+        )
+
+
+def _linear(expression: Any) -> tuple[str, int, int] | None:
+    """Symbol, factor and offset of `factor * symbol + offset`; None for anything else."""
+    symbols = list(expression.free_symbols)
+    if len(symbols) != 1:
+        return None
+    zero, one, two = (int(expression.subs(symbols[0], n)) for n in (0, 1, 2))
+    linear = two - one == one - zero and one != zero
+    return (str(symbols[0]), one - zero, zero) if linear else None
+
+
+def _ties(program: Any, symbols: Mapping[str, tuple[Any, str]]) -> _Ties:
+    derived: dict[str, tuple[str, int, int, int]] = {}
+    named: dict[str, str] = {}
+    lows = {str(s): 1 if r.lower <= 2 else int(r.lower) for s, r in program.range_constraints.items()}
+    for expression, name in symbols.values():
+        if expression.is_symbol:
+            named[str(expression)] = name
+        elif (found := _linear(expression)) is not None:
+            derived[name] = (*found, lows.get(found[0], 1))
+    return _Ties(derived, named)
 
 
 def _load(path: Path) -> Any:
@@ -155,7 +230,7 @@ class _Runner:
     """
 
     def __init__(self, program: Any, slots: tuple[str | tuple[Any], ...]) -> None:
-        self._module = program.module()
+        self.program_module = program.module()
         self._spec = program.call_spec.in_spec
         self._slots = slots
         self.output_names: tuple[str, ...] = ()
@@ -167,19 +242,19 @@ class _Runner:
         leaves = [next(left) if isinstance(slot, str) else slot[0] for slot in self._slots]
         args, kwargs = _pytree.tree_unflatten(leaves, self._spec)
         taken = tuple(slot for slot in self._slots if isinstance(slot, str))
-        outputs = torch_onnx.flatten_outputs(self._module(*args, **kwargs), taken)
+        outputs = torch_onnx.flatten_outputs(self.program_module(*args, **kwargs), taken)
         self.output_names = tuple(outputs)
         return tuple(outputs.values())
 
 
 def _inputs(
     program: Any, options: ExportOptions
-) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]], tuple[str | tuple[Any], ...]]:
-    """Input specs with readable symbols, the sizes that the program allows, and all slots (see `_Runner`)."""
+) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]], tuple[str | tuple[Any], ...], _Ties]:
+    """Input specs with readable symbols, the sizes that the program allows, all slots (see `_Runner`), and ties."""
     from torch.export.graph_signature import ConstantArgument, InputKind
 
     placeholders = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
-    symbols: dict[str, str] = {}
+    symbols: dict[str, tuple[Any, str]] = {}
     specs: list[TensorSpec] = []
     limits: dict[str, tuple[int, int]] = {}
     slots: list[str | tuple[Any]] = []
@@ -196,8 +271,8 @@ def _inputs(
         slots.append(name)
         dims = tuple(_dim(program, name, axis, value, symbols, limits) for axis in range(value.ndim))
         specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), dims))
-    renamed, bounds = _renamed(specs, limits, options)
-    return renamed, bounds, tuple(slots)
+    renamed, bounds, names = _renamed(specs, limits, options)
+    return renamed, bounds, tuple(slots), _ties(program, symbols).renamed(names)
 
 
 def _dim(
@@ -205,7 +280,7 @@ def _dim(
     name: str,
     axis: int,
     value: Any,
-    symbols: dict[str, str],
+    symbols: dict[str, tuple[Any, str]],
     limits: dict[str, tuple[int, int]],
 ) -> Dim:
     """Size of one axis, or its symbol; new symbols and their limits are written down."""
@@ -213,8 +288,9 @@ def _dim(
     if isinstance(size, int):
         return size
     if str(size) not in symbols:
-        symbols[str(size)] = _readable(name, axis, value, set(symbols.values()))
-    symbol = symbols[str(size)]
+        taken = {word for _, word in symbols.values()}
+        symbols[str(size)] = size.node.expr, _readable(name, axis, value, taken)
+    symbol = symbols[str(size)][1]
     bounds = program.range_constraints.get(size.node.expr)
     if bounds is not None:
         # torch writes 2 where nobody gave a lower limit, because it traces with 2; a true limit refuses to run.
@@ -236,7 +312,7 @@ def _readable(name: str, axis: int, value: Any, taken: set[str]) -> str:
 
 def _renamed(
     specs: list[TensorSpec], limits: dict[str, tuple[int, int]], options: ExportOptions
-) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]]]:
+) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]], dict[str, str]]:
     if "batch" in options.dynamic and not any(s.shape and isinstance(s.shape[0], str) for s in specs):
         raise ExportError("--dynamic 'batch' asks for a dimension that is fixed in the .pt2 file", hint=_AGAIN)
     renames: dict[str, str] = {}
@@ -263,4 +339,5 @@ def _renamed(
             for s in specs
         ),
         {renames.get(k, k): v for k, v in limits.items()},
+        renames,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from deploykit.data import load_object, user_frame
 from deploykit.errors import DeploykitError, SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source
-from deploykit.exporters.pytorch import TorchSource, bind_examples, made_up_examples
+from deploykit.exporters.binding import bind_examples, made_up_examples
+from deploykit.exporters.modules import unwrap
+from deploykit.exporters.pytorch import TorchSource
 from deploykit.extras import require
 
-_EXPECTED = "a torch.nn.Module, or (module, example_inputs)"
+_EXPECTED = "a torch.nn.Module, (module, example_inputs), or (module, args, kwargs)"
 
 
 def open_factory(text: str, options: ExportOptions) -> Source:
@@ -30,19 +33,22 @@ def open_factory(text: str, options: ExportOptions) -> Source:
     else:
         made = _copy(found, text)
     examples: Any = None
-    if isinstance(made, tuple) and len(made) == 2:
-        made, examples = made
-    if isinstance(made, torch.jit.ScriptModule):
+    keywords: Any = None
+    if isinstance(made, tuple) and len(made) in (2, 3):
+        made, examples, keywords = (*made, None)[:3]
+    if keywords is not None and not isinstance(keywords, Mapping):
         raise SourceError(
-            f"{text} gives a TorchScript module, which torch.export cannot read",
-            expected="the Python module it was made from",
+            f"{text} returned {type(keywords).__name__} as keyword arguments",
+            expected="(module, args, kwargs) with a dictionary at the end",
+            hint="mend the factory: several arguments are one tuple, (module, (x, y))",
         )
     if not isinstance(made, torch.nn.Module):
         raise SourceError(f"{text} returned {_describe(made)}", expected=_EXPECTED, hint="mend the factory")
-    if examples is None:
+    made = unwrap(made)
+    if examples is None and not keywords:
         arrays, call, ranges = made_up_examples(made, options, text)
         return TorchSource(made, arrays, call, options, text, ranges=ranges or None, data="generated")
-    arrays, call = bind_examples(made, examples, text)
+    arrays, call = bind_examples(made, () if examples is None else examples, text, keywords)
     return TorchSource(made, arrays, call, options, text)
 
 

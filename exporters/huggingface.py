@@ -8,14 +8,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source, Way
-from deploykit.exporters.hf_generation import Graph, decoder_graph, decoder_tokens, encoder_decoder_graphs
-from deploykit.exporters.hf_inputs import Inputs, audio_inputs, choose, image_inputs, joined, text_inputs
+from deploykit.exporters.hf_encoder_decoder import encoder_decoder_graphs
+from deploykit.exporters.hf_generation import Graph, decoder_graph, decoder_tokens
+from deploykit.exporters.hf_inputs import Inputs, choose, joined
+from deploykit.exporters.hf_media import audio_inputs, image_inputs
 from deploykit.exporters.hf_tasks import Task, class_for, parse_task, task_of
+from deploykit.exporters.hf_text import text_inputs
 from deploykit.exporters.pytorch import Call, TorchSource
 from deploykit.exporters.shapes import plan_inputs
 from deploykit.extras import require
@@ -80,7 +84,7 @@ class HuggingFaceSource(TorchSource):
         own = super().ways
         if getattr(self._model.config, "_attn_implementation", _EAGER) == _EAGER:
             return own
-        eager = tuple(Way(way.name, way.dynamic, _EAGER) for way in own)
+        eager = tuple(replace(way, attention=_EAGER) for way in own)
         # Fixed shapes are the last resort: eager attention costs speed, fixed shapes cost the user's inputs.
         return tuple(sorted((*own, *eager), key=lambda way: not way.dynamic))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deploykit.data import Dataset, ValueRange, generate
-from deploykit.errors import DeploykitError, ExportError, InferenceError, first_line
+from deploykit.errors import DeploykitError, ExportError, InferenceError
 from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Way
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import version_of
 from deploykit.modelfile import check_model, copy_model, read_model, signature_of
+from deploykit.nodes import quantized_ops, random_ops
 from deploykit.specs import Array, Feeds, Signature, TensorSpec, terms
 
 if TYPE_CHECKING:
@@ -20,7 +23,13 @@ if TYPE_CHECKING:
 
 
 _Run = Callable[[Feeds], dict[str, Array]]
-_SAME_VALUES = ("Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
+# Nodes whose outputs hold values of their first input, or of any input for Concat.
+_SAME_VALUES = (
+    "Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Expand", "Tile", "Concat",
+    "Split", "Dropout", "Pad",
+)  # fmt: skip
+# Token, position and segment ids by their place among the inputs, and the table that each indexes.
+_EMBEDDING_TABLES = {"EmbedLayerNormalization": ((0, 2), (1, 4), (8, 3))}
 
 
 class OnnxSource(Source):
@@ -37,32 +46,53 @@ class OnnxSource(Source):
     def __init__(self, path: Path, options: ExportOptions, run_onnx: OnnxRunner) -> None:
         self.label = str(path)
         self._path = path
-        model = read_model(path)
+        model = read_model(path, weights=False)
         check_model(model, path)
         self._refuse_options(options, model)
         inputs = signature_of(model).inputs
         self.ranges = vocabulary_ranges(model, inputs)
         run = run_onnx(path)
         self.data = options.data or "generated"
-        sizes = guess_sizes(inputs, options)
         if options.data:
             cases = cases_from_data(inputs, Dataset.open(options.data), run)
             self.notes = ()
         else:
+            cases, notes = self._made_up(inputs, self._example(inputs, options, run), run)
+            self.notes = tuple(notes)
+        # A runtime computes such a graph in integers, where the reference computes in floating point.
+        self.quantized = bool(quantized_ops(model))
+        _refuse_random(path, random_ops(model), run, cases[0])
+        self.cases = tuple(cases)
+        declared = signature_of(model).outputs
+        observed = {s.name: s for s in observed_outputs(cases)}
+        merged = tuple(_merge(s, observed[s.name]) for s in declared)
+        self.notes += tuple(
+            f"the file declares {one}; it is {other}"
+            for one, other in zip(declared, merged, strict=True)
+            if _contradicts(one, other)
+        )
+        self.signature = Signature(inputs, merged)
+
+    def _example(self, inputs: tuple[TensorSpec, ...], options: ExportOptions, run: _Run) -> dict[str, Array]:
+        """Made-up inputs that the graph accepts, at the first of some usual sizes.
+
+        Raises:
+            InferenceError: It accepts none.
+        """
+        first: DeploykitError | None = None
+        for sizes in likely_sizes(inputs, options):
             examples = generate(inputs, sizes, ranges=self.ranges)
             try:
                 run(examples)
             except DeploykitError as exc:
-                raise InferenceError(
-                    f"{path} does not run on made-up inputs ({first_line(exc)})",
-                    hint="give real ones: --data FILE, or --dim NAME=SIZE",
-                ) from exc
-            cases, notes = self._made_up(inputs, examples, run)
-            self.notes = tuple(notes)
-        self.cases = tuple(cases)
-        declared = signature_of(model)
-        observed = {s.name: s for s in observed_outputs(cases)}
-        self.signature = Signature(inputs, tuple(_merge(s, observed[s.name]) for s in declared.outputs))
+                first = first or exc
+                continue
+            return examples
+        assert first is not None
+        raise InferenceError(
+            f"{self._path} does not run on made-up inputs ({first.what})",
+            hint="give real ones: --data FILE, or --dim NAME=SIZE",
+        ) from first
 
     def _made_up(self, inputs: tuple[TensorSpec, ...], examples: Feeds, run: _Run) -> tuple[list[Case], list[str]]:
         """Cases of made-up inputs, at one shape where the graph takes no other, whatever it declares."""
@@ -111,15 +141,44 @@ class OnnxSource(Source):
         return {"onnx": version_of("onnx") or "unknown"}
 
 
+def _refuse_random(path: Path, ops: list[str], run: _Run, case: Case) -> None:
+    """Refuse a model that draws random numbers which reach its outputs.
+
+    Raises:
+        ExportError: The same inputs give other outputs.
+    """
+    if not ops:
+        return
+    again = run(case.feeds)
+    for name, have in again.items():
+        want = case.outputs[name]
+        real = want.dtype.kind in "fc" and have.shape == want.shape
+        if not (np.allclose(have, want, rtol=1e-3, equal_nan=True) if real else np.array_equal(have, want)):
+            raise ExportError(
+                f"{path} gives another {name!r} each time for the same inputs (it has {', '.join(ops)})",
+                expected="a deterministic model",
+                hint="export it again from its source, in inference mode",
+            )
+
+
 def _merge(declared: TensorSpec, observed: TensorSpec) -> TensorSpec:
-    """Declared names of dimensions, where they are names; observation fills in what the file leaves open."""
-    if declared.shape is None or observed.shape is None:
-        return observed
+    """Declared names of dimensions, where they are names; observation decides the rest, whatever the file says."""
+    if declared.shape is None or observed.shape is None or len(declared.shape) != len(observed.shape):
+        return TensorSpec(declared.name, declared.dtype, observed.shape)
     dims = tuple(
-        o if isinstance(d, str) and d.startswith(f"{declared.name}_dim") else d
-        for d, o in zip(declared.shape, observed.shape, strict=False)
+        d if isinstance(d, str) and not d.startswith(f"{declared.name}_dim") else o
+        for d, o in zip(declared.shape, observed.shape, strict=True)
     )
-    return TensorSpec(declared.name, declared.dtype, dims if len(dims) == len(observed.shape) else observed.shape)
+    return TensorSpec(declared.name, declared.dtype, dims)
+
+
+def _contradicts(declared: TensorSpec, found: TensorSpec) -> bool:
+    """Whether a file's declaration is wrong, and not only less than could be said."""
+    if declared.shape is None or found.shape is None:
+        return False
+    if len(declared.shape) != len(found.shape):
+        return True
+    return any(isinstance(d, int) and d != f for d, f in zip(declared.shape, found.shape, strict=True))
 
 
 def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[str, int]:
@@ -134,28 +193,55 @@ def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[
     return sizes
 
 
+def likely_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> list[dict[str, int]]:
+    """Sizes to try in turn: those of `guess_sizes`, then batch 1, larger images, and 1 for everything that is open."""
+    usual = guess_sizes(inputs, options)
+    first = {s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], str)}
+    single = usual | {name: 1 for name in usual if name in first}
+    images = {name: 224 if size == 64 else size for name, size in single.items()}
+    found: list[dict[str, int]] = []
+    for sizes in (usual, single, images, dict.fromkeys(usual, 1)):
+        wanted = sizes | dict(options.dims)
+        if wanted not in found:
+            found.append(wanted)
+    return found
+
+
 def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) -> dict[str, ValueRange]:
     """Legal values of integer inputs that index a table of weights (token ids), found in the graph.
 
-    Follows each input through Cast, Reshape, Squeeze, Unsqueeze and Identity to Gather nodes over an initializer, which
-    may be quantized.
+    Follows each input through nodes that only move values to Gather nodes over an initializer, which may be quantized;
+    into the branches of If and the bodies of Loop as well, and into ONNX Runtime's fused embeddings.
     """
     weights = _tables(model)
     found: dict[str, ValueRange] = {}
     for spec in inputs:
-        if spec.dtype not in ("int32", "int64"):
-            continue
-        names, limit = {spec.name}, None
-        for node in model.graph.node:  # topologically sorted, by the standard
-            if node.op_type in _SAME_VALUES and node.input[0] in names:
-                names.add(node.output[0])
-            elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in weights:
-                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                size = weights[node.input[0]][axis]
-                limit = size if limit is None else min(limit, size)
-        if limit:
-            found[spec.name] = ValueRange(0, limit - 1)
+        if spec.dtype in ("int32", "int64"):
+            sizes = _sizes_indexed(model.graph.node, {spec.name}, weights)
+            if sizes:
+                found[spec.name] = ValueRange(0, min(sizes) - 1)
     return found
+
+
+def _sizes_indexed(nodes: Iterable[onnx.NodeProto], names: set[str], weights: Mapping[str, Sequence[int]]) -> list[int]:
+    """Sizes of all table axes that some tensors, and what is moved from them, index."""
+    sizes: list[int] = []
+    for node in nodes:  # topologically sorted, by the standard
+        reads = node.input if node.op_type == "Concat" else node.input[:1]
+        if node.op_type in _SAME_VALUES and names.intersection(reads):
+            names.update(node.output)
+        elif node.op_type in ("Gather", "GatherElements") and node.input[1] in names and node.input[0] in weights:
+            shape = weights[node.input[0]]
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            sizes += [shape[axis]] if -len(shape) <= axis < len(shape) else []
+        for ids, table in _EMBEDDING_TABLES.get(node.op_type, ()):
+            if max(ids, table) < len(node.input) and node.input[ids] in names and node.input[table] in weights:
+                sizes.append(weights[node.input[table]][0])
+        for attribute in node.attribute:
+            for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                inner = {t.name: list(t.dims) for t in graph.initializer}
+                sizes += _sizes_indexed(graph.node, set(names), {**weights, **inner})
+    return [size for size in sizes if size > 0]
 
 
 def _tables(model: onnx.ModelProto) -> dict[str, list[int]]:

@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploykit.data import Dataset, ValueRange, generate, user_frame
-from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
+from deploykit.data import Dataset, ValueRange, user_frame
+from deploykit.errors import DeploykitError, ExportError, SourceError, TimeLimitError, first_line
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
+from deploykit.exporters.binding import Call
+from deploykit.exporters.bounded import run_bounded
+from deploykit.exporters.capture import ModuleTensors
+from deploykit.exporters.modules import count_modules, has_fast_path, prepare, recurrent_layers
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
     example_sizes,
     make_cases,
     observed_outputs,
-    parse_input,
     plan_inputs,
     vary,
 )
-from deploykit.extras import require, version_of
+from deploykit.extras import version_of
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
-_SIZE_GUESS = {"batch": 2, "sequence": 16, "height": 64, "width": 64}
+__all__ = ["Call", "TorchSource", "export_feeds", "observed_range"]
 
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How a flat list of named tensors becomes a call of the module.
-
-    Attributes:
-        names: Input names, in order.
-        positional: How many of them are passed by position; the others by keyword.
-        constants: Keyword arguments that are no tensors, held fixed.
-    """
-
-    names: tuple[str, ...]
-    positional: int
-    constants: Mapping[str, Any]
+# CPU seconds that a way may take while another one is left: most exports take less than half of it.
+_LIMIT_S = 40.0
+_LIMIT_PER_MODULE_S = 0.2
+_PATIENCE = 5
 
 
 class TorchSource(Source):
@@ -83,18 +77,35 @@ class TorchSource(Source):
         self.kind = kind
         self.label = label
         self.assets = assets
-        found = list(notes)
-        if any(part.training for part in module.modules()):
-            found.append("the module was in training mode; it is exported in evaluation mode")
-        self._module = torch_onnx.flatten_module(_on_cpu(module, label), call)
+        ready = prepare(module, label)
+        self.precision = ready.precision
+        found = [*notes, *ready.notes]
+        if call.fixed:
+            found.append(f"held fixed in the graph: {', '.join(call.fixed)}")
+        self._widened = ready.widened
+        if ready.widened:
+            examples = {n: _widen(a) for n, a in examples.items()}
+        self._module = torch_onnx.flatten_module(ready.module, call)
+        self._wide: Any = None
         self._examples = examples
         self._options = options
         self._draw = draw
+        self._said: dict[Way, tuple[str, ...]] = {}
+        self._scripted = torch_onnx.is_scripted(ready.module)
+        self._recurrent = () if self._scripted else tuple(recurrent_layers(ready.module))
+        self._size = count_modules(ready.module)
+        if self._scripted and options.way == "torch.export":
+            raise ExportError(f"{label} is TorchScript, which torch.export cannot read", hint="leave --exporter out")
         observed = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
         self.ranges = observed | (ranges or {})
         dynamic = plan_inputs(examples, options) if specs is None else tuple(specs)
+        if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in dynamic):
+            found.append(
+                "the first axes of the inputs differ, so all shapes are fixed; --dynamic INPUT:AXIS=NAME,… names some"
+            )
         self.data = options.data or data
-        self._run_example()
+        self._state: dict[str, Any] = {}
+        found += self._run_example()
         if options.data:
             cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:
@@ -102,6 +113,12 @@ class TorchSource(Source):
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
+        found += _rank_notes(cases)
+        if self._recurrent and options.way == "auto":
+            found.append(
+                f"TorchScript goes first, because it keeps a recurrent layer as one operator: {self._recurrent[0]}"
+                + (f" and {len(self._recurrent) - 1} more" if len(self._recurrent) > 1 else "")
+            )
         self.notes = tuple(found)
         self._fixed_cases: tuple[Case, ...] | None = None
 
@@ -129,13 +146,30 @@ class TorchSource(Source):
         draw, sizes = self._draw, example_sizes(specs, self._examples)
         return None if draw is None else lambda _: draw(sizes)
 
-    def _run_example(self) -> None:
+    def _run_example(self) -> list[str]:
+        """Run the example twice, with other inputs in between, so that a state which decides about outputs shows.
+
+        Raises:
+            SourceError: It does not run, or the second time with other outputs.
+        """
+        before = torch_onnx.copy_buffers(self._module)
+        notes = []
         try:
+            if torch_onnx.uses_autocast(self._module, self._examples):
+                self._module.autocast = False
+                notes.append(
+                    "autocast in forward is switched off, for CPU runtimes do not compute in bfloat16; the model is "
+                    "exported in float32"
+                )
             outputs = self._reference(self._examples)
+            with contextlib.suppress(Exception):
+                rng = np.random.default_rng(2)
+                self._reference({n: vary(a, a.shape, rng) for n, a in self._examples.items()})
             again = self._reference(self._examples)
         except DeploykitError:
             raise
         except Exception as exc:
+            self._explain(exc)
             shapes = ", ".join(f"{n} {a.dtype}{list(a.shape)}" for n, a in self._examples.items())
             raise SourceError(
                 f"{self.label} does not accept its example inputs {shapes} ({first_line(exc)}{user_frame(exc)})",
@@ -145,25 +179,127 @@ class TorchSource(Source):
         if not outputs:
             raise SourceError(f"{self.label} returns no tensors", expected="at least one tensor as output")
         unsteady = [name for name, array in outputs.items() if not _same(array, again.get(name))]
+        unsteady += [name for name in again if name not in outputs]
         if unsteady:
             raise SourceError(
                 f"{self.label} gives another {unsteady[0]!r} when it runs again on the same inputs",
                 expected="outputs that depend on nothing but the inputs",
-                hint="take random numbers and state out of forward",
+                hint="take random numbers and state out of forward: make the state an input and an output",
+            )
+        if has_fast_path(self._module):
+            notes += self._compare_fast_path(outputs)
+        if self._module.left_out:
+            notes.append(f"outputs that are no tensors are left out: {', '.join(self._module.left_out)}")
+        written = torch_onnx.changed_buffers(self._module, before)
+        if written:
+            self._state = before
+            self._check_state(written, outputs)
+            notes.append(
+                f"forward writes to {', '.join(written[:3])}, on which no output depends; the graph does not keep it"
+            )
+        return notes
+
+    def _check_state(self, written: Sequence[str], outputs: Mapping[str, Array]) -> None:
+        """Refuse a module whose outputs follow from a buffer that an earlier call wrote.
+
+        Raises:
+            SourceError: With other values in the buffer, the example gives other outputs.
+        """
+        torch_onnx.restore_buffers(self._module, self._state, change=written)
+        try:
+            others = torch_onnx.run_module(self._module, self._examples)
+        except Exception:  # noqa: BLE001 - it minds the values, whatever it says about them
+            others = {}
+        self._restore()
+        if any(not _same(array, others.get(name)) for name, array in outputs.items()):
+            raise SourceError(
+                f"{self.label} keeps a state in {written[0]!r}: forward writes to it, and the next call reads it",
+                expected="outputs that depend on nothing but the inputs",
+                hint="make the state an input and an output of forward",
             )
 
+    def _compare_fast_path(self, outputs: Mapping[str, Array]) -> list[str]:
+        """Whether torch's fused kernels for transformers, which stay off here, give other numbers."""
+        try:
+            fast = torch_onnx.run_module(self._module, self._examples, fast_path=True)
+        except RuntimeError:
+            return []
+        if all(_same(array, fast.get(name)) for name, array in outputs.items()):
+            return []
+        return [
+            "compared without torch's fast path for nn.TransformerEncoder, which writes zeros at padded positions, or "
+            "cuts them off; the graph does not"
+        ]
+
+    def _explain(self, exc: Exception) -> None:
+        """Raise an error that says more than torch's.
+
+        Raises:
+            SourceError: The reason is known.
+        """
+        missing = re.search(r"'_OpNamespace' '(\w+)' object has no attribute '(\w+)'", str(exc))
+        if missing:
+            raise SourceError(
+                f"{self.label} uses the operator {missing[1]}::{missing[2]}, which is not there",
+                hint=f"install {missing[1]}, and import it in the factory's file",
+            ) from exc
+        if self._widened and "BFloat16" in str(exc):
+            raise SourceError(
+                f"{self.label} casts to bfloat16 in forward{user_frame(exc)}, and CPU runtimes do not compute in that",
+                expected="a module that also runs in float32",
+                hint="take the casts out, or use the dtype of the weights: x.to(self.weight.dtype)",
+            ) from exc
+
+    def _restore(self) -> None:
+        """The buffers as they were, where forward writes to them."""
+        if self._state:
+            torch_onnx.restore_buffers(self._module, self._state)
+
     def _reference(self, feeds: Feeds) -> dict[str, Array]:
-        return torch_onnx.run_module(self._module, feeds)
+        """Outputs of the module; of its float32 twin where torch's CPU kernels lack float16."""
+        self._restore()
+        if self._wide is None:
+            try:
+                return torch_onnx.run_module(self._module, feeds)
+            except RuntimeError as exc:
+                if self.precision != "float16" or "not implemented for 'Half'" not in str(exc):
+                    raise
+            self._wide = copy.deepcopy(self._module).float()
+        wide = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in feeds.items()}
+        outputs = torch_onnx.run_module(self._wide, wide)
+        return {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in outputs.items()}
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the module; inputs may come in any order."""
+        return self._reference({s.name: feeds[s.name] for s in self.signature.inputs})
+
+    def tensors(self, feeds: Feeds) -> ModuleTensors:
+        """The result of every operator."""
+        return ModuleTensors(self._module, {s.name: feeds[s.name] for s in self.signature.inputs})
 
     @property
     def ways(self) -> tuple[Way, ...]:
-        """torch.export first; fixed shapes only where nobody asked for dynamic ones."""
+        """torch.export first, or TorchScript for recurrent layers; fixed shapes only where nobody asked for others."""
         has_dynamic = bool(self.signature.symbols)
-        names = ("torch.export", "torchscript") if self._options.way == "auto" else (self._options.way,)
-        ways = [Way(name, has_dynamic) for name in names]
+        names = (self._options.way,)
+        if self._scripted:
+            names = ("torchscript",)
+        elif self._options.way == "auto":
+            names = ("torchscript", "torch.export") if self._recurrent else ("torch.export", "torchscript")
+        patient = len(names) == 1 or self._options.timeout_s is not None
+        ways = [Way(name, has_dynamic, patient=patient) for name in names]
         if has_dynamic and not asks_for_dynamic(self._options):
-            ways += [Way(name, False) for name in names]
+            ways += [Way(name, False, patient=patient) for name in names]
         return tuple(ways)
+
+    def notes_on(self, way: Way) -> tuple[str, ...]:
+        """What the tracer left out."""
+        return self._said.get(way, ())
+
+    def _limit_s(self, way: Way) -> float:
+        if self._options.timeout_s is not None:
+            return self._options.timeout_s
+        return (_LIMIT_S + _LIMIT_PER_MODULE_S * self._size) * (_PATIENCE if way.patient else 1)
 
     def cases_for(self, way: Way) -> tuple[Case, ...]:
         """For fixed shapes: three sets of values at the example's shape."""
@@ -185,28 +321,18 @@ class TorchSource(Source):
             signature=Signature(inputs, observed_outputs(cases)),
             opset=opset or DEFAULT_OPSET,
         )
-        torch_onnx.write(job, way.name, target)
+        self._restore()
+        torch_onnx.preload(way.name)
+        limit = self._limit_s(way)
+        try:
+            self._said[way] = tuple(run_bounded(lambda: torch_onnx.write(job, way.name, target), limit))
+        except TimeLimitError as exc:
+            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:.0f}") from exc
 
     def tools(self) -> dict[str, str]:
         """torch, onnxscript, and transformers where it built the module."""
         names = ["torch", "onnxscript", "onnx", *(["transformers"] if self.kind == "huggingface" else [])]
         return {name: found for name in names if (found := version_of(name))}
-
-
-def _on_cpu(module: Any, label: str) -> Any:
-    """The module on the CPU, in evaluation mode.
-
-    Raises:
-        SourceError: It has no values yet (a module on the meta device), or cannot be moved.
-    """
-    try:
-        return module.eval().cpu()
-    except Exception as exc:
-        raise SourceError(
-            f"{label} cannot be moved to the CPU ({first_line(exc)})",
-            expected="a module whose weights are loaded",
-            hint="mend the factory",
-        ) from exc
 
 
 def _same(first: Array, second: Array | None) -> bool:
@@ -234,6 +360,21 @@ def export_feeds(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, Arra
     return made
 
 
+def _rank_notes(cases: Sequence[Case]) -> list[str]:
+    ranks = {name: {case.outputs[name].ndim for case in cases} for name in cases[0].outputs}
+    return [
+        f"output {name!r} has {' or '.join(map(str, sorted(found)))} dimensions, which depends on the sizes; the graph "
+        f"declares {cases[0].outputs[name].ndim}"
+        for name, found in ranks.items()
+        if len(found) > 1
+    ]
+
+
+def _widen(array: Array) -> Array:
+    """float32 for bfloat16."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
 def observed_range(example: Array) -> ValueRange | None:
     """What an example tells about legal values: the extremes of integers, mean and spread of reals."""
     if example.size == 0 or example.dtype.kind not in "iuf":
@@ -242,88 +383,3 @@ def observed_range(example: Array) -> ValueRange | None:
         return ValueRange(float(example.min()), float(example.max()))
     mean, spread = float(np.mean(example, dtype=np.float64)), float(np.std(example, dtype=np.float64)) or 1.0
     return ValueRange(mean - spread, mean + spread)
-
-
-def bind_examples(module: Any, given: Any, label: str) -> tuple[dict[str, Array], Call]:
-    """Name the example inputs after the parameters of `forward`.
-
-    Args:
-        module: The module.
-        given: A tensor, a tuple of tensors, or a dictionary of keyword arguments.
-        label: For messages.
-
-    Raises:
-        SourceError: They cannot be bound to `forward`, or hold something else than tensors and constants.
-    """
-    torch = require("torch", extra="torch")
-    args = () if isinstance(given, Mapping) else tuple(given) if isinstance(given, list | tuple) else (given,)
-    kwargs = dict(given) if isinstance(given, Mapping) else {}
-    signature = inspect.signature(module.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as exc:
-        raise SourceError(
-            f"the example inputs of {label} do not fit forward{signature} ({first_line(exc)})",
-            hint="mend the example that the factory returns, or --input",
-        ) from exc
-    named: dict[str, Any] = {}
-    positional = 0
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            named |= {f"{name}_{i}": v for i, v in enumerate(value)}
-            positional += len(value)
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
-        else:
-            named[name] = value
-            positional += kind is not inspect.Parameter.KEYWORD_ONLY and not kwargs
-    tensors = {n: v for n, v in named.items() if isinstance(v, torch.Tensor)}
-    constants = {n: v for n, v in named.items() if not isinstance(v, torch.Tensor)}
-    for name, value in constants.items():
-        if value is not None and not isinstance(value, bool | int | float | str):
-            raise SourceError(
-                f"example input {name!r} of {label} is a {type(value).__name__}",
-                expected="tensors, or constants (None, bool, int, float, str)",
-                hint="wrap the module in one whose forward takes tensors",
-            )
-    if not tensors:
-        raise SourceError(
-            f"the example inputs of {label} hold no tensor",
-            expected="a tensor, a tuple or a dictionary of them",
-        )
-    if constants and positional:
-        # Constants between positional tensors: pass everything by keyword instead.
-        star = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.parameters.values())
-        if star:
-            raise SourceError(
-                f"{label} mixes constants with *args", hint="wrap the module in one that takes tensors only"
-            )
-        positional = 0
-    arrays = {n: torch_onnx.to_numpy(v) for n, v in tensors.items()}
-    return arrays, Call(tuple(tensors), positional, constants)
-
-
-def made_up_examples(
-    module: Any, options: ExportOptions, label: str
-) -> tuple[dict[str, Array], Call, dict[str, ValueRange]]:
-    """Example inputs from `--input`, for a module that comes without.
-
-    Raises:
-        SourceError: There is no `--input`, or they do not fit `forward`.
-    """
-    if not options.inputs:
-        parameters = ", ".join(n for n in inspect.signature(module.forward).parameters) or "x"
-        name = parameters.split(",")[0]
-        raise SourceError(
-            f"{label} gives a module without example inputs (its forward takes: {parameters})",
-            expected="(module, example_inputs) from the factory, or --input for every input",
-            hint=f"add for example: --input '{name}=float32[batch,3,224,224]'",
-        )
-    parsed = [parse_input(text) for text in options.inputs]
-    specs = [spec for spec, _ in parsed]
-    ranges = {spec.name: limits for spec, limits in parsed if limits is not None}
-    sizes = {s: options.dims.get(s, _SIZE_GUESS.get(s, 16)) for spec in specs for s in spec.symbols}
-    arrays = generate(specs, sizes, ranges=ranges)
-    bound, call = bind_examples(module, {n: torch_onnx.from_numpy(a) for n, a in arrays.items()}, label)
-    return bound, call, ranges

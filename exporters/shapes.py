@@ -150,7 +150,8 @@ def example_sizes(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, int
     sizes: dict[str, int] = {}
     sums: list[tuple[Dim, int]] = []
     for spec in specs:
-        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=True):
+        # Of an unknown rank there is nothing to name.
+        for dim, size in zip(spec.shape or (), examples[spec.name].shape, strict=spec.shape is not None):
             if len(terms(dim)) > 1:
                 sums.append((dim, size))
             elif isinstance(dim, str) and sizes.setdefault(dim, int(size)) != size:
@@ -237,6 +238,7 @@ def make_cases(
     limits: Mapping[str, tuple[int, int]] | None = None,
     draw: Callable[[dict[str, int]], dict[str, Array]] | None = None,
     check: Sequence[dict[str, int]] | None = None,
+    tie: Callable[[dict[str, int]], dict[str, int]] = dict,
 ) -> tuple[list[Case], list[str]]:
     """Run the source at several shapes.
 
@@ -247,6 +249,7 @@ def make_cases(
         limits: Sizes that the source allows, by symbol.
         draw: Makes inputs for given sizes; by default variations of the example.
         check: Sizes to run at, beside the example's; by default those of `sizes_to_check`.
+        tie: Makes sizes fit each other, where one follows from another.
 
     Returns:
         The cases, the example first, and notes on shapes that the source itself refuses.
@@ -264,8 +267,11 @@ def make_cases(
     cases = [Case(sizes, dict(examples), reference(examples))]
     notes: list[str] = []
     batch = {str(s.shape[0]) for s in specs if s.shape} | {"batch"}
-    plan = (check if check is not None else sizes_to_check(sizes, limits, batch)[1:]) if sizes else [{}, {}, {}]
-    for wanted in plan:
+    wanted_sizes = check if check is not None else sizes_to_check(sizes, limits, batch)[1:]
+    plans = [tie(plan) for plan in wanted_sizes] if sizes else [{}, {}, {}]
+    for number, wanted in enumerate(plans):
+        if sizes and (wanted == sizes or wanted in plans[:number]):
+            continue
         feeds = make(wanted)
         try:
             cases.append(Case(wanted, feeds, reference(feeds)))
@@ -313,20 +319,23 @@ def observed_outputs(cases: Sequence[Case]) -> tuple[TensorSpec, ...]:
     """Output specs, with dimension names found by watching the sizes over all cases.
 
     An axis that always has a symbol's size gets the symbol's name; one that never changes is fixed; any other is
-    named after the output; axes that always have
-    one size have one name. A sum of two symbols is seen too.
+    named after the output; axes that always have one size have one name. A sum of two symbols is seen too. Where the
+    rank changes, it is that of the first case.
     """
     specs = []
     named: dict[tuple[int, ...], str] = {}
     for name, first in cases[0].outputs.items():
-        dims = [_observed_dim(name, axis, cases, named) for axis in range(first.ndim)]
+        one_rank = len({case.outputs[name].ndim for case in cases}) == 1
+        dims = [
+            _observed_dim(name, axis, cases, named) if one_rank else f"{name}_dim{axis}" for axis in range(first.ndim)
+        ]
         specs.append(TensorSpec(name, first.dtype.name if first.dtype.kind not in "OU" else "string", tuple(dims)))
     return tuple(specs)
 
 
 def _observed_dim(name: str, axis: int, cases: Sequence[Case], named: dict[tuple[int, ...], str]) -> Dim:
     """Size or name of one axis; ``named`` holds the names that were given so far, by the sizes of the axis."""
-    sizes = [case.outputs[name].shape[axis] if axis < case.outputs[name].ndim else -1 for case in cases]
+    sizes = [case.outputs[name].shape[axis] for case in cases]
     if len(set(sizes)) == 1:
         return int(sizes[0])
     for symbol in cases[0].sizes:

@@ -7,15 +7,13 @@ from pathlib import Path
 from deploykit.artifact import is_artifact
 from deploykit.errors import ExportError, SourceError
 from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Source, Way
+from deploykit.exporters.torch_files import SUFFIXES, refusal
 
 WAYS = ("auto", "torch.export", "torchscript")
 _KINDS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory, or an .onnx file"
 _FACTORY = "write a factory that builds the module and loads its weights, and export file.py:factory"
 _REFUSED = {
-    ".pt": f"pickled weights do not hold the model's code; {_FACTORY}",
-    ".pth": f"pickled weights do not hold the model's code; {_FACTORY}",
-    ".bin": f"pickled weights do not hold the model's code; {_FACTORY}",
-    ".ckpt": f"pickled weights do not hold the model's code; {_FACTORY}",
+    **dict.fromkeys(SUFFIXES, f"pickled weights do not hold the model's code; {_FACTORY}"),
     ".pkl": f"unpickling runs whatever code the file holds; {_FACTORY}",
     ".joblib": f"unpickling runs whatever code the file holds; {_FACTORY}",
     ".safetensors": f"weights alone do not hold the model's code; give the directory with config.json, or {_FACTORY}",
@@ -87,6 +85,8 @@ def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
         from deploykit.exporters.exported_program import ExportedProgramSource
 
         return ExportedProgramSource(path, options)
+    if path.suffix in SUFFIXES and path.is_file():
+        raise refusal(path)
     if path.suffix in _REFUSED and named:
         where = source if path.exists() else f"{source} (which does not exist)"
         raise SourceError(f"{where} cannot be exported", hint=_REFUSED[path.suffix])

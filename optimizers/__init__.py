@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.quantize import DynamicConfig, StaticConfig
+from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
 from deploykit.optimizers.steps import StepConfig, optimize
 
-__all__ = ["DynamicConfig", "SimplifyConfig", "StaticConfig", "StepConfig", "StepResult", "optimize"]
+__all__ = [
+    "DynamicConfig",
+    "SimplifierProcess",
+    "SimplifyConfig",
+    "StaticConfig",
+    "StepConfig",
+    "StepResult",
+    "optimize",
+]

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from deploykit.errors import OptimizationError, first_line
+from deploykit.nodes import quantized_ops
+from deploykit.weights import put_back, set_aside
 
 if TYPE_CHECKING:
     import onnx
 
 # Per-channel QuantizeLinear came with opset 13.
 _PER_CHANNEL_OPSET = 13
+# DynamicQuantizeLinear came with opset 11.
+_PER_TENSOR_OPSET = 11
 _MIN_IR = 7  # that of opset 13
-_QUANTIZED_OPS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "QLinearConv",
-        "QLinearMatMul",
-        "ConvInteger",
-        "MatMulInteger",
-        "DynamicQuantizeLinear",
-    }
-)
 
 
 def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.ModelProto, list[str]]:
@@ -40,10 +34,10 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     """
     import onnx
 
-    quantized = next((n for n in model.graph.node if n.op_type in _QUANTIZED_OPS), None)
-    if quantized is not None:
+    quantized = quantized_ops(model)
+    if quantized:
         raise OptimizationError(
-            f"the model is quantized already (it has {quantized.op_type})",
+            f"the model is quantized already (it has {', '.join(quantized[:3])})",
             expected="a floating-point model",
             hint="start from the model before quantization",
         )
@@ -52,9 +46,9 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     copy.CopyFrom(model)
     _name_nodes(copy)
     have = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if per_channel and have < _PER_CHANNEL_OPSET:
+    if have < (_PER_CHANNEL_OPSET if per_channel else _PER_TENSOR_OPSET):
         copy = _raise_opset(copy, have)
-        notes.append(f"opset raised from {have} to {_PER_CHANNEL_OPSET}: per-channel weights need it")
+        notes.append(f"opset raised from {have} to {_PER_CHANNEL_OPSET}: 8-bit weights need it")
     # Before 4, weights had to be listed as inputs; those that quantizers add are not.
     copy.ir_version = max(copy.ir_version, _MIN_IR)
     lifted = _lift_constants(copy)
@@ -64,22 +58,33 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
-    """Give nameless nodes names, so that they can be chosen and excluded."""
+    """Give nameless nodes names, and equal names numbers, so that each node can be chosen and excluded."""
+    given = Counter(node.name for node in model.graph.node)
+    taken = set(given) - {""}
     for number, node in enumerate(model.graph.node):
-        if not node.name:
-            node.name = f"{node.op_type}_{number}"
+        if node.name and given[node.name] == 1:
+            continue
+        base = node.name or node.op_type
+        name = f"{base}_{number}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        node.name = name
 
 
 def _raise_opset(model: onnx.ModelProto, have: int) -> onnx.ModelProto:
     from onnx import version_converter
 
+    aside = set_aside(model)  # the converter reads every value
     try:
-        return version_converter.convert_version(model, _PER_CHANNEL_OPSET)
+        raised = version_converter.convert_version(model, _PER_CHANNEL_OPSET)
     except Exception as exc:
         raise OptimizationError(
             f"opset {have} cannot be raised to {_PER_CHANNEL_OPSET} ({first_line(exc)})",
-            hint="export the model again with --opset 18, or use per-tensor weights: --per-tensor",
+            hint="export the model again with --opset 18",
         ) from exc
+    put_back(raised, aside)
+    return raised
 
 
 def _lift_constants(model: onnx.ModelProto) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.data import LABELS, Dataset
-from deploykit.errors import OptimizationError, first_line
+from deploykit.errors import DataError, OptimizationError, first_line
 from deploykit.extras import require, version_of
 from deploykit.machine import inspect_machine
-from deploykit.modelfile import model_bytes, read_model, signature_of, write_model
+from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
+from deploykit.optimizers.lazy_weights import lazy_weights
 from deploykit.optimizers.prepare import prepare
 from deploykit.optimizers.ranges import MinMax, collect_ranges
-from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
+from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes, select_nodes, watched_tensors
 from deploykit.specs import Array, Signature, fit_feeds
+from deploykit.weights import LightModel, open_light, write_light
 
 if TYPE_CHECKING:
     import onnx
@@ -80,46 +82,26 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
     Raises:
         OptimizationError: Nothing to quantize, or the quantizer failed.
     """
-    quantization = require("onnxruntime.quantization", extra="ort")
-    prepared, notes = prepare(read_model(model), per_channel=config.per_channel)
+    require("onnxruntime.quantization", extra="ort")
     bits, why = _weight_bits(config.weight_bits)
-    check_excluded(prepared, config.exclude)
-    kept = [n.name for n in prepared.graph.node if n.name in config.exclude or n.op_type in config.exclude]
-    # onnxruntime splits a Gemm into a MatMul of this name and an Add before it looks at the names.
-    excluded = [*kept, *(f"{name}_MatMul" for name in kept)]
-    if not any(n.op_type in config.ops for n in prepared.graph.node):
-        kinds = sorted({n.op_type for n in prepared.graph.node})
-        raise OptimizationError(
-            f"nothing to quantize: the model has none of {', '.join(config.ops)} (it has {', '.join(kinds[:8])})",
-            hint="convolutional models want: deploykit quantize static --data FILE",
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
+        light = open_light(model, Path(scratch))
+        prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+        check_excluded(prepared, config.exclude)
+        nodes, other = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
+        if not nodes:
+            raise _nothing_dynamic(prepared, config.ops, other)
+        made = _dynamic(LightModel(prepared, light.folder), config, nodes, bits)
+        quantized = sum(
+            n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in made.graph.node
         )
-    try:
-        with _no_advice():
-            quantization.quantize_dynamic(
-                prepared,
-                str(target),
-                op_types_to_quantize=list(config.ops),
-                per_channel=config.per_channel,
-                reduce_range=bits == 7,
-                weight_type=quantization.QuantType.QInt8,
-                nodes_to_exclude=excluded,
-                use_external_data_format=model_bytes(model) > 1_900_000_000,
-                extra_options={"MatMulConstBOnly": True},
+        # Embeddings become integers behind a DequantizeLinear.
+        if not quantized and not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
+            raise OptimizationError(
+                "nothing was quantized: no matrix product has constant weights",
+                hint="use: deploykit quantize static --data FILE",
             )
-    except OSError:
-        raise
-    except Exception as exc:
-        raise OptimizationError(f"onnxruntime's dynamic quantizer failed ({first_line(exc)})") from exc
-    result = read_model(target)
-    quantized = sum(
-        n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in result.graph.node
-    )
-    # Embeddings become integers behind a DequantizeLinear.
-    if not quantized and not any(n.op_type == "DequantizeLinear" for n in result.graph.node):
-        raise OptimizationError(
-            "nothing was quantized: no matrix product has constant weights",
-            hint="use: deploykit quantize static --data FILE",
-        )
+        write_light(LightModel(made, light.folder), target)
     params = {
         "ops": list(config.ops),
         "per_channel": config.per_channel,
@@ -128,6 +110,54 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
         "integer_nodes": quantized,
     }
     return StepResult(True, (*notes, *why), params, _tools())
+
+
+def _nothing_dynamic(model: onnx.ModelProto, ops: Sequence[str], other: str | None) -> OptimizationError:
+    kinds = sorted({n.op_type for n in model.graph.node})
+    if other is not None:
+        return OptimizationError(
+            f"nothing to quantize: the weights are {other}", expected="float32", hint="export the model in float32"
+        )
+    has = f" (it has {', '.join(kinds[:8])})" if kinds else ""
+    convolutions = "convolutional models want: deploykit quantize static --data FILE"
+    return OptimizationError(
+        f"nothing to quantize: the model has none of {', '.join(ops)} with constant weights{has}",
+        hint=convolutions if "Conv" in kinds else "keep this model in floating point",
+    )
+
+
+def _dynamic(light: LightModel, config: DynamicConfig, nodes: list[str], bits: int) -> onnx.ModelProto:
+    """Run onnxruntime's quantizer on the chosen nodes."""
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode, add_infer_metadata
+
+    try:
+        with _no_advice(), lazy_weights(light.folder):
+            add_infer_metadata(light.proto)
+            quantizer = ONNXQuantizer(
+                light.proto,
+                config.per_channel,
+                bits == 7,
+                QuantizationMode.IntegerOps,
+                False,
+                QuantType.QInt8,
+                QuantType.QUInt8,
+                None,
+                # onnxruntime splits a Gemm into a MatMul of this name and an Add before it looks at the names.
+                [*nodes, *(f"{name}_MatMul" for name in nodes)],
+                [],
+                # ... and "MatMul" has to be among the types for its half of a Gemm.
+                sorted({*config.ops, *(["MatMul"] if "Gemm" in config.ops else [])}),
+                {"MatMulConstBOnly": True},
+            )
+            quantizer.quantize_model()
+    except OSError:
+        raise
+    except Exception as exc:
+        raise OptimizationError(f"onnxruntime's dynamic quantizer failed ({first_line(exc)})") from exc
+    made: onnx.ModelProto = quantizer.model.model
+    return made
 
 
 def quantize_static(
@@ -151,30 +181,35 @@ def quantize_static(
     if config.calibration != "minmax":
         raise OptimizationError(f"unknown calibration {config.calibration!r}", expected="minmax")
     require("onnxruntime.quantization", extra="ort")
-    prepared, notes = prepare(read_model(model), per_channel=config.per_channel)
     bits, why = _weight_bits(config.weight_bits)
-    check_excluded(prepared, config.exclude)
-    nodes = select_nodes(prepared, frozenset(config.exclude))
-    if not nodes:
-        raise OptimizationError(
-            "nothing to quantize: no convolution or matrix product with constant weights is left",
-            hint="drop --exclude, or keep this model in floating point",
-        )
-    tensors = watched_tensors(prepared, frozenset(nodes))
     count = _Counter()
-    with tempfile.TemporaryDirectory(prefix="deploykit-quantize-") as folder:
-        path = Path(folder) / "prepared.onnx"
-        write_model(prepared, path)
-        feeds = _feeds(signature_of(prepared), data, config, count)
-        ranges, _ = collect_ranges(path, tensors, feeds, open_model, Path(folder))
-    usable, unseen = _usable_nodes(prepared, nodes, ranges)
-    if unseen:
-        notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")
-    if not usable:
-        raise OptimizationError(
-            "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
-        )
-    _insert(prepared, usable, ranges, config, bits, target)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
+        light = open_light(model, Path(scratch))
+        prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+        light = LightModel(prepared, light.folder)
+        check_excluded(prepared, config.exclude)
+        nodes = select_nodes(prepared, frozenset(config.exclude))
+        if not nodes:
+            raise OptimizationError(
+                "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
+                hint="drop --exclude, or keep this model in floating point",
+            )
+        tensors = watched_tensors(prepared, frozenset(nodes))
+        with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder:
+            feeds = _feeds(signature_of(prepared), data, config, count)
+            ranges, _ = collect_ranges(light, tensors, feeds, open_model, Path(folder))
+        usable, unseen = _usable_nodes(prepared, nodes, ranges)
+        if unseen:
+            notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")
+        if not usable:
+            raise OptimizationError(
+                "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
+            )
+        total = len(prepared.graph.node)
+        made = _insert(light, usable, ranges, config, bits)
+        if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
+            raise OptimizationError("nothing was quantized: onnxruntime put no Q/DQ pair into the graph")
+        write_light(LightModel(made, light.folder), target)
     params = {
         "calibration": config.calibration,
         "data": data.source,
@@ -185,7 +220,7 @@ def quantize_static(
         "weights": "int8 symmetric",
         "exclude": list(config.exclude),
         "quantized_nodes": len(usable),
-        "float_nodes": len(prepared.graph.node) - len(usable),
+        "float_nodes": total - len(usable),
     }
     return StepResult(True, (*notes, *why), params, _tools())
 
@@ -196,19 +231,36 @@ class _Counter:
 
 
 def _feeds(signature: Signature, data: Dataset, config: StaticConfig, count: _Counter) -> Iterator[dict[str, Array]]:
-    """Batches of the size that the model takes: a fixed first axis decides."""
+    """Batches of the size that the model takes, never more than `max_samples` together: a fixed first axis decides.
+
+    A generator may yield pieces of any size; those that do not fill a fixed batch are put together.
+    """
     fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
     size = fixed[0] if fixed else config.batch_size
     limit = config.max_samples
-    for batch in data.batches(size):
+    for batch in _filled(data, size) if fixed else data.batches(size):
         have = len(next(iter(batch.values())))
-        if fixed and have != size:
-            break  # the incomplete rest
-        if limit is not None and count.samples >= limit:
+        left = have if limit is None else min(have, limit - count.samples)
+        if left <= 0 or (fixed and left < size):
             break
-        keep = have if limit is None or fixed else min(have, limit - count.samples)
-        count.samples += keep
-        yield fit_feeds(signature, {k: v[:keep] for k, v in batch.items() if k != LABELS})
+        count.samples += left
+        yield fit_feeds(signature, {k: v[:left] for k, v in batch.items() if k != LABELS})
+
+
+def _filled(data: Dataset, size: int) -> Iterator[dict[str, Array]]:
+    """Batches of exactly ``size``, across the borders of what the data come in; an incomplete rest is left out."""
+    waiting: dict[str, Array] = {}
+    for piece in data.batches(size):
+        try:
+            waiting = {n: np.concatenate([waiting[n], a]) for n, a in piece.items()} if waiting else piece
+        except (KeyError, ValueError) as exc:
+            raise DataError(
+                f"{data.source}: batches do not fit together ({first_line(exc)})",
+                expected="the same names and, but for the first axis, the same shapes in every batch",
+            ) from exc
+        while len(next(iter(waiting.values()))) >= size:
+            yield {n: a[:size] for n, a in waiting.items()}
+            waiting = {n: a[size:] for n, a in waiting.items()}
 
 
 def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: MinMax) -> tuple[list[str], list[str]]:
@@ -221,12 +273,12 @@ def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: MinMax) -> t
     return usable, unseen
 
 
-def _insert(
-    model: onnx.ModelProto, nodes: list[str], ranges: MinMax, config: StaticConfig, bits: int, target: Path
-) -> None:
+def _insert(light: LightModel, nodes: list[str], ranges: MinMax, config: StaticConfig, bits: int) -> onnx.ModelProto:
+    """Run onnxruntime's quantizer on the chosen nodes."""
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import add_infer_metadata
 
     limits = {
         name: TensorData(lowest=np.float32(ranges.low[name]), highest=np.float32(ranges.high[name]))
@@ -239,10 +291,11 @@ def _insert(
         # A quantized output would stand between a product and the bias and Gelu that ONNX Runtime fuses with it.
         "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
     }
-    kinds = {n.name: n.op_type for n in model.graph.node}
+    kinds = {n.name: n.op_type for n in light.proto.graph.node}
     try:
+        add_infer_metadata(light.proto)
         quantizer = QDQQuantizer(
-            model,
+            light.proto,
             config.per_channel,
             bits == 7,
             QuantType.QInt8,
@@ -253,14 +306,14 @@ def _insert(
             sorted({kinds[n] for n in nodes}),
             dict(options),
         )
-        with _no_advice():
+        with _no_advice(), lazy_weights(light.folder):
             quantizer.quantize_model()
         _keep_floats(quantizer.model.model, frozenset(nodes))
         quantizer.model.topological_sort()  # ONNX wants it; the pairs were appended at the end
-        made = quantizer.model.model
+        made: onnx.ModelProto = quantizer.model.model
     except Exception as exc:
         raise OptimizationError(f"onnxruntime's Q/DQ insertion failed ({first_line(exc)})") from exc
-    write_model(made, target)
+    return made
 
 
 def _keep_floats(model: onnx.ModelProto, quantized: frozenset[str]) -> None:

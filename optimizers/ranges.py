@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.errors import OptimizationError
-from deploykit.modelfile import read_model, write_model
 from deploykit.optimizers.base import Opener
 from deploykit.specs import Array, Feeds
+from deploykit.weights import LightModel, write_light
 
 if TYPE_CHECKING:
     import onnx
@@ -50,14 +50,14 @@ class MinMax:
 
 
 def collect_ranges(
-    model: Path, tensors: Sequence[str], batches: Iterable[Feeds], open_model: Opener, folder: Path
+    model: LightModel, tensors: Sequence[str], batches: Iterable[Feeds], open_model: Opener, folder: Path
 ) -> tuple[MinMax, int]:
     """Run the model over ``batches`` and watch ``tensors``.
 
     The tensors become outputs of a copy of the model; each batch is dropped as soon as it is seen.
 
     Args:
-        model: ONNX file.
+        model: Left as it is.
         tensors: Names of floating-point activations; graph inputs and outputs too.
         batches: Feeds.
         open_model: Opens a model file for inference.
@@ -69,11 +69,15 @@ def collect_ranges(
     Raises:
         OptimizationError: There was no batch.
     """
-    proto = read_model(model)
+    import onnx
+
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
     inputs = {v.name for v in proto.graph.input}
     watched = [t for t in tensors if t not in inputs]
     augmented = folder / "augmented.onnx"
-    write_model(_expose(proto, watched), augmented)
+    write_light(LightModel(_expose(proto, watched), model.folder), augmented)
+    del proto
     run = open_model(augmented)
     ranges = MinMax()
     count = 0

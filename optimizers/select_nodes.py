@@ -29,6 +29,11 @@ _TRUNK = (
     "Transpose",
 )
 _COMPUTE_INPUTS = 2
+_STANDARD, _MICROSOFT = ("", "ai.onnx"), ("com.microsoft",)
+# onnx.TensorProto.DataType
+_FLOAT, _OTHER_FLOATS = 1, (10, 11, 16)
+# Inputs that hold weights.
+_WEIGHTS = {"Gather": (0,), "LSTM": (1, 2)}
 
 
 def check_excluded(model: onnx.ModelProto, excluded: Iterable[str]) -> None:
@@ -46,20 +51,50 @@ def check_excluded(model: onnx.ModelProto, excluded: Iterable[str]) -> None:
         )
 
 
-def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> list[str]:
-    """Names of the nodes to quantize; nameless nodes get names, in place.
+def dynamic_nodes(
+    model: onnx.ModelProto, ops: Iterable[str], excluded: Set[str] = frozenset()
+) -> tuple[list[str], str | None]:
+    """Names of the nodes that dynamic quantization can take.
 
     Args:
-        model: Constants are initializers.
+        model: Constants are initializers, and every node has a name of its own.
+        ops: Operator types to quantize.
+        excluded: Names and operator types that stay in floating point.
+
+    Returns:
+        The names, and the type of the weights of a node that was left out because they are not float32.
+    """
+    import onnx
+
+    weights = {w.name: w for w in model.graph.initializer}
+    wanted, chosen, other = frozenset(ops), [], None
+    for node in model.graph.node:
+        # Since opset 23 the standard has an Attention of its own, which onnxruntime's quantizer takes for its own.
+        domain = _MICROSOFT if node.op_type == "Attention" else _STANDARD
+        if node.op_type not in wanted or node.domain not in domain or {node.name, node.op_type} & set(excluded):
+            continue
+        held = [weights[node.input[i]] for i in _WEIGHTS.get(node.op_type, (1,)) if node.input[i] in weights]
+        if any(w.data_type in _OTHER_FLOATS for w in held):
+            other = onnx.TensorProto.DataType.Name(held[0].data_type).lower()
+        elif held and all(w.data_type == _FLOAT for w in held):
+            chosen.append(node.name)
+    return chosen, other
+
+
+def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> list[str]:
+    """Names of the nodes to quantize.
+
+    Args:
+        model: Constants are initializers, and every node has a name of its own.
         excluded: Names and operator types that stay in floating point.
     """
-    weights = {w.name: w for w in model.graph.initializer}
+    # onnxruntime's kernels behind Q/DQ pairs compute for float32.
+    weights = {w.name: w for w in model.graph.initializer if w.data_type == _FLOAT}
+    constants = {w.name for w in model.graph.initializer}
     trunk: set[str] = set()
     chosen = []
-    for number, node in enumerate(model.graph.node):
-        if not node.name:
-            node.name = f"{node.op_type}_{number}"
-        if node.name in excluded or node.op_type in excluded or node.domain not in ("", "ai.onnx"):
+    for node in model.graph.node:
+        if node.name in excluded or node.op_type in excluded or node.domain not in _STANDARD:
             continue
         if node.op_type in _CONV:
             if node.input[1] in weights:
@@ -69,7 +104,7 @@ def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> li
             if node.input[1] in weights and len(weights[node.input[1]].dims) == _COMPUTE_INPUTS:
                 chosen.append(node.name)
         elif (node.op_type == "Add" and set(node.input) <= trunk) or (
-            node.op_type in _TRUNK and {i for i in node.input if i and i not in weights} <= trunk
+            node.op_type in _TRUNK and {i for i in node.input if i and i not in constants} <= trunk
         ):
             chosen.append(node.name)
             trunk.update(node.output)

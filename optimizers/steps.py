@@ -7,6 +7,7 @@ from pathlib import Path
 from deploykit.data import Dataset
 from deploykit.optimizers.base import Check, Opener, StepResult
 from deploykit.optimizers.quantize import DynamicConfig, StaticConfig, quantize_dynamic, quantize_static
+from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 
 StepConfig = SimplifyConfig | DynamicConfig | StaticConfig
@@ -20,6 +21,7 @@ def optimize(
     check: Check,
     open_model: Opener | None = None,
     data: Dataset | None = None,
+    process: SimplifierProcess | None = None,
 ) -> StepResult:
     """Apply one step.
 
@@ -30,12 +32,13 @@ def optimize(
         check: Says why a candidate is not acceptable; steps with alternatives ask it.
         open_model: Runs a model file; needed by `StaticConfig`.
         data: Calibration data; needed by `StaticConfig`.
+        process: Where simplifiers run; whoever simplifies many models keeps one.
 
     Raises:
         OptimizationError: The step cannot be applied.
     """
     if isinstance(config, SimplifyConfig):
-        return simplify(model, config, target, check)
+        return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target)
     return quantize_static(model, config, target, open_model, data)

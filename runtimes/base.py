@@ -243,13 +243,13 @@ class SessionOptions:
 
     Attributes:
         threads: Threads inside one request; None for all cores allowed.
-        optimize: Whether the runtime may rewrite the graph.
+        optimize: Whether the runtime may rewrite the graph; for ONNX Runtime also a level: "basic", "extended", "all".
         precision: "fp32" forces single precision for floating-point models (no silent bf16 or TF32); "native" leaves
             the choice to the runtime.
         extra: The runtime's own settings, by their own names.
     """
 
     threads: int | None = None
-    optimize: bool = True
+    optimize: bool | str = True
     precision: str = "fp32"
     extra: Mapping[str, Any] | None = None

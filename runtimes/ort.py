@@ -96,7 +96,8 @@ class OrtSession(Session):
         made.inter_op_num_threads = 1
         made.log_severity_level = 4
         level = ort.GraphOptimizationLevel
-        made.graph_optimization_level = level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
+        levels = {"basic": level.ORT_ENABLE_BASIC, "extended": level.ORT_ENABLE_EXTENDED, False: level.ORT_DISABLE_ALL}
+        made.graph_optimization_level = levels.get(options.optimize, level.ORT_ENABLE_ALL)
         if self.device.target != _CPU:
             made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         for key, value in (options.extra or {}).items():

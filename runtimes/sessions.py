@@ -21,7 +21,7 @@ def open_session(
     device: str | Device = "ort:cpu",
     *,
     threads: int | None = None,
-    optimize: bool = True,
+    optimize: bool | str = True,
     precision: str = "fp32",
     settings: dict[str, Any] | None = None,
 ) -> Session:
@@ -31,7 +31,7 @@ def open_session(
         model: An artifact or its directory (verified first), an `.onnx` file, or an OpenVINO `.xml`.
         device: `ort:cpu`, `ort:cuda`, `openvino:cpu`, ... or a provider's full name.
         threads: Threads inside one request; None for all cores that this process may use.
-        optimize: Whether the runtime may rewrite the graph.
+        optimize: Whether the runtime may rewrite the graph; for ONNX Runtime also a level: "basic", "extended", "all".
         precision: "fp32" keeps floating-point models in single precision (no silent bf16 or TF32); "native" leaves it
             to the runtime.
         settings: The runtime's own settings: session configuration and provider options, or OpenVINO properties.

@@ -32,6 +32,11 @@ from deploykit.cli import common
     "--part", metavar="PART",
     help="One graph of a model that becomes several: encoder or decoder, text or image. All of them by default.",
 )  # fmt: skip
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+    help="CPU seconds that one way to ONNX may take; by default 40 and more for large modules, and five times that "
+    "where no other way is left.",
+)  # fmt: skip
 @common.data_option("Real inputs for the parity check:")
 @common.dim_option
 @common.device_option
@@ -48,6 +53,7 @@ def command(
     exporter: str,
     task: str | None,
     part: str | None,
+    timeout_s: float | None,
     data: str | None,
     dims: tuple[str, ...],
     devices: tuple[str, ...],
@@ -67,7 +73,8 @@ def command(
     sizes = common.parse_dims(dims)
     params = {
         "source": source, "dynamic": list(dynamic), "inputs": list(inputs), "opset": opset, "exporter": exporter,
-        "task": task, "part": part, "data": data, "dims": sizes, "devices": list(devices), "contract": list(contract),
+        "timeout_s": timeout_s, "task": task, "part": part, "data": data, "dims": sizes, "devices": list(devices),
+        "contract": list(contract),
         "allow_unverified": allow_unverified or None,
     }  # fmt: skip
     if dry_run:
@@ -77,7 +84,8 @@ def command(
 
     made = export_parts(
         source, output, dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, exporter=exporter, data=data,
-        task=task, part=part, devices=devices, contract=contract, allow_unverified=allow_unverified,
+        timeout_s=timeout_s, task=task, part=part, devices=devices, contract=contract,
+        allow_unverified=allow_unverified,
         progress=common.progress(),
     )  # fmt: skip
     if "" in made or part is not None:

@@ -58,7 +58,7 @@ def test_one_wrong_element_is_enough() -> None:
     have[77] += 0.01
     result = compare([case(y=want)], [case(y=have)])
     assert result.verdict is Verdict.FAILED
-    assert "1 of 1000 values differ, the most at flat index 77" in result.reason
+    assert "1 of 1000 values differ, the most at [77]" in result.reason
     assert result.outputs[0].max_abs == pytest.approx(0.01, rel=1e-3)
 
 

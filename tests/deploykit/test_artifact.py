@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -604,6 +605,20 @@ def test_other_os_errors_are_no_storage_errors(tmp_path: Path) -> None:
 
 
 def test_write_file(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    write_file(report, b"first")
+    with pytest.raises(OutputExistsError):
+        write_file(report, b"second")
+    assert report.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_write_file_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def link(source: object, target: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
     report = tmp_path / "report.json"
     write_file(report, b"first")
     with pytest.raises(OutputExistsError):

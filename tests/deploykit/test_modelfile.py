@@ -241,7 +241,7 @@ def test_write_and_read(tmp_path: Path) -> None:
 
 
 def test_large_model_goes_to_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modelfile, "_INLINE_LIMIT_BYTES", 4096)
+    monkeypatch.setattr(modelfile, "INLINE_LIMIT_BYTES", 4096)
     weight = np.random.default_rng(0).normal(size=(3, 4000)).astype(np.float32)
     write_model(matmul(numpy_helper.from_array(weight, "w")), tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

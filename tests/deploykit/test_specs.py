@@ -172,3 +172,30 @@ def test_integers_never_change(source: str, wanted: str, numbers: list[int]) -> 
         assert [int(n) for n in fitted] == kept
     else:
         refused(one(wanted), {"x": values})
+
+
+def test_dimensions_that_are_sums() -> None:
+    from deploykit.specs import terms
+
+    assert terms("past_sequence + sequence") == ("past_sequence", "sequence")
+    assert terms("past + 1") == ("past", 1)
+    assert terms("2*s0") == ("2*s0",)
+    mask = TensorSpec("mask", "int64", ("batch", "past + sequence"))
+    assert mask.symbols == ("batch", "past", "sequence")
+    assert mask.concrete({"batch": 2, "past": 3, "sequence": 4}) == (2, 7)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(7, True), (6, False)])
+def test_feeds_have_to_fit_sums(length: int, fits: bool) -> None:
+    specs = (
+        TensorSpec("mask", "int64", ("batch", "past + sequence")),
+        TensorSpec("ids", "int64", ("batch", "sequence")),
+        TensorSpec("keys", "float32", ("batch", "past")),
+    )
+    feeds = {"ids": np.zeros((1, 4), np.int64), "keys": np.zeros((1, 3), np.float32)}
+    feeds["mask"] = np.ones((1, length), np.int64)
+    if fits:
+        assert set(fit_feeds(Signature(specs, ()), feeds)) == {"mask", "ids", "keys"}
+    else:
+        with pytest.raises(DataError, match=r"past \+ sequence = 7"):
+            fit_feeds(Signature(specs, ()), feeds)

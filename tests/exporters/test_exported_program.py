@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from deploykit.benchmarks.parity import Verdict, compare
 from deploykit.errors import ExportError, SourceError
+from deploykit.exporters import export
+from deploykit.runtimes import open_session
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +93,6 @@ class Touch:
 
 def evil(path: Path) -> bytes:
     """What torch.save makes of an object that runs code."""
-    import torch
-
     buffer = io.BytesIO()
     torch.save(((Touch(path),), {}), buffer, pickle_module=pickle)
     return buffer.getvalue()
@@ -120,3 +122,40 @@ def test_custom_objects_do_not_run(opened: Any, message: Any, program: Path, tmp
 
 def test_missing_file(opened: Any, message: Any, tmp_path: Path) -> None:
     assert "does not exist" in message(SourceError, lambda: opened(tmp_path / "p.pt2"))
+
+
+class Halves(torch.nn.Module):
+    """Two inputs, the second twice as long as the first."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.tanh() + y.reshape(y.shape[0], 2, -1).sum(1)
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_dimensions_that_follow_from_others(opened: Any, tmp_path: Path, visible: bool) -> None:
+    """`2*s`, where `s` is a dimension itself, and where it is none."""
+    half = torch.export.Dim("half", min=2, max=64)
+    module: torch.nn.Module = Halves() if visible else torch.nn.Tanh()
+    shapes: tuple[Any, ...] = ({1: half}, {1: 2 * half}) if visible else ({1: 2 * half},)
+    inputs = (torch.randn(3, 4), torch.randn(3, 8))[0 if visible else 1 :]
+    torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), tmp_path / "p.pt2")
+    source = opened(tmp_path / "p.pt2")
+    long = source.signature.inputs[-1]
+    assert len(source.cases) >= 3
+    sizes = {case.feeds[long.name].shape[1] for case in source.cases}
+    assert len(sizes) >= 3
+    assert all(size % 2 == 0 for size in sizes)
+    assert not any("does not run" in note for note in source.notes)
+    export(source, source.ways[0], tmp_path / "m.onnx")
+    with open_session(tmp_path / "m.onnx", "ort:cpu") as session:
+        found = [session.run(case.feeds) for case in source.cases]
+    assert compare([case.outputs for case in source.cases], found).verdict is Verdict.PASSED
+
+
+def test_limits_of_the_program_are_kept(opened: Any, tmp_path: Path) -> None:
+    rows = torch.export.Dim("rows", min=3, max=6)
+    program = torch.export.export(torch.nn.Tanh(), (torch.randn(4, 2),), dynamic_shapes=({0: rows},))
+    torch.export.save(program, tmp_path / "p.pt2")
+    source = opened(tmp_path / "p.pt2")
+    assert {case.sizes["batch"] for case in source.cases} == {3, 4, 5}
+    assert source.notes == ()

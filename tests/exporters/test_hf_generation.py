@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deploykit import Artifact, export, export_parts, open_session
-from deploykit.errors import ExportError
+from deploykit.errors import ArtifactError, ExportError
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "suite"))
@@ -114,6 +114,12 @@ def test_parts_are_whole_artifacts_in_one_directory(made: Any) -> None:
     assert str(parts["decoder"].signature.outputs[1].shape) == str(("batch", 4, "past_sequence + sequence", 8))
 
 
+def test_a_directory_of_parts_is_no_artifact(made: Any) -> None:
+    _, parts = made("T5")
+    with pytest.raises(ArtifactError, match=r"holds 2 artifacts: decoder, encoder.*/decoder"):
+        Artifact.open(parts["encoder"].path.parent)
+
+
 def test_one_part_alone(made: Any, tmp_path: Path) -> None:
     source, parts = made("T5")
     alone = export(source, tmp_path / "encoder", part="encoder", exporter="torchscript")
@@ -153,9 +159,9 @@ def test_a_cache_that_changes_the_numbers_is_refused(made: Any, opened: Any, mon
     from deploykit.exporters import hf_generation
 
     source, _ = made("GPT-2")
-    honest = hf_generation._presents
+    honest = hf_generation.presents
     monkeypatch.setattr(
-        hf_generation, "_presents", lambda cache, slots: {n: t * 0.9 for n, t in honest(cache, slots).items()}
+        hf_generation, "presents", lambda cache, slots: {n: t * 0.9 for n, t in honest(cache, slots).items()}
     )
     with pytest.raises(ExportError, match="other numbers with a key-value cache"):
         opened(source)

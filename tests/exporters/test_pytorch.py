@@ -139,13 +139,6 @@ def test_a_trace_that_holds_for_one_batch_is_caught(opened: Any, message: Any, t
     assert shapes == {(2, 4)}
 
 
-def test_torchscript_does_what_torch_export_cannot(opened: Any, message: Any, tmp_path: Path) -> None:
-    source = opened("branches")
-    text = message(ExportError, lambda: export(source, source.ways[0], tmp_path / "m.onnx"))
-    assert "control flow depends on data (zoo.py:" in text
-    assert verdict(source, source.ways[1], tmp_path / "m.onnx") is Verdict.PASSED
-
-
 @pytest.mark.parametrize("way", ["torch.export", "torchscript"])
 def test_operator_without_onnx_form_is_named(opened: Any, message: Any, tmp_path: Path, way: str) -> None:
     source = opened("unsupported", way=way)
@@ -168,17 +161,19 @@ def test_opset_is_the_one_asked_for(opened: Any, message: Any, tmp_path: Path) -
         ("wrong_example", ["does not accept its example inputs image float32[2, 4, 16, 16]", "expected"]),
         ("too_many_examples", ["do not fit forward(image"]),
         ("no_tensor", ["hold no tensor"]),
-        ("list_example", ["'image'", "is a list"]),
+        ("list_example", ["does not accept its example inputs image_0 float32[2, 3, 16, 16]"]),
+        ("bad_keywords", ["Tensor as keyword arguments", "with a dictionary at the end"]),
         ("broken", ["ValueError: no weights", "zoo.py:"]),
         ("forty_two", ["returned int 42", "torch.nn.Module"]),
         ("a_number", ["is a int"]),
         ("missing_function", ["has no 'missing_function'"]),
         ("classifier_alone", ["without example inputs", "--input 'image=float32"]),
         ("on_meta", ["cannot be moved to the CPU"]),
-        ("scripted", ["TorchScript module"]),
         ("returns_nothing", ["returns no tensors"]),
         ("returns_opaque", ["output state is a Opaque"]),
         ("random", ["another 'output' when it runs again"]),
+        ("remembers", ["keeps a state in 'cache'", "an input and an output of forward"]),
+        ("missing_operator", ["the operator torchvision::nms", "install torchvision"]),
     ],
 )
 def test_unusable_factories(opened: Any, message: Any, factory: str, said: list[str]) -> None:
@@ -216,6 +211,28 @@ def test_described_ranges_are_kept(opened: Any) -> None:
     assert source.data == "generated"
     assert (source.ranges["ids"].low, source.ranges["ids"].high) == (10, 49)
     assert all(c.feeds["ids"].min() >= 10 and c.feeds["ids"].max() <= 49 for c in source.cases)
+
+
+def test_buffers_that_forward_writes_are_noted_and_restored(opened: Any, tmp_path: Path) -> None:
+    source = opened("counts")
+    assert any("writes to calls, on which no output depends" in note for note in source.notes)
+    assert verdict(source, SCRIPT, tmp_path / "m.onnx") is Verdict.PASSED
+
+
+def test_numbers_among_the_outputs_are_named(opened: Any) -> None:
+    assert any("left out: 2" in note for note in opened("repeats").notes)
+
+
+def test_rank_that_depends_on_the_batch_is_noted(opened: Any, tmp_path: Path) -> None:
+    source = opened("squeezes")
+    assert any("has 1 or 2 dimensions" in note for note in source.notes)
+    assert verdict(source, source.ways[0], tmp_path / "m.onnx") is Verdict.PASSED
+
+
+def test_padded_positions_are_compared_without_the_fast_path(opened: Any, tmp_path: Path) -> None:
+    source = opened("masked")
+    assert any("fast path" in note for note in source.notes)
+    assert verdict(source, SCRIPT, tmp_path / "m.onnx") is Verdict.PASSED
 
 
 def test_real_data_become_the_cases(opened: Any, tmp_path: Path) -> None:

@@ -9,8 +9,17 @@ import pytest
 
 from deploykit.data import ValueRange
 from deploykit.errors import ExportError
-from deploykit.exporters import ExportOptions
-from deploykit.exporters.shapes import make_cases, parse_dynamic, parse_input, plan_inputs, sizes_to_check, vary
+from deploykit.exporters import Case, ExportOptions
+from deploykit.exporters.shapes import (
+    example_sizes,
+    make_cases,
+    observed_outputs,
+    parse_dynamic,
+    parse_input,
+    plan_inputs,
+    sizes_to_check,
+    vary,
+)
 from deploykit.specs import TensorSpec
 
 EXAMPLES = {"x": np.ones((2, 3, 8), np.float32), "y": np.ones((2, 5), np.int64)}
@@ -140,3 +149,23 @@ def test_variations_stay_legal_and_differ() -> None:
     reals = vary(np.ones((1, 4), np.float32), (3, 4), rng)
     assert reals.dtype == np.float32
     assert len(np.unique(reals, axis=0)) == 3
+
+
+def test_sizes_of_sums_follow() -> None:
+    specs = [
+        TensorSpec("mask", "int64", ("batch", "past + sequence")),
+        TensorSpec("ids", "int64", ("batch", "sequence")),
+    ]
+    feeds = {"mask": np.ones((2, 7), np.int64), "ids": np.ones((2, 4), np.int64)}
+    assert example_sizes(specs, feeds) == {"batch": 2, "sequence": 4, "past": 3}
+
+
+def test_sums_are_observed_and_axes_that_are_one_have_one_name() -> None:
+    def case(past: int, new: int, frames: int) -> Case:
+        outputs = {"keys": np.zeros((past + new, 3)), "states": np.zeros((frames, 2)), "cross": np.zeros((5, frames))}
+        return Case({"sequence": new, "past": past}, {}, outputs)
+
+    keys, states, cross = observed_outputs([case(3, 4, 9), case(0, 2, 8), case(5, 1, 11)])
+    assert keys.shape == ("past + sequence", 3)
+    assert states.shape == ("states_dim0", 2)
+    assert cross.shape == (5, "states_dim0")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import math
+import os
+import signal
 from typing import Any, NamedTuple
 
 import torch
@@ -295,4 +299,308 @@ def tokens_alone() -> nn.Module:
     return seeded(Tokens())
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: str = "LSTM", **options: Any) -> None:
+        super().__init__()
+        self.recurrent = getattr(nn, kind)(4, 6, **options)
+
+    def forward(self, x: torch.Tensor, state: Any = None) -> dict[str, Any]:
+        y, last = self.recurrent(x, state)
+        return {"y": y, "state": last}
+
+
+def lstm() -> Any:
+    return seeded(Recurrent(batch_first=True, bidirectional=True, num_layers=2)), torch.randn(3, 5, 4)
+
+
+def lstm_with_state() -> Any:
+    return seeded(Recurrent(batch_first=True)), (torch.randn(3, 5, 4), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
+
+
+def lstm_with_projections() -> Any:
+    return seeded(Recurrent(batch_first=True, proj_size=2)), torch.randn(3, 5, 4)
+
+
+def gru_steps_first() -> Any:
+    return seeded(Recurrent("GRU")), torch.randn(5, 3, 4)
+
+
+def packed() -> Any:
+    return seeded(Recurrent()), nn.utils.rnn.pack_sequence([torch.randn(5, 4), torch.randn(2, 4)])
+
+
+class Mode(enum.Enum):
+    SUM = 1
+
+
+@dataclasses.dataclass
+class Batch:
+    image: torch.Tensor
+    mask: torch.Tensor | None = None
+    mode: Mode = Mode.SUM
+
+
+class TakesNest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, batch: Any, features: Any = (), *, scale: Any = None) -> Any:
+        image, mask = (batch["image"], batch["mask"]) if isinstance(batch, dict) else (batch.image, batch.mask)
+        y = self.layer(image) if scale is None else self.layer(image) * scale["by"][0]
+        y = sum((self.layer(f) for f in features), y)
+        return Batch(y.tanh(), None if mask is None else mask * 2)
+
+
+def takes_dict() -> Any:
+    """Not keyword arguments: `forward` has no such parameters."""
+    return seeded(TakesNest()), {"image": torch.randn(2, 4), "mask": None}
+
+
+def takes_dataclass() -> Any:
+    return seeded(TakesNest()), Batch(torch.randn(2, 4), torch.randn(2, 4))
+
+
+def takes_nest() -> Any:
+    batch = {"image": torch.randn(2, 4), "mask": torch.randn(2, 4)}
+    return seeded(TakesNest()), (batch, [torch.randn(2, 4)] * 2), {"scale": {"by": (torch.tensor(2.0), 3)}}
+
+
+class TakesList(nn.Module):
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(maps, 1).tanh()
+
+
+def takes_list() -> Any:
+    return TakesList(), [torch.randn(2, 4), torch.randn(2, 3)]
+
+
+class Checks(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.isnan(x).any():
+            raise ValueError("not a number")
+        return x.tanh()
+
+
+def checks() -> Any:
+    return Checks(), torch.randn(2, 4)
+
+
+class Shortcut(nn.Module):
+    """A decision that makes no difference."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x.tanh() if mask.all() else torch.where(mask, x.tanh(), x.tanh())
+
+
+def shortcut() -> Any:
+    return Shortcut(), (torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool))
+
+
+class Frozen(nn.Module):
+    """A branch that no example takes, in code that does not compile."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factors = {**{"a": 2}}
+        if x.abs().max().item() > 100:
+            return x * factors["a"]
+        return x.tanh()
+
+
+def frozen() -> Any:
+    return Frozen(), torch.randn(2, 4)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x)
+
+
+def counts() -> Any:
+    return seeded(Counts()), torch.randn(2, 4)
+
+
+class Remembers(nn.Module):
+    """The same outputs for the same inputs, as long as the position is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(3, 4))
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        self.cache[at] = x.mean(0)
+        return x + self.cache.sum(0)
+
+
+def remembers() -> Any:
+    return Remembers(), (torch.randn(2, 4), torch.tensor(1))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(500, 32)
+        self.head = nn.Linear(32, 500, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids))
+
+
+def tied() -> Any:
+    return seeded(Tied()), torch.arange(10).view(2, 5)
+
+
+class HalfInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.to(self.layer.weight.dtype)).float().softmax(-1)
+
+
+def half() -> Any:
+    return seeded(HalfInside()).half(), torch.randn(2, 8)
+
+
+def bfloat16() -> Any:
+    return seeded(HalfInside()).bfloat16(), torch.randn(2, 8)
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.layer(x).float()
+
+
+def autocast() -> Any:
+    return seeded(Autocast()), torch.randn(2, 8)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+def masked() -> Any:
+    return Masked().eval(), (torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2]))
+
+
+def compiled() -> Any:
+    module = nn.Sequential(torch.compile(nn.Linear(4, 4)), nn.ReLU()).eval()
+    module.compile()
+    return nn.DataParallel(module), torch.randn(2, 4)
+
+
+def quantized() -> Any:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}), torch.randn(2, 4)
+
+
+def lazy() -> Any:
+    return nn.Sequential(nn.LazyLinear(4)), torch.randn(2, 4)
+
+
+class SparseWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.matrix, x.T).T
+
+
+def sparse_weight() -> Any:
+    return SparseWeight(), torch.randn(2, 4)
+
+
+def complex_input() -> Any:
+    return nn.Identity(), torch.randn(2, 4, dtype=torch.complex64)
+
+
+class MissingOperator(nn.Module):
+    def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.ops.torchvision.nms(boxes, scores, 0.5)
+
+
+def missing_operator() -> Any:
+    return MissingOperator(), (torch.rand(5, 4), torch.rand(5))
+
+
+class Squeezes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh().squeeze()
+
+
+def squeezes() -> Any:
+    return Squeezes(), torch.randn(3, 4)
+
+
+def scripted_branches() -> Any:
+    return torch.jit.script(Branches()), torch.ones(2, 4)
+
+
+class Sleeps(nn.Module):
+    """Forever, but only in an export."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while torch.compiler.is_exporting():
+            pass
+        return x.tanh()
+
+
+def sleeps() -> Any:
+    return Sleeps(), torch.randn(2, 4)
+
+
+class Crashes(nn.Module):
+    """The whole process, but only in an export."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return x.tanh()
+
+
+def crashes() -> Any:
+    return Crashes(), torch.randn(2, 4)
+
+
+def bad_keywords() -> Any:
+    return seeded(Classifier()), torch.randn(2, 3, 16, 16), torch.randn(2)
+
+
 a_number = 7
+
+
+def options_alone() -> nn.Module:
+    return Options()
+
+
+class SamePadding(nn.Conv2d):
+    """TensorFlow's padding, out of Python's arithmetic on sizes."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        pads = []
+        for size in (image.shape[3], image.shape[2]):
+            pad = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+            pads += [pad // 2, pad - pad // 2]
+        return F.conv2d(F.pad(image, pads), self.weight, self.bias, 2)
+
+
+def same_padding() -> Any:
+    return seeded(nn.Sequential(SamePadding(3, 4, 3), SamePadding(4, 4, 3))), torch.randn(2, 3, 8, 8)

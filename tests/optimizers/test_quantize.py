@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import deploykit.weights
 from deploykit.benchmarks.parity import Verdict, compare_lossy
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OptimizationError
@@ -179,7 +181,7 @@ def test_dynamic_needs_constant_weights(tmp_path: Path) -> None:
         [value("y", ["n", "m"])],
         {},
     )
-    assert "nothing was quantized" in refused(tmp_path, model, DynamicConfig())
+    assert "with constant weights (it has MatMul)" in refused(tmp_path, model, DynamicConfig())
 
 
 def test_dynamic_raises_the_opset_for_scales_per_channel_only(tmp_path: Path) -> None:
@@ -359,6 +361,144 @@ def test_samples_are_counted_and_limited(tmp_path: Path) -> None:
         _, result = run(tmp_path, residual(), StaticConfig(max_samples=limit), IMAGES)
         assert result.params["samples"] == samples
         (tmp_path / "target.onnx").unlink()
+
+
+def pieces(sizes: list[int]) -> Dataset:
+    """Images as a generator yields them, in pieces of its own sizes."""
+    ends = np.cumsum([0, *sizes])
+    whole = normal(int(ends[-1]), 3, 8, 8)
+
+    def batches(size: int) -> Iterator[dict[str, Any]]:
+        for start, end in itertools.pairwise(ends):
+            for first in range(start, end, size):
+                yield {"x": whole[first : min(first + size, end)]}
+
+    return Dataset("pieces", batches)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "used"),
+    [([4, 1, 4, 3], None, 12), ([1] * 9, None, 8), ([3, 3], None, 4), ([4, 1, 4], 6, 4), ([8], 8, 8), ([5] * 3, 3, 0)],
+)
+def test_fixed_batches_are_filled_across_pieces(tmp_path: Path, sizes: list[int], limit: int | None, used: int) -> None:
+    model = residual()
+    for side in (model.graph.input, model.graph.output):
+        side[0].type.tensor_type.shape.dim[0].dim_value = 4
+    if not used:
+        with pytest.raises(OptimizationError, match="hold no batch"):
+            run(tmp_path, model, StaticConfig(max_samples=limit), pieces(sizes))
+        return
+    _, result = run(tmp_path, model, StaticConfig(max_samples=limit), pieces(sizes))
+    assert result.params["samples"] == used
+
+
+def test_pieces_that_do_not_fit_together(tmp_path: Path) -> None:
+    model = residual()
+    for side in (model.graph.input, model.graph.output):
+        side[0].type.tensor_type.shape.dim[0].dim_value = 4
+    parts = [{"x": normal(3, 3, 8, 8)}, {"x": normal(3, 3, 9, 9)}]
+    with pytest.raises(DataError, match="do not fit together"):
+        run(tmp_path, model, StaticConfig(), Dataset("parts", lambda size: iter(parts)))
+
+
+# --- models that are not plain float32 graphs ------------------------------------------------------------------------
+
+
+def parsed(
+    text: str, weights: Weights, head: str = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft": 1]>'
+) -> Any:
+    model = onnx.parser.parse_model(head + text)
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in weights.items())
+    return model
+
+
+CONFIGS = pytest.mark.parametrize("config", [DynamicConfig(), StaticConfig()], ids=["dynamic", "static"])
+ROWS = Dataset.from_arrays({"x": normal(8, 32)})
+
+
+@CONFIGS
+@pytest.mark.parametrize("dtype", ["float16", "double"])
+def test_other_floats_stay_as_they_are(tmp_path: Path, config: StepConfig, dtype: str) -> None:
+    kind = np.dtype(dtype)
+    model = parsed(f"g ({dtype}[n,32] x) => ({dtype}[n,4] y) {{ y = MatMul(x, w) }}", {"w": normal(32, 4).astype(kind)})
+    text = refused(tmp_path, model, config, ROWS)
+    assert "nothing to quantize" in text and "float32" in text
+
+
+@CONFIGS
+def test_weight_only_models_are_refused(tmp_path: Path, config: StepConfig) -> None:
+    weights = {"w": RNG.integers(0, 255, (8, 1, 16)).astype(np.uint8), "s": np.abs(normal(8))}
+    node = "com.microsoft.MatMulNBits<K=32,N=8,bits=4,block_size=32>(x, w, s)"
+    model = parsed(f"g (float[n,32] x) => (float[n,8] y) {{ y = {node} }}", weights)
+    assert "quantized already (it has MatMulNBits)" in refused(tmp_path, model, config, ROWS)
+
+
+@CONFIGS
+def test_quantized_branches_are_found(tmp_path: Path, config: StepConfig) -> None:
+    branch = "(float[n,4] {0}) {{ {0} = DequantizeLinear(q, s) }}"
+    text = f"""g (float[n,32] x, bool c) => (float[n,4] y) {{
+        h = MatMul(x, w)
+        q = Cast<to=3>(h)
+        y = If (c) <then_branch = t () => {branch.format("a")}, else_branch = e () => {branch.format("b")}>
+    }}"""
+    model = parsed(text, {"w": normal(32, 4), "s": np.float32(0.1)})
+    assert "quantized already" in refused(tmp_path, model, config, ROWS)
+
+
+def test_attention_of_the_standard_is_not_that_of_onnxruntime(tmp_path: Path) -> None:
+    text = "g (float[n,1,4,8] q) => (float[n,1,4,8] y) { y = Attention(q, k, v) }"
+    weights = {"k": normal(1, 1, 4, 8), "v": normal(1, 1, 4, 8)}
+    model = parsed(text, weights, '<ir_version: 11, opset_import: ["" : 23]>')
+    assert "nothing to quantize" in refused(tmp_path, model, DynamicConfig())
+
+
+@CONFIGS
+@pytest.mark.parametrize("names", [["", "", "MatMul_0"], ["same", "same", "same"]])
+def test_node_names_become_unique(tmp_path: Path, config: StepConfig, names: list[str]) -> None:
+    text = "g (float[n,32] x) => (float[n,4] y) { a = MatMul(x, w) b = Tanh(a) y = MatMul(b, v) }"
+    model = parsed(text, {"w": normal(32, 32, scale=0.2), "v": normal(32, 4, scale=0.2)})
+    for node, name in zip(model.graph.node, names, strict=True):
+        node.name = name
+    made, _ = run(tmp_path, model, config, ROWS if isinstance(config, StaticConfig) else None)
+    found = [n.name for n in made.graph.node]
+    assert len(set(found)) == len(found)
+
+
+@CONFIGS
+@pytest.mark.parametrize("opset", [7, 9, 17])
+def test_large_weights_are_quantized_like_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StepConfig, opset: int
+) -> None:
+    """Left on disk and read one by one, weights give the same file."""
+    weights = {
+        "w": normal(600, 700, scale=0.1),
+        "v": normal(8, 700, scale=0.1),
+        "u": normal(700, 700, scale=0.1),
+        "b": normal(8),
+    }
+    model = build(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("MatMul", ["h", "u"], ["i"]),
+            helper.make_node("Gemm", ["i", "v", "b"], ["y"], transB=1),
+        ],
+        [value("x", ["n", 600])],
+        [value("y", ["n", 8])],
+        weights,
+        opset=opset,
+    )
+    data = Dataset.from_arrays({"x": normal(16, 600)}) if isinstance(config, StaticConfig) else None
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "light").mkdir()
+    whole, _ = run(tmp_path / "whole", model, config, data)
+    monkeypatch.setattr(deploykit.weights, "WHOLE_LIMIT_BYTES", 0)
+    light, _ = run(tmp_path / "light", model, config, data)
+    assert [n.op_type for n in light.graph.node] == [n.op_type for n in whole.graph.node]
+    want = {t.name: numpy_helper.to_array(t) for t in whole.graph.initializer}
+    have = {t.name: numpy_helper.to_array(t) for t in light.graph.initializer}
+    assert have.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(have[name], array, err_msg=name)
 
 
 def test_ranges_cover_the_data(tmp_path: Path) -> None:

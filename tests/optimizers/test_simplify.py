@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.errors import ModelError
 from deploykit.modelfile import read_model
-from deploykit.optimizers import SimplifyConfig, StepResult, optimize, simplify
+from deploykit.optimizers import SimplifierProcess, SimplifyConfig, StepResult, optimize, simplifier_process, simplify
 from deploykit.runtimes import open_session
 
 FEEDS = {"x": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)}
@@ -88,41 +88,63 @@ def test_redundant_nodes_go(redundant: Path, tmp_path: Path, tool: str, monkeypa
 
 def test_tools_are_those_of_the_worker() -> None:
     assert simplify._TOOLS == ("onnxsim", "onnxslim")
-    assert simplify._WORKER.is_file()
+    assert simplifier_process._WORKER.is_file()
 
 
 # --- tools that fail -------------------------------------------------------------------------------------------------
 
 # Stands for simplify_worker.py; the first tool misbehaves, the second copies.
 _WORKER = """
-import os, shutil, signal, sys, time
-tool, source, target = sys.argv[1:]
-if tool == "bad":
-    {deed}
-else:
-    shutil.copyfile(source, target)
+import json, os, shutil, signal, sys, time
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    tool, source, target, limit = json.loads(line).values()
+    failed = None
+    if tool in ("bad", "worse"):
+        {deed}
+    else:
+        shutil.copyfile(source, target)
+    answers.write(json.dumps({{"failed": failed}}) + "\\n")
+    answers.flush()
 """
 
 
 @pytest.fixture
-def misbehave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    def use(deed: str, tools: tuple[str, ...] = ("bad", "copier")) -> None:
-        (tmp_path / "worker.py").write_text(_WORKER.format(deed=deed))
-        monkeypatch.setattr(simplify, "_WORKER", tmp_path / "worker.py")
+def misbehave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    def use(deed: str, tools: tuple[str, ...] = ("bad", "copier")) -> Path:
+        worker = tmp_path / "worker.py"
+        worker.write_text(_WORKER.format(deed=deed))
+        monkeypatch.setattr(simplifier_process, "_WORKER", worker)
         monkeypatch.setattr(simplify, "_TOOLS", tools)
+        return worker
 
     return use
 
 
 DEEDS = {
     "crash": ("os.kill(os.getpid(), signal.SIGSEGV)", f"it crashed with signal {int(signal.SIGSEGV)}"),
+    "last words": (
+        "print('terminate called'); sys.stdout.flush(); os.abort()",
+        f"it crashed with signal {int(signal.SIGABRT)} (terminate called)",
+    ),
     "hang": ("time.sleep(600)", "it took more than 2 s"),
-    "exception": ("raise ValueError('of its own')", "it failed (ValueError: of its own)"),
-    "exit": ("sys.exit(3)", "it failed (exit code 3)"),
-    "nothing": ("pass", "it failed (exit code 0)"),
+    "half an answer": ("answers.write('{'); answers.flush(); time.sleep(600)", "it took more than 2 s"),
+    "reason": ("failed = 'ValueError: of its own'", "it failed (ValueError: of its own)"),
+    "exit": ("os._exit(3)", "it ended with exit code 3"),
+    "nothing": ("pass", "it failed (it wrote nothing)"),
     "no model": ("open(target, 'w').write('no model')", "it wrote no usable file"),
     "cut off": ("open(target, 'wb').write(open(source, 'rb').read()[:99])", "it wrote no usable file"),
-    "talkative": ("print('x' * 10_000_000); sys.exit('the reason')", "it failed (the reason)"),
+    "talkative": ("print('x' * 10_000_000); sys.exit('the reason')", "it ended with exit code 1 (the reason)"),
+    "renamed output": (
+        "import onnx; m = onnx.load(source); m.graph.node[-1].output[0] = m.graph.output[0].name = 'z'; "
+        "onnx.save(m, target)",
+        "it changed y to z",
+    ),
+    "other type": (
+        "import onnx; m = onnx.load(source); m.graph.input[0].type.tensor_type.elem_type = 11; onnx.save(m, target)",
+        "it changed the type or rank of 'x'",
+    ),
 }
 
 
@@ -139,7 +161,7 @@ def test_next_tool_is_tried(redundant: Path, tmp_path: Path, misbehave: Any, dee
 
 
 def test_no_tool_works(redundant: Path, tmp_path: Path, misbehave: Any) -> None:
-    misbehave("sys.exit(1)", tools=("bad", "bad"))
+    misbehave("os._exit(1)", tools=("bad", "worse"))
     result = run(redundant, tmp_path / "out.onnx")
     assert not result.changed
     assert result.params == {"tool": "none", "nodes_before": 5, "nodes_after": 5}
@@ -192,6 +214,38 @@ def test_branch_in_place_of_its_condition_is_smaller(tmp_path: Path, misbehave: 
     np.testing.assert_array_equal(outputs(model), outputs(tmp_path / "out.onnx"))
 
 
+def test_one_process_serves_many_models_and_survives_crashes(redundant: Path, tmp_path: Path, misbehave: Any) -> None:
+    misbehave("os.abort()")
+    with SimplifierProcess() as process:
+        for tool, starts in (("copier", 1), ("copier", 1), ("bad", 1), ("copier", 2), ("copier", 2)):
+            why = process.run(tool, redundant, tmp_path / "out.onnx", 60)
+            assert (why is not None) == (tool == "bad")
+            assert process.starts == starts
+        child = process._child
+    assert child is not None and child.returncode is not None  # nothing is left running
+
+
+def test_process_that_died_between_two_models(redundant: Path, tmp_path: Path, misbehave: Any) -> None:
+    misbehave("pass")
+    with SimplifierProcess() as process:
+        assert process.run("copier", redundant, tmp_path / "a.onnx", 60) is None
+        assert process._child is not None
+        process._child.kill()
+        process._child.wait()
+        assert process.run("copier", redundant, tmp_path / "b.onnx", 60) is None
+
+
+def test_real_tools_in_one_process(redundant: Path, tmp_path: Path) -> None:
+    with SimplifierProcess() as process:
+        for number, tool in enumerate(simplify._TOOLS * 2):
+            assert process.run(tool, redundant, tmp_path / f"{number}.onnx", 60) is None
+            assert nodes(tmp_path / f"{number}.onnx") == 1
+        (tmp_path / "broken.onnx").write_bytes(b"no model")
+        why = process.run("onnxsim", tmp_path / "broken.onnx", tmp_path / "out.onnx", 60)
+        assert why is not None and why.startswith("it failed (")
+        assert process.starts == 1
+
+
 # --- results that the check refuses ----------------------------------------------------------------------------------
 
 
@@ -238,7 +292,7 @@ def test_external_data_come_along(redundant: Path, tmp_path: Path, misbehave: An
     model = onnx.load(redundant)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones(1, np.float32), "one"))
     onnx.save(model, tmp_path / "source" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
-    misbehave("sys.exit(1)", tools=("bad",))
+    misbehave("os._exit(1)", tools=("bad",))
     result = run(tmp_path / "source" / "m.onnx", tmp_path / "result" / "model.onnx")
     assert not result.changed
     assert sorted(p.name for p in (tmp_path / "result").iterdir()) == ["model.onnx", "w.bin"]

@@ -1,0 +1,62 @@
+"""Nodes of a model wherever they are, and what they say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+_QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "ConvInteger", "QGemm", "QMoE", "GatherBlockQuantized")
+_QUANTIZED_PREFIXES = (
+    "QLinear",
+    "QAttention",
+    "QOrdered",
+    "QEmbed",
+    "MatMulInteger",
+    "MatMulNBits",
+    "MatMulBnb4",
+    "MatMulFpQ4",
+    "DynamicQuantize",
+)
+_RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+
+
+def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node: of the main graph, of its subgraphs, and of the model's functions."""
+
+    def walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+        for node in nodes:
+            yield node
+            for attribute in node.attribute:
+                for graph in (attribute.g, *attribute.graphs):
+                    yield from walk(graph.node)
+
+    yield from walk(model.graph.node)
+    for function in model.functions:
+        yield from walk(function.node)
+
+
+def random_ops(model: onnx.ModelProto) -> list[str]:
+    """Operators of a model that draw random numbers; Dropout where it has a switch for training."""
+    return sorted(
+        {
+            n.op_type
+            for n in all_nodes(model)
+            if n.op_type in _RANDOM_OPS or (n.op_type == "Dropout" and len(n.input) > 2 and n.input[2])
+        }
+    )
+
+
+def quantized_ops(model: onnx.ModelProto) -> list[str]:
+    """Operators of a model that work on quantized values, or make them."""
+    return sorted(
+        {
+            n.op_type
+            for n in all_nodes(model)
+            if n.op_type in _QUANTIZED_OPS or n.op_type.startswith(_QUANTIZED_PREFIXES)
+        }
+    )

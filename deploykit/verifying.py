@@ -1,0 +1,299 @@
+"""The verb `verify`: a model against its golden cases, another model, or the source it came from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.artifact import is_artifact
+from deploykit.benchmarks.parity import Parity, Verdict, check_vacuity
+from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, graph_choices, relax_ties
+from deploykit.data import Dataset
+from deploykit.errors import DataError, DeploykitError, ParityError, first_line
+from deploykit.exporters import ExportOptions, Source, open_source
+from deploykit.models import LoadedModel, load_model, probe_feeds
+from deploykit.progress import Progress, quiet
+from deploykit.runtimes import Device, default_devices, open_session
+from deploykit.staging import check_free
+
+if TYPE_CHECKING:
+    from deploykit.benchmarks.bisect_finding import Finding
+    from deploykit.specs import Array, Feeds
+
+_MODEL_SUFFIXES = (".onnx", ".xml")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What is right: a model, or a source.
+
+    Attributes:
+        label: What the user called it.
+        digest: What stands in the record.
+        model: Where it is a model.
+        source: Where it is one.
+        expected: Its outputs, one mapping a case.
+        device: Where they were computed; None for a source.
+    """
+
+    label: str
+    digest: str
+    model: LoadedModel | None
+    source: Source | None
+    expected: list[dict[str, Array]]
+    device: Device | None
+
+
+def verify(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: str | Path | None = None,
+    devices: Sequence[str | Device] = (),
+    dims: Mapping[str, int] | None = None,
+    min_cosine: float | None = None,
+    bisect: bool = True,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Check a model: its files, and its outputs against another model, its source, or its own golden cases.
+
+    Args:
+        model: Artifact or model file.
+        against: The reference: a model, or what `export` takes (`file.py:factory`, `.pt2`, a Hugging Face directory);
+            without one, the artifact's golden cases.
+        data: Real inputs.
+        devices: Where to run; by default on the CPU of every installed runtime.
+        dims: Sizes of dynamic dimensions where inputs are made up.
+        min_cosine: Accept other values down to this cosine, as for quantized models; None for strict equality.
+        bisect: Where the outputs differ from ``against``, look for the first node that diverges.
+        report: Directory that receives that node as a runnable model, with its tensors; must not exist.
+        progress: Told about steps.
+
+    Returns:
+        One record a device, with a "verdict"; the first that failed holds a "bisection".
+
+    Raises:
+        ArtifactError: A file was changed.
+        ParityError: No reference to compare with.
+        OutputExistsError: The report's place is taken.
+    """
+    told = progress or Progress()
+    targets, _ = find_targets(devices)
+    if report is not None:
+        check_free(Path(report))
+        if against is None or not bisect:
+            raise ParityError("a report needs a reference to bisect against", hint="add --against MODEL")
+    candidate = load_model(model)
+    if against is None:
+        return _replay(candidate, model, targets, min_cosine, told)
+    dataset = Dataset.open(data) if data else None
+    if _is_source(against):
+        source = _open(against, candidate, data, dims or {}, told)
+        feeds, origin, expected = _source_cases(source, candidate, dataset, dims or {})
+        reference = _Reference(str(against), "source", None, source, expected, None)
+    else:
+        other = load_model(against)
+        feeds, origin = probe_feeds(other, dataset, dims or {})
+        with told.step(f"run {against} in {targets[0]}"):
+            expected = _run(other.path, targets[0], feeds)
+        reference = _Reference(str(against), other.digest, other, None, expected, targets[0])
+    return _compare(candidate, reference, targets, feeds, origin, min_cosine, bisect, report, told)
+
+
+def _replay(
+    candidate: LoadedModel, model: str | Path, targets: Sequence[Device], min_cosine: float | None, told: Progress
+) -> list[dict[str, Any]]:
+    from deploykit.serving.replay import replay_golden
+
+    if candidate.artifact is None:
+        raise ParityError(f"{model} has no golden cases", hint="name a reference: --against MODEL")
+    cosine = min_cosine if min_cosine is not None else MIN_COSINE if candidate.quantized else None
+    with told.step(f"replay the golden cases of {model}"):
+        return [replay_golden(candidate.artifact, device, min_cosine=cosine) for device in targets]
+
+
+def _is_source(against: str | Path) -> bool:
+    """Whether it is something to export rather than a model."""
+    path = Path(against)
+    if path.is_dir():
+        return not is_artifact(path) and (path / "config.json").is_file()
+    if path.is_file():
+        return path.suffix not in _MODEL_SUFFIXES
+    return ":" in str(against)
+
+
+def _open(
+    against: str | Path, candidate: LoadedModel, data: str | Path | None, dims: Mapping[str, int], told: Progress
+) -> Source:
+    # A factory may give a module without example inputs; the candidate knows what they look like.
+    inputs = [str(s).replace(": ", "=", 1) for s in candidate.signature.inputs if s.shape is not None]
+    named = not Path(against).exists()
+    made = next((step.params for step in candidate.lineage if step.step == "export"), {})
+    task, part = (made.get(name) if Path(against).is_dir() else None for name in ("task", "part"))
+    options = ExportOptions(
+        inputs=tuple(inputs) if named else (), dims=dict(dims), data=str(data) if data is not None else None,
+        task=str(task) if task else None, part=str(part) if part else None,
+    )  # fmt: skip
+    # Frameworks print bars and warnings; what is wrong with the source is in the error.
+    with (
+        tempfile.TemporaryDirectory(prefix="deploykit-") as folder,
+        told.step(f"load {against}"),
+        quiet(Path(folder) / "log"),
+    ):
+        return open_source(str(against), options, _unoptimized)
+
+
+def _unoptimized(path: Path) -> Callable[[Feeds], dict[str, Array]]:
+    device = default_devices()[0]
+    return open_session(path, device, optimize=device.runtime != "ort").run
+
+
+def _source_cases(
+    source: Source, candidate: LoadedModel, dataset: Dataset | None, dims: Mapping[str, int]
+) -> tuple[list[dict[str, Array]], str, list[dict[str, Array]]]:
+    """Inputs, where they come from, and the source's outputs: the candidate's shapes decide, where it can be asked."""
+    mine = [s.name for s in candidate.signature.inputs]
+    theirs = [s.name for s in source.signature.inputs]
+    if set(theirs) != set(mine):
+        raise DataError(
+            f"{source.label} takes {', '.join(theirs)}, the model takes {', '.join(mine)}",
+            expected="the source that the model was exported from",
+        )
+    feeds, origin = probe_feeds(candidate, dataset, dims)
+    expected = [found for case in feeds if (found := source.run(case)) is not None]
+    if len(expected) == len(feeds):
+        return feeds, origin, expected
+    return [dict(c.feeds) for c in source.cases], source.data, [dict(c.outputs) for c in source.cases]
+
+
+def _run(path: Path, device: Device, feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
+    """Run on every case; inputs that a model does not have are left out."""
+    with open_session(path, device) as session:
+        names = {s.name for s in session.signature.inputs}
+        return [session.run({k: v for k, v in case.items() if k in names}) for case in feeds]
+
+
+def _compare(
+    candidate: LoadedModel,
+    reference: _Reference,
+    targets: Sequence[Device],
+    feeds: Sequence[Feeds],
+    origin: str,
+    min_cosine: float | None,
+    bisect: bool,
+    report: str | Path | None,
+    told: Progress,
+) -> list[dict[str, Any]]:
+    vacuous = check_vacuity(reference.expected)
+    records: list[dict[str, Any]] = []
+    for device in targets:
+        with told.step(f"compare {candidate.path} with {reference.label} in {device}"):
+            outputs = _run(candidate.path, device, feeds)
+            result = compare_outputs(reference.expected, outputs, feeds, min_cosine)
+            if min_cosine is None:
+                result = _relax(result, candidate, reference, device, feeds, outputs)
+        record = {"against": reference.digest, "device": str(device), "data": origin, **result.as_dict()}
+        if vacuous and result.verdict is Verdict.PASSED:
+            record |= {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous}
+        looked = any("bisection" in r for r in records)
+        if result.verdict is Verdict.FAILED and bisect and not looked:
+            record |= _bisect(candidate, reference, device, feeds, result, min_cosine, report, told)
+        records.append(record)
+    return records
+
+
+def _relax(
+    result: Parity,
+    candidate: LoadedModel,
+    reference: _Reference,
+    device: Device,
+    feeds: Sequence[Feeds],
+    outputs: Sequence[Mapping[str, Array]],
+) -> Parity:
+    """Choices between equal scores are no difference, where both graphs can be asked for them."""
+    other = reference.model
+    if other is not None and reference.device is not None:
+        if other.path.suffix != ".onnx":
+            return result
+        choices = graph_choices(other.path, reference.device)
+    else:
+        tensors = reference.source.tensors(feeds[0]) if reference.source is not None else None
+        if tensors is None:
+            return result
+
+        def choices(folder: Path) -> Any:
+            return tensors
+
+    try:
+        return relax_ties(result, candidate.path, device, feeds, reference.expected, outputs, choices)
+    except (DeploykitError, OSError):  # what cannot be exposed cannot be excused
+        return result
+
+
+def _bisect(
+    candidate: LoadedModel,
+    reference: _Reference,
+    device: Device,
+    feeds: Sequence[Feeds],
+    result: Parity,
+    min_cosine: float | None,
+    report: str | Path | None,
+    told: Progress,
+) -> dict[str, Any]:
+    """Look for the first node that diverges; a search that cannot be made says why, and changes no verdict."""
+    case = result.failed_case
+    try:
+        with told.step(f"look for the first node that diverges, in case {case}"):
+            finding = _find(candidate, reference, device, feeds[case], case, min_cosine)
+    except (DeploykitError, OSError) as exc:  # no room for a copy of the weights, for one
+        why = exc.what if isinstance(exc, DeploykitError) else first_line(exc)
+        return {"bisection": {"kind": "unknown", "summary": f"the models cannot be looked into ({why})"}}
+    made: dict[str, Any] = {"bisection": finding.as_dict()}
+    if report is not None:
+        from deploykit.benchmarks.bisect_report import save_finding
+
+        context = {
+            "candidate": str(candidate.path),
+            "reference": reference.label,
+            "device": str(device),
+            "case": case,
+            "reason": result.reason,
+        }
+        made["report"] = str(save_finding(finding, Path(report), context))
+    return made
+
+
+def _find(
+    candidate: LoadedModel,
+    reference: _Reference,
+    device: Device,
+    feeds: Feeds,
+    case: int,
+    min_cosine: float | None,
+) -> Finding:
+    from deploykit.benchmarks.bisection import bisect_models, bisect_source
+
+    for loaded in (candidate, reference.model):
+        if loaded is not None and loaded.path.suffix != ".onnx":
+            raise ParityError(f"{loaded.path} is in OpenVINO's format, which has no ONNX nodes")
+    loosest = min_cosine if min_cosine is not None else MIN_COSINE if _quantized(candidate, reference) else None
+    # Outputs of one norm whose cosine is c differ by at least this much of it.
+    max_error = float(np.sqrt(1 - loosest**2)) if loosest is not None and 0 < loosest < 1 else None
+    if reference.model is not None and reference.device is not None:
+        return bisect_models(candidate.path, device, reference.model.path, reference.device, feeds, max_error=max_error)
+    source = reference.source
+    tensors = source.tensors(feeds) if source is not None else None
+    if tensors is None:
+        raise ParityError(f"{reference.label} does not show what it computes on its way")
+    return bisect_source(candidate.path, device, tensors, reference.expected[case], feeds, max_error=max_error)
+
+
+def _quantized(candidate: LoadedModel, reference: _Reference) -> bool:
+    """Whether the candidate alone is quantized."""
+    return candidate.quantized and not (reference.model is not None and reference.model.quantized)
