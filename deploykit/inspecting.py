@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ _STANDARD = ("", "ai.onnx.ml")
 # that cannot take the first.
 _DEFAULT_SIZES = ((1, 224, 128), (1, 64, 16))
 _IMAGE_RANK = 4
+_LENGTHS = re.compile("seq|len|past|total|cache|time|token", re.IGNORECASE)
 
 
 def inspect_model(
@@ -215,7 +217,9 @@ def _trace(
     for samples, side, length in _DEFAULT_SIZES:
         sizes = dict(dims)
         for name, (axis, rank, floats) in symbols.items():
-            default = samples if axis == 0 else side if rank == _IMAGE_RANK and floats and axis > 1 else length
+            # A cache of keys has four axes as well, and says what the third one is.
+            image = rank == _IMAGE_RANK and floats and axis > 1 and not _LENGTHS.search(name)
+            default = samples if axis == 0 else side if image else length
             # A sum of other dimensions follows from them.
             if size_of(name, sizes) is None and len(terms(name)) == 1:
                 sizes[name] = default

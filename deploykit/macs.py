@@ -59,6 +59,9 @@ Rule = Callable[[_Shapes], int]
 def _conv(weight: int) -> Rule:
     def rule(s: _Shapes) -> int:
         kernel = s.input(weight)  # outputs, inputs / groups, then the window
+        channels = kernel[1] * s.number("group", 1)
+        if s.input(0)[1] != channels:
+            raise UncountedError(f"the weight is for {channels} channels, and the input has {s.input(0)[1]}")
         return math.prod(s.output()) * math.prod(kernel[1:])
 
     return rule

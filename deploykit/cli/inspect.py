@@ -125,6 +125,9 @@ def _show_costs(found: Mapping[str, Any]) -> None:
     if compute["uncounted"]:
         shown = "; ".join(f"{u['node']} ({u['op']}): {u['reason']}" for u in compute["uncounted"][:_LIST_LENGTH])
         _line("", f"not counted: {len(compute['uncounted'])} of {compute['nodes']} nodes that compute: {shown}")
+    if found["unshaped"]:
+        shown = "; ".join(f"{u['node']}: {u['reason']}" for u in found["unshaped"][:_LIST_LENGTH])
+        _line("", f"no shapes: {len(found['unshaped'])} nodes: {shown}")
     for note in compute["notes"][:_LIST_LENGTH]:
         _line("", f"note: {note}")
     if memory["peak_activation_bytes"] is not None:

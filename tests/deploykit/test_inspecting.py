@@ -72,6 +72,15 @@ def test_sizes_that_nobody_gave_are_said(build: Any, save: Any, tmp_path: Path) 
         look(path, dims={"nosuch": 3})
 
 
+def test_a_cache_of_keys_is_no_image(build: Any, save: Any, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Concat", ["past", "new"], ["y"], axis=2)]
+    model = build(nodes, {"past": ["b", 4, "past_sequence", 8], "new": ["b", 4, "sequence", 8]},
+                  {"y": ["b", 4, "past_sequence + sequence", 8]})  # fmt: skip
+    found = look(save(model, tmp_path))
+    assert found["compute"]["sizes"] == {"b": 1, "past_sequence": 128, "sequence": 128}
+    assert found["dynamic_axes"][-1]["size"] == 256
+
+
 def test_smaller_sizes_are_tried_where_the_graph_cannot_take_the_first(build: Any, save: Any, tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Shape", ["x"], ["s"]),

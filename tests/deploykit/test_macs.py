@@ -163,3 +163,10 @@ def test_every_operator_that_may_compute_is_taken_for_one() -> None:
     assert computes("Conv", "") and computes("DFT", "") and computes("Whatever", "my.company")
     assert computes("MoE", "com.microsoft") and not computes("Gelu", "com.microsoft")
     assert not computes("Relu", "") and not computes("TreeEnsembleRegressor", "ai.onnx.ml")
+
+
+def test_a_weight_for_other_channels_is_a_finding(build: Any) -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="odd")]
+    model = build(nodes, {"x": [1, 3, 8, 8]}, {"y": None}, {"w": np.ones((2, 5, 3, 3), F32)})
+    found = count_compute(trace_model(model, Path("m.onnx"), {}))
+    assert found.macs == 0 and "5 channels" in found.uncounted[0]["reason"]

@@ -22,11 +22,11 @@ def trace(model: onnx.ModelProto, **sizes: int) -> Trace:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_known_shapes_are_right_over_the_standards_own_cases(tmp_path: Path) -> None:
-    """Every node case of the onnx package: what is claimed to be known is what the case expects; nothing raises."""
+    """Every third node case of the onnx package: what is claimed to be known is what it expects; nothing raises."""
     from onnx.backend.test.loader import load_node_model_tests
 
     right, unknown, wrong = 0, 0, []
-    for case in load_node_model_tests():
+    for case in load_node_model_tests()[::3]:
         if case.model is None:
             continue
         found = trace_model(case.model, tmp_path / "m.onnx", {})

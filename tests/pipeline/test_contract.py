@@ -14,7 +14,7 @@ from deploykit import deriving
 from deploykit.artifact import Artifact
 from deploykit.errors import ContractError
 from deploykit.optimizers import StepConfig, StepResult
-from deploykit.pipeline import export, quantize_dynamic, simplify
+from deploykit.pipeline import export, quantize_dynamic, run, simplify
 
 F32 = np.float32
 
@@ -95,3 +95,17 @@ def test_an_optimizer_that_breaks_the_contract_is_caught(
         quantize_dynamic(exported.path, tmp_path / "b")
     assert not (tmp_path / "b").exists()
     assert not list(tmp_path.glob(".b*"))
+
+
+def test_recipes_carry_contracts(tmp_path: Path) -> None:
+    net(tmp_path)
+    np.savez(tmp_path / "calib.npz", x=np.random.default_rng(0).standard_normal((16, 32)).astype(F32))
+    (tmp_path / "recipe.toml").write_text(
+        '[export]\nsource = "net.onnx"\ncontract = ["ort:1.17"]\n\n[simplify]\ncontract = ["openvino:2024.6"]\n\n'
+        '[int8]\nstep = "quantize-static"\ndata = "calib.npz"\ncontract = ["triton:24.08"]\n\n'
+        '[dynamic]\nstep = "quantize-dynamic"\nmodel = "simplify"\ncontract = ["ort:1.20"]\nmin_cosine = 0.9\n'
+    )
+    made = run(tmp_path / "recipe.toml", tmp_path / "out")
+    assert contract(made["int8"]) == ["ort:1.17", "openvino:2024.6", "triton:24.08"]
+    assert contract(made["dynamic"]) == ["ort:1.17", "openvino:2024.6", "ort:1.20"]
+    assert max(ir_version(artifact) for artifact in made.values()) <= 9
