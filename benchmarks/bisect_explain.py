@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.benchmarks.bisect_graph import Graph, describe_attributes, value_info
+from deploykit.benchmarks.bisect_graph import Graph, describe_attributes, value_info, value_of
 from deploykit.benchmarks.bisect_match import Judge, Match, Status
 from deploykit.benchmarks.bisect_probe import Probe, TensorSource, run_model
 from deploykit.errors import DeploykitError
@@ -53,10 +53,7 @@ def node_model(probe: Probe, number: int) -> onnx.ModelProto:
     graph = probe.graph
     constants = [name for name in graph.reads[number] if name in graph.constants and name in graph.producer]
     inside = graph.upstream(constants) | {number}
-    inputs = [
-        value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype))
-        for name, array in probe.fetch(activations(graph, number)).items()
-    ]
+    inputs = [value_of(name, array) for name, array in probe.fetch(activations(graph, number)).items()]
     made = probe.fetch([name for name in graph.nodes[number].output if name])
     outputs = [value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in made.items()]
     return graph.part(inside, inputs, outputs)

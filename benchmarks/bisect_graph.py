@@ -201,6 +201,13 @@ def load_graph(path: Path, folder: Path) -> Graph:
     return Graph(model, folder)
 
 
+def value_of(name: str, array: Array) -> onnx.ValueInfoProto:
+    """A tensor of an array's type and shape; OpenVINO wants to know the rank of what it is given."""
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+
+
 def value_info(name: str, elem_type: int | None) -> onnx.ValueInfoProto:
     """A tensor of any shape; without a type where it is unknown, which ONNX Runtime fills in."""
     import onnx
@@ -279,14 +286,12 @@ def body_of(graph: Graph, number: int, feeds: dict[str, Array]) -> Graph:
         number: The Loop's.
         feeds: One iteration's inputs, by the body's names; they give the inputs' types.
     """
-    from onnx import helper
-
     body = next(a.g for a in graph.nodes[number].attribute if a.name == "body")
     made = shell(graph.model)
     made.graph.node.extend(body.node)
     made.graph.initializer.extend(body.initializer)
     made.graph.value_info.extend(body.value_info)
     made.graph.initializer.extend(graph.weights[name] for name in captured_names(body) if name in graph.weights)
-    made.graph.input.extend(value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in feeds.items())
+    made.graph.input.extend(value_of(n, a) for n, a in feeds.items())
     made.graph.output.extend(body.output)
     return Graph(made, graph.folder)

@@ -166,6 +166,7 @@ class Matcher:
             Whether all were judged.
         """
         known = self._reference.sizes
+        any_layout = not trust_names and self._judge.max_error is None
         partners = {name: partner for name in names if (partner := alias.get(name, name)) in known}
         sizes = {n: self._candidate.sizes[n] + (known[partners[n]] if n in partners else 0) for n in names}
         for chunk in in_chunks(sizes, names, self._budget):
@@ -176,7 +177,7 @@ class Matcher:
                 telling = is_telling(have)
                 self.found[name] = Match(Status.UNMATCHED, telling=telling)
                 if want is not None:
-                    diff = self._judge.compare(have, want, any_layout=not trust_names and self._judge.max_error is None)
+                    diff = self._judge.compare(have, want, any_layout=any_layout)
                     status = Status.DIFFERS if diff.reason else Status.AGREES
                     self.found[name] = Match(status, partners[name], "name", diff, telling)
                 if stop(name):

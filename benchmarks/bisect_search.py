@@ -46,7 +46,8 @@ def find_suspect(
     """The topologically first node that has agreeing inputs and an output that does not agree.
 
     Only nodes count from which a failing output is reached through tensors that do not agree. A tensor without a
-    counterpart is trusted where something that follows from it agrees.
+    counterpart is trusted where something that follows from it agrees, and where it is too small or too plain to be
+    found by its values.
 
     Args:
         graph: The candidate's.
@@ -60,7 +61,11 @@ def find_suspect(
         match = matches.get(name)
         if name in graph.constants:
             return match is None or match.status is not Status.DIFFERS or name in trusted
-        return name not in graph.producer or name in trusted or (match is not None and match.status is Status.AGREES)
+        if name not in graph.producer or name in trusted:
+            return True
+        # Sizes, flags and fillings without a counterpart say nothing; what is computed with them does.
+        unjudged = match is not None and match.status is Status.UNMATCHED and not match.telling
+        return match is not None and (match.status is Status.AGREES or unjudged)
 
     reached = _reached(graph, failing, good)
     first = [n for n in reached if all(good(name) for name in graph.reads[n])]

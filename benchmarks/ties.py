@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from deploykit.benchmarks.bisect_graph import Graph, value_info
+from deploykit.benchmarks.bisect_graph import Graph, value_info, value_of
 from deploykit.benchmarks.bisect_match import Judge
 from deploykit.benchmarks.bisect_probe import run_model
 from deploykit.benchmarks.differences import Outputs
@@ -96,11 +96,9 @@ class GraphChoices:
 
     def run(self, feeds: Feeds, names: Sequence[str], fixed: Mapping[str, Array]) -> dict[str, Array]:
         """Tensors of one run in which some are given from outside."""
-        from onnx import helper
-
         free = [name for name in dict.fromkeys(names) if name not in fixed and name in self.graph.producer]
         inputs = [v for v in self.graph.model.graph.input if v.name not in fixed]
-        inputs += [value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in fixed.items()]
+        inputs += [value_of(n, a) for n, a in fixed.items()]
         cut = self.graph.part(
             self.graph.upstream(free, frozenset(fixed)), inputs, [value_info(n, self._types.get(n)) for n in free]
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,8 +232,9 @@ def _relax(
 
     try:
         return relax_ties(result, candidate.path, device, feeds, reference.expected, outputs, choices)
-    except (DeploykitError, OSError):  # what cannot be exposed cannot be excused
-        return result
+    except (DeploykitError, OSError) as exc:  # what cannot be exposed cannot be excused
+        why = exc.what if isinstance(exc, DeploykitError) else first_line(exc)
+        return replace(result, reason=f"{result.reason} (ties could not be looked for: {why})")
 
 
 def _bisect(

@@ -46,11 +46,11 @@ def main() -> int:
             print(f"too few: {_MIN_NODES} are wanted")
             return 1
         print(f"{'fault':<34}{'planted':<66}{'found':<66}{'search':>10}{'command':>10}")
-        missed = 0
-        for fault, plant in FAULTS.items():
-            missed += not _try(fault, plant, original, file, folder, asked.limit)
-        print(f"{len(FAULTS) - missed} of {len(FAULTS)} found, each within {asked.limit:.0f} s")
-    return 1 if missed else 0
+        found = [_try(fault, plant, original, file, folder) for fault, plant in FAULTS.items()]
+    named = [seconds for seconds in found if seconds is not None]
+    quick = [seconds for seconds in named if seconds <= asked.limit]
+    print(f"{len(named)} of {len(found)} named, {len(quick)} of them within {asked.limit:.0f} s")
+    return 0 if len(quick) == len(found) else 1
 
 
 def _export(target: Path) -> Path:
@@ -62,9 +62,8 @@ def _export(target: Path) -> Path:
     return target
 
 
-def _try(
-    fault: str, plant: Callable[[onnx.ModelProto], str], original: Path, file: Path, folder: Path, limit: float
-) -> bool:
+def _try(fault: str, plant: Callable[[onnx.ModelProto], str], original: Path, file: Path, folder: Path) -> float | None:
+    """Seconds that the search for one fault took; None where it did not name the node."""
     model = onnx.load(str(file))
     planted = plant(model)
     wrong = folder / "wrong.onnx"
@@ -78,11 +77,11 @@ def _try(
     seconds = time.monotonic() - started
     if done.returncode != 1 or not done.stdout:
         print(f"{fault:<34}{planted:<66}verify ended with {done.returncode}: {done.stderr.strip()[-200:]}")
-        return False
+        return None
     finding = json.loads(done.stdout)[0].get("bisection", {})
     found, search = finding.get("node", ""), float(finding.get("seconds", 0.0))
     print(f"{fault:<34}{planted:<66}{found or finding.get('summary', 'nothing'):<66}{search:>8.1f} s{seconds:>8.1f} s")
-    return found == planted and search <= limit
+    return search if found == planted else None
 
 
 def _nodes(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:

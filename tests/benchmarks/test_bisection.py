@@ -277,6 +277,27 @@ def test_fused_graph(tmp_path: Path) -> None:
     assert "'r0', which follows from it, differs" in found.summary  # the convolution itself has no counterpart
 
 
+def test_sizes_without_a_counterpart_are_not_blamed(tmp_path: Path) -> None:
+    """One exporter fills a tensor of the input's size with zeros, the other knows the size."""
+
+    def net(op: str, *, fills: bool) -> Model:
+        zeros = [
+            helper.make_node("Shape", ["x"], ["size"], name="size"),
+            helper.make_node("Expand", ["zero", "size"], ["zeros"], name="fill"),
+        ]
+        nodes = [
+            *(zeros if fills else []),
+            helper.make_node("Mul", ["x", "w"], [f"m{fills}"], name="scale"),
+            helper.make_node(op, [f"m{fills}"], [f"a{fills}"], name="squash"),
+            helper.make_node("Add", [f"a{fills}", "zeros" if fills else "zero"], ["y"], name="end"),
+        ]
+        return build(nodes, {"zero": np.float32(0), "w": np.float32(2)}, {"y": 2}, {"x": [4, 8]})
+
+    x = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    found = find(tmp_path, net("Sigmoid", fills=True), net("Tanh", fills=False), {"x": x})
+    assert found.node == "squash", found.summary
+
+
 def test_external_data(tmp_path: Path) -> None:
     wrong, right = deep_net(), deep_net()
     planted = scaled(wrong)
