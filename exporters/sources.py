@@ -52,6 +52,18 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
         from deploykit.exporters.exported_program import ExportedProgramSource
 
         return ExportedProgramSource(path, options)
+    if path.suffix == ".skops" and path.is_file():
+        from deploykit.exporters.sklearn_source import open_skops
+
+        return open_skops(path, options)
+    if path.suffix == ".keras" and path.is_file():
+        from deploykit.exporters.keras_model import open_keras_file
+
+        return open_keras_file(path, options)
+    if path.suffix == ".tflite" and path.is_file():
+        from deploykit.exporters.tflite_file import TFLiteSource
+
+        return TFLiteSource(path, options)
     if path.suffix in _REFUSED and named:
         where = source if path.exists() else f"{source} (which does not exist)"
         raise SourceError(f"{where} cannot be exported", hint=_REFUSED[path.suffix])
@@ -71,6 +83,10 @@ def _open_directory(path: Path, options: ExportOptions) -> Source:
         from deploykit.exporters.huggingface import open_model_directory
 
         return open_model_directory(path, options)
+    if (path / "saved_model.pb").is_file():
+        from deploykit.exporters.tensorflow_savedmodel import open_saved_model
+
+        return open_saved_model(path, options)
     onnx = sorted(path.glob("*.onnx"))
     hint = f"give the file: {onnx[0]}" if onnx else None
     raise SourceError(f"{path} has no config.json", expected="a Hugging Face model directory", hint=hint)
