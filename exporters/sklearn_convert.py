@@ -4,6 +4,8 @@ Found by trial with skl2onnx 1.20, scikit-learn 1.9 and onnx 1.23; the contract 
 
 - Trees compare `float32(x) <= threshold` in scikit-learn, whatever the input. In a float64 graph skl2onnx feeds them
   float64, and predictions differ (154 instead of 0 on the diabetes data). Here a Cast to float32 stands before them.
+- A forest's votes are added in float32 as multiples of 1/n, so that ties go to the wrong class: here whole votes are
+  added, and divided behind the trees.
 - HistGradientBoosting hands numpy scalars to onnx, which refuses them.
 - Text is lowered under the locale en_US.UTF-8, which images do not have; C.UTF-8 is there, and the same for that.
 - A word is `\\w\\w+` to scikit-learn, letters of any script; skl2onnx splits at ASCII.
@@ -153,7 +155,7 @@ def _mended(converter: Converter) -> Converter:
 
         casting = require("skl2onnx.common._apply_operation", extra="sklearn")
         types = require("skl2onnx.common.data_types", extra="sklearn")
-        plain = _PlainNumbers(container)
+        plain = _PlainNumbers(container, scope, _votes(operator.raw_operator))
         if not isinstance(operator.inputs[0].type, types.DoubleTensorType):
             converter(scope, operator, plain, **options)
             return
@@ -210,14 +212,53 @@ class _Operator:
 class _PlainNumbers:
     """A container whose nodes get Python's numbers where a converter gives numpy's."""
 
-    def __init__(self, container: Any) -> None:
+    def __init__(self, container: Any, scope: Any, votes: int) -> None:
         self._container = container
+        self._scope = scope
+        self._votes = votes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._container, name)
 
     def add_node(self, op_type: str, inputs: Any, outputs: Any, **attributes: Any) -> Any:
-        return self._container.add_node(op_type, inputs, outputs, **{k: _plain(v) for k, v in attributes.items()})
+        plain = {k: _plain(v) for k, v in attributes.items()}
+        if op_type != "TreeEnsembleClassifier" or not self._votes:
+            return self._container.add_node(op_type, inputs, outputs, **plain)
+        from onnx import TensorProto
+
+        label, shares = outputs
+        counts, number = (self._scope.get_unique_variable_name(n) for n in ("counts", "number"))
+        self._container.add_node(op_type, inputs, [label, counts], **_whole_votes(plain, self._votes))
+        self._container.add_initializer(number, TensorProto.FLOAT, [], [float(self._votes)])
+        name = self._scope.get_unique_operator_name("Div")
+        return self._container.add_node("Div", [counts, number], [shares], name=name)
+
+
+def _votes(estimator: Any) -> int:
+    """Number of trees of a classifying forest, whose shares are added; else 0."""
+    forest = type(estimator).__name__ in ("RandomForestClassifier", "ExtraTreesClassifier")
+    return len(estimator.estimators_) if forest else 0
+
+
+def _whole_votes(attributes: dict[str, Any], trees: int) -> dict[str, Any]:
+    """Attributes of a TreeEnsembleClassifier whose leaves hold shares of one tree: 1 where all samples agree.
+
+    skl2onnx writes one weight a leaf where there are two classes; the runtime then compares with 0.5. Both are written
+    here, so that the larger sum wins, and the first class at a tie, as in scikit-learn.
+    """
+    weights = np.array(attributes["class_weights"], dtype=np.float64) * trees
+    weights = np.where(np.abs(weights - np.round(weights)) < 1e-6, np.round(weights), weights)
+    labels = attributes.get("classlabels_int64s") or attributes.get("classlabels_strings") or ()
+    found = attributes | {"class_weights": weights.tolist()}
+    ids = np.array(attributes["class_ids"])
+    if len(labels) != 2 or len(set(zip(attributes["class_treeids"], attributes["class_nodeids"], strict=True))) < len(ids):
+        return found
+    return found | {
+        "class_treeids": list(attributes["class_treeids"]) * 2,
+        "class_nodeids": list(attributes["class_nodeids"]) * 2,
+        "class_ids": [0] * len(ids) + [1] * len(ids),
+        "class_weights": [*(1 - weights).tolist(), *weights.tolist()],
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -225,6 +266,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, np.bool_ | bool):
         return int(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -98,6 +98,33 @@ def _erfc(context: Any, node: Any, name: str, _: Any) -> None:
     context.make_node("Sub", [one.output[0], erf.output[0]], name=name, outputs=outputs, shapes=shapes, dtypes=kinds)
 
 
+def tflite_gelu(context: Any, node: Any, name: str, _: Any) -> None:
+    """`x/2 * (1 + erf(x / sqrt 2))`, or the tanh form where the file asks for that, in tf2onnx's terms."""
+    import numpy as np
+
+    approximate = bool(node.get_attr_value("approximate", 0))
+    source, outputs, shapes, kinds = node.input[0], node.output, node.output_shapes, node.output_dtypes
+    context.remove_node(node.name)
+
+    def constant(part: str, value: float) -> str:
+        made: str = context.make_const(f"{name}_{part}", np.array(value, np.float32)).output[0]
+        return made
+
+    def make(kind: str, *inputs: str) -> str:
+        made: str = context.make_node(kind, list(inputs), shapes=shapes, dtypes=kinds).output[0]
+        return made
+
+    if approximate:
+        cube = make("Mul", make("Mul", source, source), source)
+        inner = make("Add", source, make("Mul", cube, constant("cubic", 0.044715)))
+        bent = make("Tanh", make("Mul", inner, constant("scale", float(np.sqrt(2 / np.pi)))))
+    else:
+        bent = make("Erf", make("Mul", source, constant("scale", float(np.sqrt(0.5)))))
+    half = make("Mul", source, constant("half", 0.5))
+    factor = make("Add", bent, constant("one", 1.0))
+    context.make_node("Mul", [half, factor], name=name, outputs=outputs, shapes=shapes, dtypes=kinds)
+
+
 def refuse_foreign_operators(model: onnx.ModelProto) -> None:
     """tf2onnx leaves what it cannot convert in the graph.
 
