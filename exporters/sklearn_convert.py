@@ -227,11 +227,26 @@ class _PlainNumbers:
         from onnx import TensorProto
 
         label, shares = outputs
-        counts, number = (self._scope.get_unique_variable_name(n) for n in ("counts", "number"))
-        self._container.add_node(op_type, inputs, [label, counts], **_whole_votes(plain, self._votes))
-        self._container.add_initializer(number, TensorProto.FLOAT, [], [float(self._votes)])
-        name = self._scope.get_unique_operator_name("Div")
-        return self._container.add_node("Div", [counts, number], [shares], name=name)
+        whole, two = _whole_votes(plain, self._votes)
+        sums = self._scope.get_unique_variable_name("sums")
+        self._container.add_node(op_type, inputs, [label, sums], **whole)
+        if two:
+            last = self._node("Gather", sums, self._constant(TensorProto.INT64, [1], [1]), axis=1)
+            number = self._constant(TensorProto.FLOAT, [], [float(self._votes)])
+            counts = self._node("Concat", self._node("Sub", number, last), self._node("Add", number, last), axis=1)
+            return self._node("Div", counts, self._constant(TensorProto.FLOAT, [], [2.0 * self._votes]), to=shares)
+        return self._node("Div", sums, self._constant(TensorProto.FLOAT, [], [float(self._votes)]), to=shares)
+
+    def _constant(self, kind: int, shape: list[int], values: list[Any]) -> str:
+        name: str = self._scope.get_unique_variable_name("constant")
+        self._container.add_initializer(name, kind, shape, values)
+        return name
+
+    def _node(self, op_type: str, *inputs: str, to: str = "", **attributes: Any) -> str:
+        name = to or self._scope.get_unique_variable_name(op_type.lower())
+        operator = self._scope.get_unique_operator_name(op_type)
+        self._container.add_node(op_type, list(inputs), [name], name=operator, **attributes)
+        return name
 
 
 def _votes(estimator: Any) -> int:
@@ -240,25 +255,17 @@ def _votes(estimator: Any) -> int:
     return len(estimator.estimators_) if forest else 0
 
 
-def _whole_votes(attributes: dict[str, Any], trees: int) -> dict[str, Any]:
-    """Attributes of a TreeEnsembleClassifier whose leaves hold shares of one tree: 1 where all samples agree.
+def _whole_votes(attributes: dict[str, Any], trees: int) -> tuple[dict[str, Any], bool]:
+    """Attributes of a TreeEnsembleClassifier whose leaves hold one tree's vote, and whether it is -1..1 of two classes.
 
-    skl2onnx writes one weight a leaf where there are two classes; the runtime then compares with 0.5. Both are written
-    here, so that the larger sum wins, and the first class at a tie, as in scikit-learn.
+    Where there are two classes, skl2onnx writes the share of the second, and the runtime compares the sum with 0.5.
+    With votes from -1 to 1 it compares with 0, which a tie reaches exactly; the first class wins, as in scikit-learn.
     """
     weights = np.array(attributes["class_weights"], dtype=np.float64) * trees
     weights = np.where(np.abs(weights - np.round(weights)) < 1e-6, np.round(weights), weights)
     labels = attributes.get("classlabels_int64s") or attributes.get("classlabels_strings") or ()
-    found = attributes | {"class_weights": weights.tolist()}
-    ids = np.array(attributes["class_ids"])
-    if len(labels) != 2 or len(set(zip(attributes["class_treeids"], attributes["class_nodeids"], strict=True))) < len(ids):
-        return found
-    return found | {
-        "class_treeids": list(attributes["class_treeids"]) * 2,
-        "class_nodeids": list(attributes["class_nodeids"]) * 2,
-        "class_ids": [0] * len(ids) + [1] * len(ids),
-        "class_weights": [*(1 - weights).tolist(), *weights.tolist()],
-    }
+    two = len(labels) == 2
+    return attributes | {"class_weights": (2 * weights - 1 if two else weights).tolist()}, two
 
 
 def _plain(value: Any) -> Any:
