@@ -80,7 +80,9 @@ def open_keras_model(model: Any, options: ExportOptions, label: str, example: An
     keras = _import_keras()
     flat = keras.tree.flatten(model.inputs) if getattr(model, "inputs", None) else []
     if not flat:
-        raise SourceError(f"{label}: the Keras model has no inputs yet", hint="call it once, or build it with keras.Input")
+        raise SourceError(
+            f"{label}: the Keras model has no inputs yet", hint="call it once, or build it with keras.Input"
+        )
     inputs = tuple(declared(t.name, keras.backend.standardize_dtype(t.dtype), t.shape, label) for t in flat)
     if len({s.name for s in inputs}) < len(inputs):
         inputs = tuple(TensorSpec(f"{s.name}_{i}", s.dtype, s.shape) for i, s in enumerate(inputs))
@@ -105,7 +107,9 @@ def _by_name(example: Any, inputs: tuple[TensorSpec, ...], label: str) -> dict[s
     if isinstance(example, Mapping):
         missing = [s.name for s in inputs if s.name not in example]
         if missing:
-            raise SourceError(f"the example of {label} lacks {missing[0]!r}", expected=", ".join(s.name for s in inputs))
+            raise SourceError(
+                f"the example of {label} lacks {missing[0]!r}", expected=", ".join(s.name for s in inputs)
+            )
         values = [example[s.name] for s in inputs]
     else:
         values = list(example) if isinstance(example, tuple | list) else [example]

@@ -7,6 +7,7 @@ Found by trial with skl2onnx 1.20, scikit-learn 1.9 and onnx 1.23; the contract 
 - A forest's votes are added in float32 as multiples of 1/n, so that ties go to the wrong class: here whole votes are
   added, and divided behind the trees.
 - HistGradientBoosting hands numpy scalars to onnx, which refuses them.
+- ONNX Runtime's Imputer knows no float64; there a Where over IsNaN stands for it.
 - Text is lowered under the locale en_US.UTF-8, which images do not have; C.UTF-8 is there, and the same for that.
 - A word is `\\w\\w+` to scikit-learn, letters of any script; skl2onnx splits at ASCII.
 - The scores of a two-class SVC have the wrong sign; where there is no predict_proba, two-class models give labels only.
@@ -61,7 +62,10 @@ def convert(estimator: Any, inputs: Sequence[TensorSpec], columns: bool, opset: 
     if unknown:
         raise ExportError(f"input {unknown[0]} is of no type that skl2onnx takes", expected=", ".join(kinds))
     initial = [
-        (s.name, kinds[s.dtype]([None if isinstance(d, str) or axis == 0 else d for axis, d in enumerate(s.shape or ())]))
+        (
+            s.name,
+            kinds[s.dtype]([None if isinstance(d, str) or axis == 0 else d for axis, d in enumerate(s.shape or ())]),
+        )
         for s in inputs
     ]
     try:
@@ -71,7 +75,7 @@ def convert(estimator: Any, inputs: Sequence[TensorSpec], columns: bool, opset: 
             initial_types=initial,
             options=_options(estimator),
             target_opset={"": opset, "ai.onnx.ml": _ML_OPSET},
-            custom_conversion_functions=_mended_trees(),
+            custom_conversion_functions=_mended_converters(),
         )
     except Exception as exc:
         raise ExportError(f"skl2onnx: {_reason(exc)}", hint="export the part before or behind it") from exc
@@ -135,7 +139,7 @@ def parts_of(estimator: Any) -> list[Any]:
 Converter = Callable[..., None]
 
 
-def _mended_trees() -> dict[type, Converter]:
+def _mended_converters() -> dict[type, Converter]:
     registry = require("skl2onnx.common._registration", extra="sklearn")
     operators = require("skl2onnx._supported_operators", extra="sklearn")
     found: dict[type, Converter] = {}
@@ -144,7 +148,39 @@ def _mended_trees() -> dict[type, Converter]:
         kind = getattr(require(f"sklearn.{module}", extra="sklearn"), name, None)
         if kind is not None:
             found[kind] = _mended(registry.get_converter(operators._get_sklearn_operator_name(kind)))
+    impute = require("sklearn.impute", extra="sklearn").SimpleImputer
+    found[impute] = _mended_imputer(registry.get_converter(operators._get_sklearn_operator_name(impute)))
     return found
+
+
+def _mended_imputer(converter: Converter) -> Converter:
+    """An imputer of float64 out of operators that every runtime has."""
+
+    def convert_imputer(scope: Any, operator: Any, container: Any, **options: Any) -> None:
+        from onnx import TensorProto
+
+        types = require("skl2onnx.common.data_types", extra="sklearn")
+        fitted = operator.raw_operator
+        wide = all(isinstance(v.type, types.DoubleTensorType) for v in operator.inputs)
+        gaps = isinstance(fitted.missing_values, float) and np.isnan(fitted.missing_values)
+        if not wide or not gaps or fitted.indicator_ is not None or np.isnan(fitted.statistics_).any():
+            converter(scope, operator, container, **options)
+            return
+        name = [scope.get_unique_variable_name(part) for part in ("together", "missing", "fill")]
+        source = operator.inputs[0].full_name
+        if len(operator.inputs) > 1:
+            source = name[0]
+            inputs = [v.full_name for v in operator.inputs]
+            container.add_node("Concat", inputs, [source], name=scope.get_unique_operator_name("Concat"), axis=1)
+        fill = np.asarray(fitted.statistics_, dtype=np.float64)
+        container.add_initializer(name[2], TensorProto.DOUBLE, [1, len(fill)], fill.tolist())
+        container.add_node("IsNaN", [source], [name[1]], name=scope.get_unique_operator_name("IsNaN"), op_version=13)
+        container.add_node(
+            "Where", [name[1], name[2], source], [operator.outputs[0].full_name], op_version=16,
+            name=scope.get_unique_operator_name("Where"),
+        )  # fmt: skip
+
+    return convert_imputer
 
 
 def _mended(converter: Converter) -> Converter:
@@ -168,7 +204,9 @@ def _mended(converter: Converter) -> Converter:
             wide = isinstance(wanted.type, types.DoubleTensorType)
             kind = TensorProto.DOUBLE if wide else None
             if kind is None:
-                container.add_node("Identity", [made.full_name], [wanted.full_name], name=scope.get_unique_operator_name("I"))
+                container.add_node(
+                    "Identity", [made.full_name], [wanted.full_name], name=scope.get_unique_operator_name("I")
+                )
             else:
                 casting.apply_cast(scope, made.full_name, wanted.full_name, container, to=kind)
 

@@ -54,7 +54,9 @@ def open_skops(path: Path, options: ExportOptions) -> Source:
     try:
         unknown = io.get_untrusted_types(file=path)
     except Exception as exc:
-        raise SourceError(f"cannot read {path} ({first_line(exc)})", expected="a file written by skops.io.dump") from exc
+        raise SourceError(
+            f"cannot read {path} ({first_line(exc)})", expected="a file written by skops.io.dump"
+        ) from exc
     strange = [name for name in unknown if name not in _TRUSTED]
     if strange:
         raise SourceError(
@@ -113,7 +115,9 @@ class SklearnSource(Source):
         inputs = plan_inputs(_feeds(table, first), options)
         strange = [s for s in inputs if any(isinstance(d, str) for d in (s.shape or ())[1:])]
         if strange:
-            raise ExportError(f"--dynamic names an axis of features of {strange[0].name!r}", expected="axis 0, the rows")
+            raise ExportError(
+                f"--dynamic names an axis of features of {strange[0].name!r}", expected="axis 0, the rows"
+            )
         self._dynamic = any(s.symbols for s in inputs)
         self._symbol = next((s.symbols[0] for s in inputs if s.symbols), "batch")
         self._outputs = _Outputs(estimator, label)
@@ -224,12 +228,13 @@ def _spread_labels(answers: dict[str, Array], order: Array) -> Array:
     _, firsts = np.unique(labels.ravel()[order], return_index=True)
     leads = [order[i] for i in firsts]
     rest = [i for i in order if i not in set(leads)]
+    spare = leads[len(_CASE_ROWS) :]
     arranged: list[int] = []
     for number, rows in enumerate(_CASE_ROWS):
         arranged.append(leads[number % len(leads)])
         arranged += rest[: rows - 1]
         rest = rest[rows - 1 :]
-    return np.array(arranged + rest, dtype=np.int64)
+    return np.array(arranged + rest + spare, dtype=np.int64)
 
 
 class _Outputs:

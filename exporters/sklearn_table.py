@@ -72,7 +72,9 @@ def table_of(example: Any, estimator: Any, label: str) -> Table:
     else:
         array = example.toarray() if hasattr(example, "toarray") else np.asarray(example)
     if not array.size or array.ndim not in (1, 2):
-        raise SourceError(f"the example of {label} has shape {list(array.shape)}", expected="rows of features, or texts")
+        raise SourceError(
+            f"the example of {label} has shape {list(array.shape)}", expected="rows of features, or texts"
+        )
     if array.dtype.kind in "OUS":
         array = _strings(array, label)
         if array.ndim == 1:

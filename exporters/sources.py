@@ -9,8 +9,12 @@ from deploykit.errors import ExportError, SourceError
 from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Source, Way
 
 WAYS = ("auto", "torch.export", "torchscript")
-_KINDS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory, or an .onnx file"
-_FACTORY = "write a factory that builds the module and loads its weights, and export file.py:factory"
+_KINDS = (
+    "file.py:factory, package.module:factory, a .pt2, .keras, .tflite, .skops or .onnx file, a Hugging Face model "
+    "directory, or a SavedModel directory (DIR or DIR:signature)"
+)
+_FACTORY = "write a factory that builds the model and loads its weights, and export file.py:factory"
+_KERAS = "python -c \"import keras; keras.models.load_model('OLD.h5').save('NEW.keras')\""
 _REFUSED = {
     ".pt": f"pickled weights do not hold the model's code; {_FACTORY}",
     ".pth": f"pickled weights do not hold the model's code; {_FACTORY}",
@@ -19,6 +23,8 @@ _REFUSED = {
     ".pkl": f"unpickling runs whatever code the file holds; {_FACTORY}",
     ".joblib": f"unpickling runs whatever code the file holds; {_FACTORY}",
     ".safetensors": f"weights alone do not hold the model's code; give the directory with config.json, or {_FACTORY}",
+    ".h5": f"the old format stores code unchecked; if you trust the file, convert it: {_KERAS}",
+    ".hdf5": f"the old format stores code unchecked; if you trust the file, convert it: {_KERAS}",
     ".py": "name the function in it: file.py:factory",
 }
 
@@ -67,6 +73,11 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
     if path.suffix in _REFUSED and named:
         where = source if path.exists() else f"{source} (which does not exist)"
         raise SourceError(f"{where} cannot be exported", hint=_REFUSED[path.suffix])
+    folder, _, signature = source.rpartition(":")
+    if not named and (Path(folder) / "saved_model.pb").is_file():
+        from deploykit.exporters.tensorflow_savedmodel import open_saved_model
+
+        return open_saved_model(Path(folder), options, signature)
     if not named:
         from deploykit.exporters.factory import open_factory
 
@@ -89,7 +100,11 @@ def _open_directory(path: Path, options: ExportOptions) -> Source:
         return open_saved_model(path, options)
     onnx = sorted(path.glob("*.onnx"))
     hint = f"give the file: {onnx[0]}" if onnx else None
-    raise SourceError(f"{path} has no config.json", expected="a Hugging Face model directory", hint=hint)
+    raise SourceError(
+        f"{path} has no config.json and no saved_model.pb",
+        expected="a directory of a Hugging Face model, or a SavedModel",
+        hint=hint,
+    )
 
 
 def export(source: Source, way: Way, target: Path, *, opset: int | None = None) -> None:

@@ -46,7 +46,9 @@ def open_saved_model(path: Path, options: ExportOptions, signature: str = "") ->
     outputs = sorted(function.structured_outputs)
     unranked = next((n for n in names if takes[n].shape.rank is None), None)
     if unranked:
-        raise SourceError(f"the rank of input {unranked!r} of {label} is unknown", hint="save it with an input signature")
+        raise SourceError(
+            f"the rank of input {unranked!r} of {label} is unknown", hint="save it with an input signature"
+        )
     inputs = tuple(declared(n, takes[n].dtype.name, takes[n].shape.as_list(), label) for n in names)
 
     def call(*tensors: Any) -> list[Any]:

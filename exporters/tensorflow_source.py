@@ -191,6 +191,7 @@ def _asked(given: Sequence[TensorSpec], planned: Sequence[TensorSpec]) -> tuple[
         for axis, (had, wish) in enumerate(zip(old.shape or (), new.shape or (), strict=True)):
             if isinstance(had, int) and isinstance(wish, str):
                 raise ExportError(
-                    f"the source fixes axis {axis} of {old.name!r} at {had}", expected=f"--dynamic without {wish!r} there"
+                    f"the source fixes axis {axis} of {old.name!r} at {had}",
+                    expected=f"--dynamic without {wish!r} there",
                 )
     return tuple(planned)

@@ -48,7 +48,9 @@ class TFLiteSource(TensorFlowSource):
             for n, d in self._takes.items()
         )  # fmt: skip
         ranges = {
-            s.name: ValueRange(np.iinfo(s.dtype).min, np.iinfo(s.dtype).max) for s in inputs if s.dtype in ("int8", "uint8")
+            s.name: ValueRange(np.iinfo(s.dtype).min, np.iinfo(s.dtype).max)
+            for s in inputs
+            if s.dtype in ("int8", "uint8")
         }
         super().__init__(Callee(inputs, tuple(self._gives), lambda *_: (), ranges), options, str(path), "tflite")
         if any(d["quantization_parameters"]["scales"].size and d["dtype"] in _INTEGERS for d in self._details()):
@@ -86,7 +88,9 @@ class TFLiteSource(TensorFlowSource):
         wanted = Signature(
             self.signature.inputs if way.dynamic else self._fixed(), observed_outputs(self.cases_for(way))
         )
-        finish(model, [d["name"] for d in self._takes.values()], [d["name"] for d in self._gives.values()], wanted, target)
+        finish(
+            model, [d["name"] for d in self._takes.values()], [d["name"] for d in self._gives.values()], wanted, target
+        )
 
     def tools(self) -> dict[str, str]:
         """LiteRT, TensorFlow, tf2onnx and onnx."""
@@ -106,7 +110,9 @@ def _open(path: Path) -> Any:
         interpreter = litert.Interpreter(str(path), experimental_op_resolver_type=kind, num_threads=1)
         interpreter.allocate_tensors()
     except Exception as exc:
-        raise SourceError(f"cannot read {path} ({first_line(exc)})", expected="a TFLite file of built-in operators") from exc
+        raise SourceError(
+            f"cannot read {path} ({first_line(exc)})", expected="a TFLite file of built-in operators"
+        ) from exc
     return interpreter
 
 

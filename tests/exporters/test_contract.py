@@ -140,18 +140,27 @@ KINDS = {
     "tflite": Kind(lambda b, d, _: (_tflite(b, d), {}), ("image",), ("output_0",), way="tf2onnx"),
     # OpenVINO has no operators of the domain ai.onnx.ml, and no strings.
     "sklearn": Kind(
-        lambda b, d, _: (f"{b.trained.__file__}:forest", {}), ("X",), ("label", "probabilities"), way="skl2onnx",
+        lambda b, d, _: (f"{b.trained.__file__}:forest", {}),
+        ("X",),
+        ("label", "probabilities"),
+        way="skl2onnx",
         devices=DEVICES[:1],
     ),
     "skops": Kind(
         lambda b, d, _: (_skops(b, d), {}), ("X",), ("label", "probabilities"), way="skl2onnx", devices=DEVICES[:1]
     ),
     "sklearn-table": Kind(
-        lambda b, d, _: (f"{b.trained.__file__}:table", {}), ("alcohol", "malic_acid", "magnesium", "tint"),
-        ("label", "probabilities"), way="skl2onnx", devices=DEVICES[:1],
+        lambda b, d, _: (f"{b.trained.__file__}:table", {}),
+        ("alcohol", "malic_acid", "magnesium", "tint"),
+        ("label", "probabilities"),
+        way="skl2onnx",
+        devices=DEVICES[:1],
     ),
     "sklearn-text": Kind(
-        lambda b, d, _: (f"{b.trained.__file__}:text", {}), ("text",), ("label", "probabilities"), way="skl2onnx",
+        lambda b, d, _: (f"{b.trained.__file__}:text", {}),
+        ("text",),
+        ("label", "probabilities"),
+        way="skl2onnx",
         devices=DEVICES[:1],
     ),
 }

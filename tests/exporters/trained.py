@@ -56,7 +56,9 @@ def sentences() -> tuple[list[str], list[str]]:
 
 def text() -> Any:
     texts, themes = sentences()
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression()).fit(texts[:120], themes[:120]), texts[120:]
+    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression()).fit(
+        texts[:120], themes[:120]
+    ), texts[120:]
 
 
 @functools.cache
