@@ -43,7 +43,7 @@ class Way:
     """One road to ONNX.
 
     Attributes:
-        name: "torch.export", "torchscript" or "copy".
+        name: "torch.export", "torchscript", "tf2onnx", "skl2onnx", "skl2onnx in float64" or "copy".
         dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
     """
 
@@ -73,7 +73,7 @@ class Source(ABC):
     """A loaded source.
 
     Attributes:
-        kind: "pytorch", "pt2", "huggingface" or "onnx".
+        kind: "pytorch", "pt2", "huggingface", "keras", "savedmodel", "tflite", "scikit-learn" or "onnx".
         label: What the user called it.
         signature: Inputs with the wanted dynamic dimensions; outputs as observed.
         ranges: Values that made-up inputs may take.

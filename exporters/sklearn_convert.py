@@ -1,6 +1,6 @@
 """scikit-learn to ONNX with skl2onnx, and what has to be mended on the way.
 
-Found by trial with skl2onnx 1.20, scikit-learn 1.9 and onnx 1.23; the contract suite and test_sklearn.py hold the cases:
+Found by trial with skl2onnx 1.20, scikit-learn 1.9 and onnx 1.23; test_sklearn.py holds the cases:
 
 - Trees compare `float32(x) <= threshold` in scikit-learn, whatever the input. In a float64 graph skl2onnx feeds them
   float64, and predictions differ (154 instead of 0 on the diabetes data). Here a Cast to float32 stands before them.

@@ -1,8 +1,8 @@
 """scikit-learn estimators and pipelines: from a factory, or a `.skops` file.
 
-The reference is the estimator's own `predict` and `predict_proba` (else `decision_function`, `transform`) on the rows as
-the user has them; the graph gets the same rows in its own precision. So a threshold that flips because float32 rounds
-is a failure of the float32 graph, and the float64 graph is taken.
+The reference is the estimator's own `predict` and `predict_proba` (else `decision_function`, `transform`) on the rows
+as the user has them; the graph gets the same rows in its own precision. So a threshold that flips because float32
+rounds is a failure of the float32 graph, and the float64 graph is taken.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def open_skops(path: Path, options: ExportOptions) -> Source:
     if strange:
         raise SourceError(
             f"{path} holds types that are not trusted: {', '.join(strange[:8])}",
-            hint="if you trust them, load it in a factory with skops.io.load(FILE, trusted=[...]) and export file.py:make",
+            hint="if you trust them, let a factory call skops.io.load(FILE, trusted=[...]), and export file.py:make",
         )
     try:
         estimator = io.load(path, trusted=unknown)

@@ -123,9 +123,11 @@ def made_up_table(estimator: Any, limits: ValueRange | None, label: str) -> Tabl
             f"{label} takes {kind}, which cannot be made up",
             hint="give real inputs with --data, or return (estimator, example rows) from the factory",
         )
-    middle, spread = (0.0, 1.0) if limits is None else ((limits.low + limits.high) / 2, (limits.high - limits.low) / 2)
-    found = _where_features_lie(estimator, int(features)) if limits is None else None
-    middle, spread = found or (middle, spread)
+    middle, spread = np.array(0.0), np.array(1.0)
+    if limits is not None:
+        middle, spread = np.array((limits.low + limits.high) / 2), np.array((limits.high - limits.low) / 2)
+    elif (found := _where_features_lie(estimator, int(features))) is not None:
+        middle, spread = found
     rows = np.random.default_rng(0).standard_normal((_MADE_UP_ROWS, int(features))) * spread + middle
     return Table(rows, {MATRIX: rows})
 

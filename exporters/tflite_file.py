@@ -78,7 +78,7 @@ class TFLiteSource(TensorFlowSource):
         import_tensorflow()
         tf2onnx = require("tf2onnx", extra="tflite")
         try:
-            handlers = {"TFL_GELU": (tflite_gelu, [])}
+            handlers: dict[str, Any] = {"TFL_GELU": (tflite_gelu, [])}
             model, _ = tf2onnx.convert.from_tflite(
                 str(self._path), opset=opset or DEFAULT_OPSET, custom_op_handlers=handlers
             )

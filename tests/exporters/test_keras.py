@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from deploykit import pipeline
 from deploykit.benchmarks.parity import Verdict, compare

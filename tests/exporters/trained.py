@@ -16,9 +16,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 _THEMES = {
-    "sport": "the team won the match after a late goal and the coach praised every player on the field".split(),
-    "food": "stir the soup slowly and add salt, garlic, crème fraîche and fresh herbs before the dish is served".split(),
-    "space": "the rocket left its orbit and the probe sent pictures of a distant planet and two icy moons".split(),
+    "sport": "the team won the match after a late goal and the coach praised every player on the field",
+    "food": "stir the soup slowly and add salt, garlic, crème fraîche and herbs before the dish is served",
+    "space": "the rocket left its orbit and the probe sent pictures of a distant planet and two icy moons",
 }
 
 
@@ -50,7 +50,11 @@ def table() -> Any:
 
 def sentences() -> tuple[list[str], list[str]]:
     rng = np.random.default_rng(0)
-    made = [(" ".join(rng.choice(words, 8)).capitalize(), theme) for _ in range(60) for theme, words in _THEMES.items()]
+    made = [
+        (" ".join(rng.choice(words.split(), 8)).capitalize(), theme)
+        for _ in range(60)
+        for theme, words in _THEMES.items()
+    ]
     return [text for text, _ in made], [theme for _, theme in made]
 
 
