@@ -65,8 +65,8 @@ def export(
     outputs agree within an absolute and a relative tolerance, on the first device at least.
 
     Args:
-        source: `file.py:factory`, `package.module:factory`, a `.pt2` file, a Hugging Face model directory, an `.onnx`
-            file.
+        source: `file.py:factory`, `package.module:factory`, a `.pt2`, `.keras`, `.tflite`, `.skops` or `.onnx` file, a
+            Hugging Face model directory, a SavedModel directory (`DIR` or `DIR:signature`).
         output: Where the artifact will stand; nothing may be there.
         dynamic: `batch` (default), `none`, or `input:axis=symbol,axis=symbol`.
         inputs: `name=dtype[dim,...]` for a factory that gives no example inputs.

@@ -50,7 +50,7 @@ class Way:
     """One road to ONNX.
 
     Attributes:
-        name: "torch.export", "torchscript" or "copy".
+        name: "torch.export", "torchscript", "tf2onnx", "skl2onnx", "skl2onnx in float64" or "copy".
         dynamic: Whether the dynamic dimensions are kept; otherwise the shapes of the example are fixed.
         attention: Another attention implementation than the model's own ("eager"); empty for its own.
         patient: Whether it may take long, because no other way is left.
@@ -85,7 +85,7 @@ class Source(ABC):
     """A loaded source.
 
     Attributes:
-        kind: "pytorch", "pt2", "huggingface" or "onnx".
+        kind: "pytorch", "pt2", "huggingface", "keras", "savedmodel", "tflite", "scikit-learn" or "onnx".
         label: What the user called it.
         signature: Inputs with the wanted dynamic dimensions; outputs as observed.
         ranges: Values that made-up inputs may take.

@@ -1,8 +1,9 @@
-"""`file.py:factory` and `package.module:factory`: code that builds the module; the user named it, so it is run."""
+"""`file.py:factory` and `package.module:factory`: code that builds the model; the user named it, so it is run."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,15 @@ from deploykit.data import load_object, user_frame
 from deploykit.errors import DeploykitError, SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source
 from deploykit.exporters.binding import bind_examples, made_up_examples
+from deploykit.exporters.keras_model import is_keras_model, open_keras_model
 from deploykit.exporters.modules import unwrap
 from deploykit.exporters.pytorch import TorchSource
+from deploykit.exporters.sklearn_source import SklearnSource, is_estimator
 from deploykit.extras import require
 
-_EXPECTED = "a torch.nn.Module, (module, example_inputs), or (module, args, kwargs)"
+_EXPECTED = (
+    "a torch.nn.Module, a Keras model or a scikit-learn estimator, (model, example_inputs), or (module, args, kwargs)"
+)
 
 
 def open_factory(text: str, options: ExportOptions) -> Source:
@@ -23,10 +28,9 @@ def open_factory(text: str, options: ExportOptions) -> Source:
     Raises:
         SourceError: Not found, it raised, or it returned something else.
     """
-    torch = require("torch", extra="torch")
     found = load_object(text)
     made = found
-    if not isinstance(found, torch.nn.Module):
+    if not _is_model(found):
         if not callable(found):
             raise SourceError(f"{text} is a {type(found).__name__}", expected=f"a function that returns {_EXPECTED}")
         made = _call(found, text)
@@ -36,6 +40,11 @@ def open_factory(text: str, options: ExportOptions) -> Source:
     keywords: Any = None
     if isinstance(made, tuple) and len(made) in (2, 3):
         made, examples, keywords = (*made, None)[:3]
+    if is_estimator(made):
+        return SklearnSource(made, options, text, examples)
+    if is_keras_model(made):
+        return open_keras_model(made, options, text, examples)
+    torch = require("torch", extra="torch")
     if keywords is not None and not isinstance(keywords, Mapping):
         raise SourceError(
             f"{text} returned {type(keywords).__name__} as keyword arguments",
@@ -50,6 +59,12 @@ def open_factory(text: str, options: ExportOptions) -> Source:
         return TorchSource(made, arrays, call, options, text, ranges=ranges or None, data="generated")
     arrays, call = bind_examples(made, () if examples is None else examples, text, keywords)
     return TorchSource(made, arrays, call, options, text)
+
+
+def _is_model(value: Any) -> bool:
+    """Whether it is a model already, and no function that makes one; nothing is imported for the answer."""
+    torch = sys.modules.get("torch")
+    return is_estimator(value) or is_keras_model(value) or (torch is not None and isinstance(value, torch.nn.Module))
 
 
 def _copy(module: Any, text: str) -> Any:

@@ -10,13 +10,19 @@ from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Sourc
 from deploykit.exporters.torch_files import SUFFIXES, refusal
 
 WAYS = ("auto", "torch.export", "torchscript")
-_KINDS = "file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory, or an .onnx file"
-_FACTORY = "write a factory that builds the module and loads its weights, and export file.py:factory"
+_KINDS = (
+    "file.py:factory, package.module:factory, a .pt2, .keras, .tflite, .skops or .onnx file, a Hugging Face model "
+    "directory, or a SavedModel directory (DIR or DIR:signature)"
+)
+_FACTORY = "write a factory that builds the model and loads its weights, and export file.py:factory"
+_KERAS = "python -c \"import keras; keras.models.load_model('OLD.h5').save('NEW.keras')\""
 _REFUSED = {
     **dict.fromkeys(SUFFIXES, f"pickled weights do not hold the model's code; {_FACTORY}"),
     ".pkl": f"unpickling runs whatever code the file holds; {_FACTORY}",
     ".joblib": f"unpickling runs whatever code the file holds; {_FACTORY}",
     ".safetensors": f"weights alone do not hold the model's code; give the directory with config.json, or {_FACTORY}",
+    ".h5": f"the old format stores code unchecked; if you trust the file, convert it: {_KERAS}",
+    ".hdf5": f"the old format stores code unchecked; if you trust the file, convert it: {_KERAS}",
     ".py": "name the function in it: file.py:factory",
 }
 
@@ -74,6 +80,10 @@ def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
     """One graph."""
     _check_options(options)
     path = Path(source)
+    if (path / "saved_model.pb").is_file() and not is_artifact(path):
+        from deploykit.exporters.tensorflow_savedmodel import open_saved_model
+
+        return open_saved_model(path, options)
     if path.is_dir():
         raise _no_source(path)
     named = path.is_file() or ":" not in source  # a colon may stand in a file's name too
@@ -85,11 +95,28 @@ def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
         from deploykit.exporters.exported_program import ExportedProgramSource
 
         return ExportedProgramSource(path, options)
+    if path.suffix == ".skops" and path.is_file():
+        from deploykit.exporters.sklearn_source import open_skops
+
+        return open_skops(path, options)
+    if path.suffix == ".keras" and path.is_file():
+        from deploykit.exporters.keras_model import open_keras_file
+
+        return open_keras_file(path, options)
+    if path.suffix == ".tflite" and path.is_file():
+        from deploykit.exporters.tflite_file import TFLiteSource
+
+        return TFLiteSource(path, options)
     if path.suffix in SUFFIXES and path.is_file():
         raise refusal(path)
     if path.suffix in _REFUSED and named:
         where = source if path.exists() else f"{source} (which does not exist)"
         raise SourceError(f"{where} cannot be exported", hint=_REFUSED[path.suffix])
+    folder, _, signature = source.rpartition(":")
+    if not named and (Path(folder) / "saved_model.pb").is_file():
+        from deploykit.exporters.tensorflow_savedmodel import open_saved_model
+
+        return open_saved_model(Path(folder), options, signature)
     if not named:
         from deploykit.exporters.factory import open_factory
 
@@ -105,7 +132,11 @@ def _no_source(path: Path) -> SourceError:
         return SourceError(f"{path} is an artifact already", hint=f"go on with it: deploykit simplify -m {path} -o OUT")
     onnx = sorted(path.glob("*.onnx"))
     hint = f"give the file: {onnx[0]}" if onnx else None
-    return SourceError(f"{path} has no config.json", expected="a Hugging Face model directory", hint=hint)
+    return SourceError(
+        f"{path} has no config.json and no saved_model.pb",
+        expected="a directory of a Hugging Face model, or a SavedModel",
+        hint=hint,
+    )
 
 
 def export(source: Source, way: Way, target: Path, *, opset: int | None = None) -> None:

@@ -16,6 +16,8 @@ _PACKAGES = {
     "numpy": None, "onnx": None, "onnx-ir": None, "onnxsim": None, "onnxslim": None,
     "onnxruntime": "ort", "openvino": "openvino", "torch": "torch", "onnxscript": "torch",
     "transformers": "hf", "safetensors": "hf", "tokenizers": "hf",
+    "scikit-learn": "sklearn", "skl2onnx": "sklearn", "skops": "sklearn",
+    "tensorflow": "tensorflow", "keras": "keras", "tf2onnx": "tensorflow", "ai-edge-litert": "tflite",
 }  # fmt: skip
 # Wheels that all install the package `onnxruntime`, each over the files of the other.
 _ORT_WHEELS = (
@@ -73,6 +75,8 @@ def diagnose() -> Diagnosis:
     wheels = installed_ort_wheels()
     if wheels and packages["onnxruntime"] is None:
         packages["onnxruntime"] = f"{version_of(wheels[0])} ({wheels[0]})"
+    if packages["tensorflow"] is None and (found := version_of("tensorflow-cpu")):
+        packages["tensorflow"] = f"{found} (tensorflow-cpu)"
     missing = {
         name: install_command(extra) if extra else f"pip install {name}"
         for name, extra in _PACKAGES.items()

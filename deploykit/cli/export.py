@@ -64,8 +64,10 @@ def command(
 ) -> None:
     """Turn a model into a verified ONNX artifact.
 
-    SOURCE is file.py:factory, package.module:factory, a .pt2 file, a Hugging Face model directory or an .onnx file. The
-    result is run beside the source at several shapes; where the numbers differ, nothing is written.
+    SOURCE is file.py:factory, package.module:factory, a .pt2, .keras, .tflite, .skops or .onnx file, a Hugging Face
+    model directory, or a SavedModel directory (DIR or DIR:signature). A factory returns a PyTorch module, a Keras model
+    or a scikit-learn estimator. The result is run beside the source at several shapes; where the numbers differ,
+    nothing is written.
 
     A model that becomes several graphs (an encoder and a decoder with its key-value cache, the towers of CLIP) gives
     one artifact each: DIR/encoder, DIR/decoder.

@@ -5,6 +5,7 @@ Helpers are handed out as fixtures, because test files of pytest's importlib mod
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from deploykit.exporters import ExportOptions, Source, open_source
 from deploykit.runtimes import open_session
 
 ZOO = Path(__file__).with_name("zoo.py")
+TRAINED = Path(__file__).with_name("trained.py")
 
 
 def run_onnx(path: Path) -> Any:
@@ -61,6 +63,7 @@ def build() -> SimpleNamespace:
     """Builders of models on disk and in memory."""
     return SimpleNamespace(
         zoo=ZOO,
+        trained=sys.modules[load_object(f"{TRAINED}:forest").__module__],
         text_model=text_model,
         external=external_model,
         image=small_image_model,

@@ -53,8 +53,8 @@ def test_names_of_nothing(opened: Any, message: Any, source: str, said: str) -> 
 
 
 def test_unknown_file(opened: Any, message: Any, tmp_path: Path) -> None:
-    (tmp_path / "model.h5").touch()
-    assert "no known kind" in message(SourceError, lambda: opened(tmp_path / "model.h5"))
+    (tmp_path / "model.mlmodel").touch()
+    assert "no known kind" in message(SourceError, lambda: opened(tmp_path / "model.mlmodel"))
 
 
 def test_file_that_fails_on_import(opened: Any, message: Any, tmp_path: Path) -> None:
@@ -82,6 +82,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
         "import sys, pkgutil, importlib, deploykit.exporters as e\n"
         "[importlib.import_module(f'deploykit.exporters.{m.name}') for m in pkgutil.iter_modules(e.__path__)]\n"
         "heavy = {'torch', 'onnx', 'onnxscript', 'transformers', 'onnxruntime', 'openvino'}\n"
+        "heavy |= {'sklearn', 'skl2onnx', 'keras', 'tensorflow', 'tf2onnx'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
         "print(sorted(m for m in sys.modules if m.startswith(('deploykit.optimizers', 'deploykit.runtimes', "
         "'deploykit.benchmarks'))))\n"

@@ -1,0 +1,75 @@
+"""SavedModels: one signature of a directory that TensorFlow or Keras wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import SourceError, first_line
+from deploykit.exporters.base import ExportOptions, Source
+from deploykit.exporters.tensorflow_graph import import_tensorflow
+from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, declared, refuse_torch_options
+
+_DEFAULT = "serving_default"
+# A graph is a program: these run Python of this process, or touch files.
+_UNSAFE = frozenset(
+    {"PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles", "Save", "SaveV2", "PrintV2"}
+)
+
+
+def open_saved_model(path: Path, options: ExportOptions, signature: str = "") -> Source:
+    """Load one signature.
+
+    Args:
+        path: The directory with saved_model.pb.
+        options: What the user asked for.
+        signature: Its name; by default `serving_default`, else the only one.
+
+    Raises:
+        SourceError: Damaged, without such a signature, with string inputs, or with operators that touch files.
+    """
+    refuse_torch_options(options)
+    tf = import_tensorflow()
+    try:
+        loaded = tf.saved_model.load(str(path))
+    except Exception as exc:
+        raise SourceError(f"cannot read {path} ({first_line(exc)})", expected="a SavedModel directory") from exc
+    label = f"{path}:{signature}" if signature else str(path)
+    function = _choose(dict(loaded.signatures), signature, path)
+    unsafe = sorted(_operators(function) & _UNSAFE)
+    if unsafe:
+        raise SourceError(
+            f"{label} holds the operator {unsafe[0]}, which runs Python or touches files", hint="export it without that"
+        )
+    takes = function.structured_input_signature[1]
+    names = sorted(takes)
+    outputs = sorted(function.structured_outputs)
+    unranked = next((n for n in names if takes[n].shape.rank is None), None)
+    if unranked:
+        raise SourceError(
+            f"the rank of input {unranked!r} of {label} is unknown", hint="save it with an input signature"
+        )
+    inputs = tuple(declared(n, takes[n].dtype.name, takes[n].shape.as_list(), label) for n in names)
+
+    def call(*tensors: Any) -> list[Any]:
+        # `loaded` is named so that its variables outlive this function: signatures hold them weakly.
+        assert loaded is not None
+        made = function(**dict(zip(names, tensors, strict=True)))
+        return [made[name] for name in outputs]
+
+    return TensorFlowSource(Callee(inputs, tuple(outputs), call), options, label, "savedmodel")
+
+
+def _choose(signatures: dict[str, Any], wanted: str, path: Path) -> Any:
+    if not signatures:
+        raise SourceError(f"{path} has no signature", hint="save it with model.export(DIR), or with signatures=")
+    name = wanted or (_DEFAULT if _DEFAULT in signatures else next(iter(signatures)) if len(signatures) == 1 else "")
+    if name not in signatures:
+        ask = f"one of {', '.join(f'{path}:{n}' for n in sorted(signatures))}"
+        raise SourceError(f"{path} has no signature {name or _DEFAULT!r}", expected=ask)
+    return signatures[name]
+
+
+def _operators(function: Any) -> set[str]:
+    graph = function.graph.as_graph_def()
+    return {n.op for n in graph.node} | {n.op for f in graph.library.function for n in f.node_def}
