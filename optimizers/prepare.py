@@ -46,7 +46,7 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     copy.CopyFrom(model)
     _name_nodes(copy)
     have = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if have < (_PER_CHANNEL_OPSET if per_channel else _PER_TENSOR_OPSET):
+    if 0 < have < (_PER_CHANNEL_OPSET if per_channel else _PER_TENSOR_OPSET):  # 0: operators of other domains only
         copy = _raise_opset(copy, have)
         notes.append(f"opset raised from {have} to {_PER_CHANNEL_OPSET}: 8-bit weights need it")
     # Before 4, weights had to be listed as inputs; those that quantizers add are not.

@@ -122,7 +122,9 @@ def _nothing_dynamic(model: onnx.ModelProto, ops: Sequence[str], other: str | No
     convolutions = "convolutional models want: deploykit quantize static --data FILE"
     return OptimizationError(
         f"nothing to quantize: the model has none of {', '.join(ops)} with constant weights{has}",
-        hint=convolutions if "Conv" in kinds else "keep this model in floating point",
+        hint=convolutions
+        if "Conv" in kinds
+        else "simplify it first (deploykit simplify), or keep it in floating point",
     )
 
 
@@ -192,7 +194,7 @@ def quantize_static(
         if not nodes:
             raise OptimizationError(
                 "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
-                hint="drop --exclude, or keep this model in floating point",
+                hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
             )
         tensors = watched_tensors(prepared, frozenset(nodes))
         with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder:

@@ -104,7 +104,8 @@ def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> li
             if node.input[1] in weights and len(weights[node.input[1]].dims) == _COMPUTE_INPUTS:
                 chosen.append(node.name)
         elif (node.op_type == "Add" and set(node.input) <= trunk) or (
-            node.op_type in _TRUNK and {i for i in node.input if i and i not in constants} <= trunk
+            # A shape put together from constants is no activation.
+            node.op_type in _TRUNK and set() < {i for i in node.input if i and i not in constants} <= trunk
         ):
             chosen.append(node.name)
             trunk.update(node.output)

@@ -452,6 +452,21 @@ def test_attention_of_the_standard_is_not_that_of_onnxruntime(tmp_path: Path) ->
     assert "nothing to quantize" in refused(tmp_path, model, DynamicConfig())
 
 
+def test_constants_are_no_activations(tmp_path: Path) -> None:
+    """A shape that is put together from constants, and a weight that is only transposed, are nothing to quantize."""
+    text = "g (float[n,32] x) => (float[n,4] y) { s = Concat<axis=0>(a, b) t = Transpose(w) y = MatMul(x, t) }"
+    model = parsed(text, {"a": np.int64([1]), "b": np.int64([2]), "w": normal(4, 32)})
+    assert "simplify it first" in refused(tmp_path, model, StaticConfig(), ROWS)
+    assert "simplify it first" in refused(tmp_path, model, DynamicConfig())
+
+
+@CONFIGS
+def test_models_without_operators_of_the_standard(tmp_path: Path, config: StepConfig) -> None:
+    head = '<ir_version: 8, opset_import: ["ai.onnx.ml" : 3]>'
+    model = parsed("g (float[n,32] x) => (float[n,32] y) { y = ai.onnx.ml.Normalizer(x) }", {}, head)
+    assert "nothing to quantize" in refused(tmp_path, model, config, ROWS)
+
+
 @CONFIGS
 @pytest.mark.parametrize("names", [["", "", "MatMul_0"], ["same", "same", "same"]])
 def test_node_names_become_unique(tmp_path: Path, config: StepConfig, names: list[str]) -> None:

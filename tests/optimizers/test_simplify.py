@@ -152,7 +152,8 @@ DEEDS = {
 def test_next_tool_is_tried(redundant: Path, tmp_path: Path, misbehave: Any, deed: str) -> None:
     code, why = DEEDS[deed]
     misbehave(code)
-    result = run(redundant, tmp_path / "out.onnx", timeout_s=2)
+    # A worker that is to be found hanging gets little time, one that imports onnx on a busy machine gets enough.
+    result = run(redundant, tmp_path / "out.onnx", timeout_s=2 if "sleep" in code else 60)
     assert len(result.notes) == 1
     assert result.notes[0].startswith(f"bad was not used: {why}")
     assert result.notes[0].isprintable()
