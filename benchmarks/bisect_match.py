@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -97,10 +97,10 @@ class Judge:
             tolerance = Tolerance.for_dtype(narrow)
             have, want = _wide(have), _wide(want)
         else:
-            tolerance = Tolerance.for_dtype(want.dtype.name)
+            tolerance = replace(Tolerance.for_dtype(want.dtype.name), floor=0.0)
         if self.max_error is None or want.dtype.kind in "biuOUS":
             return diff_arrays(have, want, tolerance)
-        return diff_arrays(have, want, Tolerance(_UNLIMITED, _UNLIMITED, self.max_error))
+        return diff_arrays(have, want, Tolerance(_UNLIMITED, _UNLIMITED, self.max_error, 0.0))
 
 
 def _wide(array: Array) -> Array:

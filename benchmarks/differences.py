@@ -21,18 +21,22 @@ _INF = float("inf")
 class Tolerance:
     """When outputs count as equal; all three have to hold.
 
-    Every element: ``|a - b| <= atol * scale + rtol * |b|``, where scale is the root mean square of the reference output
-    (so that outputs of 1e-3 are not waved through by an absolute 1e-4). The whole: ``||a - b|| <= norm * ||b||``.
+    Every element: ``|a - b| <= atol * scale + rtol * |b| + floor``, where scale is the root mean square of the
+    reference output (so that outputs of 1e-3 are not waved through by an absolute 1e-4). The whole:
+    ``||a - b|| <= norm * ||b|| + floor * sqrt(size)``.
 
     Attributes:
         atol: Absolute, in units of the output's root mean square.
         rtol: Relative to each element.
         norm: Relative to the output's Euclidean norm.
+        floor: Absolute. Sigmoid and Softmax are exact to a few units in the last place of 1, whatever comes out: where
+            a detector sees nothing, two runtimes differ by 1e-7 about 0. Outputs that are no larger prove nothing.
     """
 
     atol: float = 1e-3
     rtol: float = 1e-3
     norm: float = 1e-4
+    floor: float = 4 * 2.0**-23
 
     @classmethod
     def for_dtype(cls, dtype: str) -> Tolerance:
@@ -43,7 +47,7 @@ class Tolerance:
 
     def as_dict(self) -> dict[str, float]:
         """JSON-ready copy."""
-        return {"atol": self.atol, "rtol": self.rtol, "norm": self.norm}
+        return {"atol": self.atol, "rtol": self.rtol, "norm": self.norm, "floor": self.floor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,7 @@ def _measure(x: Array, y: Array, tol: Tolerance, at: Any) -> Difference:
     sqnr = 20 * np.log10(signal / noise) if noise and signal else (_INF if not noise else -_INF)
     max_rel = max_abs / scale if scale else (_INF if max_abs else 0.0)
     reason, index = "", None
-    over = error > tol.atol * scale + tol.rtol * np.abs(y)
+    over = error > tol.atol * scale + tol.rtol * np.abs(y) + tol.floor
     if over.any():
         flat = int(np.argmax(np.where(over, error, -1)))
         index = at(flat)
@@ -170,6 +174,6 @@ def _measure(x: Array, y: Array, tol: Tolerance, at: Any) -> Difference:
             f"{int(over.sum())} of {y.size} values differ, the most at {list(index)}: {x[flat]:.6g} instead of "
             f"{y[flat]:.6g} (cosine {cosine:.6f})"
         )
-    elif noise > tol.norm * signal:
+    elif noise > tol.norm * signal + tol.floor * np.sqrt(y.size):
         reason = f"the difference is {noise / signal:.2e} of the output's norm, allowed are {tol.norm:.0e}"
     return Difference(reason, max_abs, max_rel, cosine, float(sqnr), index)

@@ -52,5 +52,5 @@ def _reacts(a: Array, b: Array, tolerance: Tolerance | None) -> bool:
     if x.size == 0:
         return False
     chosen = tolerance or Tolerance.for_dtype(x.dtype.name)
-    wide = Tolerance(chosen.atol * 10, chosen.rtol * 10, chosen.norm * 10)
+    wide = Tolerance(chosen.atol * 10, chosen.rtol * 10, chosen.norm * 10, chosen.floor * 10)
     return bool(diff_arrays(y, x, wide).reason)

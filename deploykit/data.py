@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from deploykit.errors import DataError, DeploykitError, SourceError, first_line
+from deploykit.pictures import is_picture, make_pictures
 from deploykit.specs import Array, Dim, Signature, TensorSpec
 
 LABELS = "labels"
@@ -363,8 +364,8 @@ def generate(
     Args:
         specs: The inputs.
         sizes: A size for every symbol.
-        ranges: Values an input may take; without one, reals are N(0, 1), integers 0 or 1. Masks without one, told by
-            their name, are ones followed by zeros along the last axis, as padding is; no row is without a one.
+        ranges: Values an input may take; without one, reals are N(0, 1) or pictures, integers 0 or 1. Masks without
+            one, told by their name, are ones and then zeros along the last axis, as padding is; every row has a one.
         seed: For numpy's default generator.
 
     Raises:
@@ -391,6 +392,8 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, r
     if dtype.kind in "iu":
         low, high = (int(limits.low), int(limits.high)) if limits else (0, 1)
         return rng.integers(low, high + 1, shape).astype(dtype)
+    if limits is None and is_picture(shape):
+        return make_pictures(shape, rng).astype(dtype)
     middle, spread = ((limits.low + limits.high) / 2, (limits.high - limits.low) / 2) if limits else (0.0, 1.0)
     return np.asarray(rng.standard_normal(shape) * (spread or 1.0) + middle).astype(dtype)
 

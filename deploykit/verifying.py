@@ -14,7 +14,7 @@ from deploykit.artifact import is_artifact
 from deploykit.benchmarks.parity import Parity, Verdict, check_vacuity
 from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, graph_choices, relax_ties
 from deploykit.data import Dataset
-from deploykit.errors import DataError, DeploykitError, ParityError, first_line
+from deploykit.errors import DataError, DeploykitError, InferenceError, ModelError, ParityError, first_line
 from deploykit.exporters import ExportOptions, Source, open_source
 from deploykit.models import LoadedModel, load_model, probe_feeds
 from deploykit.progress import Progress, quiet
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
 
 _MODEL_SUFFIXES = (".onnx", ".xml")
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +77,24 @@ def verify(
         progress: Told about steps.
 
     Returns:
-        One record a device, with a "verdict"; the first that failed holds a "bisection".
+        One record a device, with a "verdict"; the first that failed holds a "bisection". The verdict is "not run" for a
+        runtime that cannot run the model, where it is not the first and nobody named it.
 
     Raises:
         ArtifactError: A file was changed.
         ParityError: No reference to compare with.
+        InferenceError: The first device, or a named one, cannot run the model.
         OutputExistsError: The report's place is taken.
     """
     told = progress or Progress()
-    targets, _ = find_targets(devices)
+    targets, named = find_targets(devices)
     if report is not None:
         check_free(Path(report))
         if against is None or not bisect:
             raise ParityError("a report needs a reference to bisect against", hint="add --against MODEL")
     candidate = load_model(model)
     if against is None:
-        return _replay(candidate, model, targets, min_cosine, told)
+        return _replay(candidate, model, targets, min_cosine, told, named=named)
     dataset = Dataset.open(data) if data else None
     if _is_source(against):
         source = _open(against, candidate, data, dims or {}, told)
@@ -103,11 +106,17 @@ def verify(
         with told.step(f"run {against} in {targets[0]}"):
             expected = _run(other.path, targets[0], feeds)
         reference = _Reference(str(against), other.digest, other, None, expected, targets[0])
-    return _compare(candidate, reference, targets, feeds, origin, min_cosine, bisect, report, told)
+    return _compare(candidate, reference, targets, feeds, origin, min_cosine, bisect, report, told, named=named)
 
 
 def _replay(
-    candidate: LoadedModel, model: str | Path, targets: Sequence[Device], min_cosine: float | None, told: Progress
+    candidate: LoadedModel,
+    model: str | Path,
+    targets: Sequence[Device],
+    min_cosine: float | None,
+    told: Progress,
+    *,
+    named: bool,
 ) -> list[dict[str, Any]]:
     from deploykit.serving.replay import replay_golden
 
@@ -115,7 +124,24 @@ def _replay(
         raise ParityError(f"{model} has no golden cases", hint="name a reference: --against MODEL")
     cosine = min_cosine if min_cosine is not None else MIN_COSINE if candidate.quantized else None
     with told.step(f"replay the golden cases of {model}"):
-        return [replay_golden(candidate.artifact, device, min_cosine=cosine) for device in targets]
+        records = []
+        for number, device in enumerate(targets):
+            try:
+                records.append(replay_golden(candidate.artifact, device, min_cosine=cosine))
+            except (InferenceError, ModelError) as exc:
+                records.append(_not_run("golden", device, exc, decisive=named or number == 0))
+        return records
+
+
+def _not_run(against: str, device: Device, exc: DeploykitError, *, decisive: bool) -> dict[str, Any]:
+    """The record of a runtime that nobody asked for and that cannot run the model, such as OpenVINO a forest of trees.
+
+    Raises:
+        InferenceError: Somebody asked for it, or it is the first.
+    """
+    if decisive:
+        raise exc
+    return {"against": against, "device": str(device), "verdict": NOT_RUN, "reason": exc.what}
 
 
 def _is_source(against: str | Path) -> bool:
@@ -189,12 +215,18 @@ def _compare(
     bisect: bool,
     report: str | Path | None,
     told: Progress,
+    *,
+    named: bool,
 ) -> list[dict[str, Any]]:
     vacuous = check_vacuity(reference.expected)
     records: list[dict[str, Any]] = []
-    for device in targets:
+    for number, device in enumerate(targets):
         with told.step(f"compare {candidate.path} with {reference.label} in {device}"):
-            outputs = _run(candidate.path, device, feeds)
+            try:
+                outputs = _run(candidate.path, device, feeds)
+            except (InferenceError, ModelError) as exc:
+                records.append(_not_run(reference.digest, device, exc, decisive=named or number == 0))
+                continue
             result = compare_outputs(reference.expected, outputs, feeds, min_cosine)
             if min_cosine is None:
                 result = _relax(result, candidate, reference, device, feeds, outputs)

@@ -13,6 +13,7 @@ import numpy as np
 from deploykit.data import ValueRange
 from deploykit.errors import ExportError
 from deploykit.exporters.hf_inputs import Draw, Inputs
+from deploykit.pictures import make_pictures
 from deploykit.specs import Array, Dim, TensorSpec
 
 SAMPLE_RATE = 16000
@@ -33,24 +34,12 @@ def image_inputs(config: Any, path: Path) -> Inputs:
 
 
 def _pictures(channels: int) -> Draw:
-    """Pictures [batch, channels, height, width] of patches and noise, each of another brightness and contrast.
-
-    Plain noise looks all the same to a network that averages over the picture.
-    """
+    """Pictures [batch, channels, height, width]; other ones at every call."""
     calls = itertools.count()
 
     def draw(sizes: Mapping[str, int]) -> dict[str, Array]:
-        height, width = sizes["height"], sizes["width"]
-        rng = np.random.default_rng(next(calls))
-        made = []
-        for _ in range(sizes["batch"]):
-            side = int(rng.integers(2, 6))
-            patches = rng.standard_normal((channels, side, side))
-            rows, columns = np.arange(height) * side // height, np.arange(width) * side // width
-            light, contrast = rng.standard_normal((channels, 1, 1)), rng.uniform(0.3, 1.5)
-            noise = rng.standard_normal((channels, height, width)) * rng.uniform(0.1, 0.5)
-            made.append(light + contrast * patches[:, rows][:, :, columns] + noise)
-        return {"pixel_values": np.stack(made).astype(np.float32)}
+        shape = (sizes["batch"], channels, sizes["height"], sizes["width"])
+        return {"pixel_values": make_pictures(shape, np.random.default_rng(next(calls))).astype(np.float32)}
 
     return draw
 

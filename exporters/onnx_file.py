@@ -12,7 +12,7 @@ import numpy as np
 from deploykit.data import Dataset, ValueRange, generate
 from deploykit.errors import DeploykitError, ExportError, InferenceError
 from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Way
-from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
+from deploykit.exporters.shapes import cases_from_data, example_sizes, make_cases, observed_outputs
 from deploykit.extras import version_of
 from deploykit.modelfile import check_model, copy_model, read_model, signature_of
 from deploykit.nodes import quantized_ops, random_ops
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import onnx
 
 
+# Samples of sound in the frames of usual detectors and recognizers, and a second of it.
+_LENGTHS = (128, 512, 576, 1024, 16000)
 _Run = Callable[[Feeds], dict[str, Array]]
 # Nodes whose outputs hold values of their first input, or of any input for Concat.
 _SAME_VALUES = (
@@ -101,8 +103,15 @@ class OnnxSource(Source):
         def draw(specs: tuple[TensorSpec, ...], sizes: dict[str, int]) -> dict[str, Array]:
             return generate(specs, sizes, ranges=self.ranges, seed=next(seeds))
 
+        states = batch_axes(inputs)
+
+        def tie(sizes: dict[str, int]) -> dict[str, int]:
+            """States stay as long as the batch where they are in the example."""
+            return sizes | {name: sizes[batch] for name, batch in states.items() if known[name] == known[batch]}
+
+        known = example_sizes(inputs, examples)
         try:
-            return make_cases(inputs, examples, run, draw=lambda sizes: draw(inputs, sizes))
+            return make_cases(inputs, examples, run, draw=lambda sizes: draw(inputs, sizes), tie=tie)
         except ExportError as exc:
             fixed = tuple(TensorSpec(s.name, s.dtype, examples[s.name].shape) for s in inputs)
             cases, notes = make_cases(fixed, examples, run, draw=lambda sizes: draw(fixed, sizes))
@@ -194,17 +203,36 @@ def guess_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> dict[
 
 
 def likely_sizes(inputs: tuple[TensorSpec, ...], options: ExportOptions) -> list[dict[str, int]]:
-    """Sizes to try in turn: those of `guess_sizes`, then batch 1, larger images, and 1 for everything that is open."""
+    """Sizes to try in turn: those of `guess_sizes`, batch 1, larger images, longer sequences, 1 for all that is open.
+
+    Each of them also with the unnamed axes of states (`state: [2, ?, 128]`) as long as the batch.
+    """
     usual = guess_sizes(inputs, options)
     first = {s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], str)}
     single = usual | {name: 1 for name in usual if name in first}
     images = {name: 224 if size == 64 else size for name, size in single.items()}
+    states = batch_axes(inputs)
+    lengths = [name for name, size in usual.items() if size == 16 and name not in states]
+    plans = [usual, single, images]
+    plans += [base | dict.fromkeys(lengths, length) for length in _LENGTHS for base in (usual, single)]
     found: list[dict[str, int]] = []
-    for sizes in (usual, single, images, dict.fromkeys(usual, 1)):
-        wanted = sizes | dict(options.dims)
-        if wanted not in found:
-            found.append(wanted)
+    for plan in (*plans, dict.fromkeys(usual, 1)):
+        for wanted in (plan, plan | {name: plan[batch] for name, batch in states.items()}):
+            if wanted | dict(options.dims) not in found:
+                found.append(wanted | dict(options.dims))
     return found
+
+
+def batch_axes(inputs: tuple[TensorSpec, ...]) -> dict[str, str]:
+    """Unnamed axes that are likely the batch, those after the layers of a recurrent state, by the batch's name."""
+    batch = next((s.shape[0] for s in inputs if s.shape and isinstance(s.shape[0], str)), None)
+    if batch is None:
+        return {}
+    return {
+        s.shape[1]: batch
+        for s in inputs
+        if s.shape and len(s.shape) == 3 and isinstance(s.shape[0], int) and s.shape[1] == f"{s.name}_dim1"
+    }
 
 
 def vocabulary_ranges(model: onnx.ModelProto, inputs: tuple[TensorSpec, ...]) -> dict[str, ValueRange]:

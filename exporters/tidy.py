@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.errors import ExportError
-from deploykit.modelfile import read_model, rename_dimensions, signature_of, write_model
+from deploykit.modelfile import (
+    external_files,
+    model_bytes,
+    read_model,
+    rename_dimensions,
+    signature_of,
+    write_model,
+)
 from deploykit.specs import Dim, Signature, TensorSpec
+from deploykit.weights import WHOLE_LIMIT_BYTES
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +36,9 @@ def tidy(target: Path, signature: Signature, opset: int) -> None:
     Raises:
         ExportError: Inputs, outputs or the opset are not those that were asked for.
     """
-    model = read_model(target)
+    # Weights that torch wrote beside a large graph stay where they are.
+    large = model_bytes(target) > WHOLE_LIMIT_BYTES
+    model = read_model(target, weights=not large)
     _name_values(model, signature)
     _check_made(signature_of(model), signature)
     found = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
@@ -42,8 +52,10 @@ def tidy(target: Path, signature: Signature, opset: int) -> None:
     ranks = {s.name: len(s.shape or ()) for s in signature_of(model)}
     rename_dimensions(model, {n: shape for n, shape in shapes.items() if ranks.get(n) == len(shape)})
     _drop_private(model)
+    kept = external_files(model)
     for leftover in target.parent.glob(glob.escape(target.name) + ".*"):
-        leftover.unlink()
+        if leftover.name not in kept:
+            leftover.unlink()
     write_model(model, target)
 
 
