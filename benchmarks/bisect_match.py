@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -97,10 +97,10 @@ class Judge:
             tolerance = Tolerance.for_dtype(narrow)
             have, want = _wide(have), _wide(want)
         else:
-            tolerance = replace(Tolerance.for_dtype(want.dtype.name), floor=0.0)
+            tolerance = Tolerance.for_dtype(want.dtype.name)
         if self.max_error is None or want.dtype.kind in "biuOUS":
             return diff_arrays(have, want, tolerance)
-        return diff_arrays(have, want, Tolerance(_UNLIMITED, _UNLIMITED, self.max_error, 0.0))
+        return diff_arrays(have, want, Tolerance(_UNLIMITED, _UNLIMITED, self.max_error))
 
 
 def _wide(array: Array) -> Array:

@@ -17,6 +17,11 @@ _MASK_MAGNITUDE = 1e30
 _INF = float("inf")
 
 
+# Kernels of Sigmoid and Softmax are exact to a few units in the last place of 1, however small the result: where a
+# detector sees nothing, two right runtimes differ by 1e-7 about 0.
+FLOOR = 4 * 2.0**-23
+
+
 @dataclass(frozen=True, slots=True)
 class Tolerance:
     """When outputs count as equal; all three have to hold.
@@ -29,14 +34,13 @@ class Tolerance:
         atol: Absolute, in units of the output's root mean square.
         rtol: Relative to each element.
         norm: Relative to the output's Euclidean norm.
-        floor: Absolute. Sigmoid and Softmax are exact to a few units in the last place of 1, whatever comes out: where
-            a detector sees nothing, two runtimes differ by 1e-7 about 0. Outputs that are no larger prove nothing.
+        floor: Absolute; 0 unless the graph says that the output is a probability, see `FLOOR`.
     """
 
     atol: float = 1e-3
     rtol: float = 1e-3
     norm: float = 1e-4
-    floor: float = 4 * 2.0**-23
+    floor: float = 0.0
 
     @classmethod
     def for_dtype(cls, dtype: str) -> Tolerance:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from deploykit.benchmarks.differences import Difference, Outputs, Tolerance, diff_arrays
+from deploykit.benchmarks.differences import FLOOR, Difference, Outputs, Tolerance, diff_arrays
 from deploykit.benchmarks.vacuity import check_vacuity
 from deploykit.specs import Array
 
@@ -130,15 +130,27 @@ class Parity:
         }
 
 
-def compare(expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None = None) -> Parity:
+def compare(
+    expected: Sequence[Outputs],
+    actual: Sequence[Outputs],
+    tolerance: Tolerance | None = None,
+    *,
+    bounded: Collection[str] = (),
+) -> Parity:
     """Compare outputs case by case.
 
     Args:
         expected: The reference's outputs, one mapping a case.
         actual: The candidate's, in the same order.
         tolerance: None for the default of each output's dtype.
+        bounded: Outputs that the graph makes by Sigmoid or Softmax: they may differ by `FLOOR`, as long as the outputs
+            for one input would still not pass as those for another.
     """
-    diffs = tuple(_diff_output(name, expected, actual, tolerance) for name in expected[0])
+    if bounded and check_vacuity(expected, tolerance, bounded):
+        bounded = ()
+    diffs = tuple(
+        _diff_output(name, expected, actual, tolerance, FLOOR if name in bounded else 0.0) for name in expected[0]
+    )
     shapes = tuple({name: list(a.shape) for name, a in case.items()} for case in expected)
     dtypes = [np.asarray(a).dtype.name for a in expected[0].values()]
     loosest = max((Tolerance.for_dtype(d) for d in dtypes), key=lambda t: t.atol, default=Tolerance())
@@ -152,7 +164,7 @@ def _judge(diffs: Sequence[OutputDiff]) -> tuple[Verdict, str]:
 
 
 def _diff_output(
-    name: str, expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None
+    name: str, expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None, floor: float
 ) -> OutputDiff:
     inf = float("inf")
     worst = OutputDiff(name, True, 0.0, 0.0, 1.0, inf)
@@ -160,7 +172,8 @@ def _diff_output(
         if name not in have:
             return OutputDiff(name, False, inf, inf, 0.0, 0.0, "is missing", number)
         x, y = np.asarray(have[name]), np.asarray(want[name])
-        worst = _worse(worst, diff_arrays(x, y, tolerance or Tolerance.for_dtype(y.dtype.name)), number, y)
+        chosen = replace(tolerance or Tolerance.for_dtype(y.dtype.name), floor=floor)
+        worst = _worse(worst, diff_arrays(x, y, chosen), number, y)
     return replace(worst, top1=_top1(name, expected, actual))
 
 

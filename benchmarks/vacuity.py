@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from deploykit.benchmarks.differences import Outputs, Tolerance, diff_arrays
+from deploykit.benchmarks.differences import FLOOR, Outputs, Tolerance, diff_arrays
 from deploykit.specs import Array
 
 
-def check_vacuity(expected: Sequence[Outputs], tolerance: Tolerance | None = None) -> str:
+def check_vacuity(
+    expected: Sequence[Outputs], tolerance: Tolerance | None = None, bounded: Collection[str] = ()
+) -> str:
     """Why a parity test on these reference outputs would prove nothing; empty where it proves something.
 
     A test is vacuous where the outputs for one input would pass as the outputs for another: then a graph that ignored
     its inputs would pass as well. Ten times the tolerance is taken, for a margin. An output that is the same to the bit
     in all cases (a table of anchors) is a constant and no objection, as long as another output reacts. Of a single case
     the rows are compared.
+
+    Args:
+        expected: Outputs, one mapping a case.
+        tolerance: None for the default of each output's dtype.
+        bounded: Outputs that are probabilities, which are allowed `FLOOR`.
     """
     if len(expected) == 1:
         expected = _rows(expected[0])
@@ -26,7 +33,8 @@ def check_vacuity(expected: Sequence[Outputs], tolerance: Tolerance | None = Non
         pairs = [(a, b) for i, a in enumerate(arrays) for b in arrays[i + 1 :]]
         if all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs):
             continue
-        if any(_reacts(a, b, tolerance) for a, b in pairs):
+        floor = FLOOR if name in bounded else 0.0
+        if any(_reacts(a, b, tolerance, floor) for a, b in pairs):
             reacting.append(name)
         else:
             dull.append(name)
@@ -43,7 +51,7 @@ def _rows(outputs: Outputs) -> list[dict[str, Array]]:
     return [{n: a[i : i + 1] if a.ndim else a for n, a in outputs.items()} for i in range(min(max(rows, 1), 8))]
 
 
-def _reacts(a: Array, b: Array, tolerance: Tolerance | None) -> bool:
+def _reacts(a: Array, b: Array, tolerance: Tolerance | None, floor: float) -> bool:
     """Whether two outputs for different inputs differ by far more than the tolerance; rows in common are compared."""
     if a.ndim != b.ndim:
         return True
@@ -52,5 +60,5 @@ def _reacts(a: Array, b: Array, tolerance: Tolerance | None) -> bool:
     if x.size == 0:
         return False
     chosen = tolerance or Tolerance.for_dtype(x.dtype.name)
-    wide = Tolerance(chosen.atol * 10, chosen.rtol * 10, chosen.norm * 10, chosen.floor * 10)
+    wide = Tolerance(chosen.atol * 10, chosen.rtol * 10, chosen.norm * 10, floor * 10)
     return bool(diff_arrays(y, x, wide).reason)

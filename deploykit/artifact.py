@@ -182,7 +182,7 @@ def is_artifact(path: Path) -> bool:
 
 def _read_manifest(root: Path) -> bytes:
     file = root / MANIFEST
-    parts = sorted(p.parent.name for p in root.glob(f"*/{MANIFEST}")) if root.is_dir() else []
+    parts = sorted(p.parent.name for p in root.glob(f"*/{MANIFEST}") if p.is_file()) if root.is_dir() else []
     if parts and not file.is_file():
         raise ArtifactError(
             f"{root} holds {len(parts)} artifacts: {', '.join(parts[:8])}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,10 +37,11 @@ def compare_outputs(
     outputs: Sequence[Mapping[str, Array]],
     feeds: Sequence[Feeds],
     min_cosine: float | None,
+    bounded: Collection[str] = (),
 ) -> Parity:
     """Strictly, or down to a cosine at the positions that are no padding."""
     if min_cosine is None:
-        return compare(expected, outputs)
+        return compare(expected, outputs, bounded=bounded)
     return compare_lossy(without_padding(expected, feeds), without_padding(outputs, feeds), min_cosine)
 
 

@@ -21,6 +21,7 @@ from deploykit.errors import DeploykitError, OptimizationError, ParityError, Unv
 from deploykit.machine import free_memory
 from deploykit.modelfile import model_bytes
 from deploykit.models import LoadedModel, load_model
+from deploykit.nodes import bounded_outputs
 from deploykit.optimizers import DynamicConfig, SimplifierProcess, SimplifyConfig, StaticConfig, StepConfig, optimize
 from deploykit.progress import Progress
 from deploykit.reference import run_parent
@@ -170,10 +171,11 @@ def _derive(
         )
     with ArtifactWriter(output) as writer:
         target = writer.dir / _MODEL
+        bounded = bounded_outputs(parent.path)
 
         def check(candidate: Path) -> str | None:
             try:
-                result = compare(expected, outputs_of(candidate, targets[0], feeds))
+                result = compare(expected, outputs_of(candidate, targets[0], feeds), bounded=bounded)
             except DeploykitError as exc:
                 return exc.what
             return (
@@ -242,7 +244,7 @@ def _compare_with_parent(
             told.note(f"{device} cannot run the result: {exc.what}")
             records.append({"against": parent.digest, "device": str(device), "verdict": "failed", "reason": str(exc)})
             continue
-        result = compare_outputs(expected, outputs, feeds, min_cosine)
+        result = compare_outputs(expected, outputs, feeds, min_cosine, bounded_outputs(parent.path))
         if result.verdict is Verdict.FAILED:
             text = f"in {device} the result is not its parent: {result.reason}"
             if number == 0:

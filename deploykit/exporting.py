@@ -32,6 +32,7 @@ from deploykit.exporters import ExportOptions, Source, Way, open_parts, open_sou
 from deploykit.exporters import export as write_onnx
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.models import load_model
+from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import ArtifactWriter
@@ -307,6 +308,7 @@ def _parity_records(
     cases = opened.cases_for(way)
     # An output in float32 of a model that computes in float16 has float16's accuracy.
     tolerance = Tolerance.for_dtype(opened.precision) if opened.precision else None
+    bounded = bounded_outputs(model)
     for number, device in enumerate(targets):
         decisive = strict or number == 0
         try:
@@ -317,7 +319,7 @@ def _parity_records(
                 feeds = [case.feeds for case in cases]
                 result = compare_outputs([case.outputs for case in cases], outputs, feeds, MIN_COSINE)
             else:
-                result = compare([case.outputs for case in cases], outputs, tolerance)
+                result = compare([case.outputs for case in cases], outputs, tolerance, bounded=bounded)
         except DeploykitError as exc:
             if decisive:
                 raise ParityError(f"{device} cannot run the exported graph ({exc.what})", hint=exc.hint) from exc

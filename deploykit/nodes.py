@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from deploykit.modelfile import read_model
 
 if TYPE_CHECKING:
     import onnx
@@ -60,3 +63,26 @@ def quantized_ops(model: onnx.ModelProto) -> list[str]:
             if n.op_type in _QUANTIZED_OPS or n.op_type.startswith(_QUANTIZED_PREFIXES)
         }
     )
+
+
+_MOVES = ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Cast", "Slice", "Split", "Concat")
+_BOUNDED = ("Sigmoid", "Softmax")
+
+
+def bounded_outputs(path: Path) -> frozenset[str]:
+    """Outputs of an ONNX file that hold nothing but results of Sigmoid or Softmax; none of another format."""
+    if path.suffix != ".onnx":
+        return frozenset()
+    model = read_model(path, weights=False)
+    makers = {name: node for node in model.graph.node for name in node.output}
+
+    def is_bounded(name: str) -> bool:
+        node = makers.get(name)
+        if node is None:
+            return False
+        if node.op_type in _BOUNDED:
+            return True
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        return node.op_type in _MOVES and all(is_bounded(source) for source in sources)
+
+    return frozenset(value.name for value in model.graph.output if is_bounded(value.name))

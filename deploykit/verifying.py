@@ -17,6 +17,7 @@ from deploykit.data import Dataset
 from deploykit.errors import DataError, DeploykitError, InferenceError, ModelError, ParityError, first_line
 from deploykit.exporters import ExportOptions, Source, open_source
 from deploykit.models import LoadedModel, load_model, probe_feeds
+from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.staging import check_free
@@ -220,6 +221,7 @@ def _compare(
 ) -> list[dict[str, Any]]:
     vacuous = check_vacuity(reference.expected)
     records: list[dict[str, Any]] = []
+    bounded = bounded_outputs(candidate.path if reference.model is None else reference.model.path)
     for number, device in enumerate(targets):
         with told.step(f"compare {candidate.path} with {reference.label} in {device}"):
             try:
@@ -227,7 +229,7 @@ def _compare(
             except (InferenceError, ModelError) as exc:
                 records.append(_not_run(reference.digest, device, exc, decisive=named or number == 0))
                 continue
-            result = compare_outputs(reference.expected, outputs, feeds, min_cosine)
+            result = compare_outputs(reference.expected, outputs, feeds, min_cosine, bounded)
             if min_cosine is None:
                 result = _relax(result, candidate, reference, device, feeds, outputs)
         record = {"against": reference.digest, "device": str(device), "data": origin, **result.as_dict()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.errors import ExportError
-from deploykit.exporters.torch_onnx import numpy_dtype, tidy
+from deploykit.exporters.tidy import numpy_dtype, tidy
 from deploykit.modelfile import write_model
 from deploykit.specs import Signature, TensorSpec
 

@@ -7,6 +7,7 @@ from typing import Any
 from deploykit.artifact import Artifact
 from deploykit.benchmarks.parity import Verdict, check_vacuity, compare, compare_lossy, without_padding
 from deploykit.errors import ArtifactError
+from deploykit.nodes import bounded_outputs
 from deploykit.runtimes import Device, open_session
 
 
@@ -35,7 +36,7 @@ def replay_golden(
         outputs = [session.run({k: v for k, v in inputs.items() if k in names}) for inputs, _ in cases]
     expected = [golden for _, golden in cases]
     if min_cosine is None:
-        result = compare(expected, outputs)
+        result = compare(expected, outputs, bounded=bounded_outputs(artifact.model_path))
     else:
         feeds = [inputs for inputs, _ in cases]
         result = compare_lossy(without_padding(expected, feeds), without_padding(outputs, feeds), min_cosine)

@@ -100,6 +100,18 @@ def test_zeros() -> None:
     assert verdict(np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32)) is Verdict.PASSED
 
 
+def test_probabilities_about_zero_may_differ_by_what_sigmoid_kernels_do() -> None:
+    """A detector that sees nothing in one picture, and something in another."""
+    nothing = np.abs(noise((1, 100), 1e-6))
+    want = [case(y=nothing), case(y=np.abs(noise((1, 100), 0.1, 1)))]
+    have = [case(y=nothing + np.float32(1.2e-7)), want[1]]
+    assert compare(want, have).verdict is Verdict.FAILED
+    assert compare(want, have, bounded=["y"]).verdict is Verdict.PASSED
+    assert compare(want, [case(y=nothing + np.float32(1e-6)), want[1]], bounded=["y"]).verdict is Verdict.FAILED
+    # Where every picture shows nothing, a graph that ignores its inputs would pass: no allowance.
+    assert compare(want[:1] * 2, have[:1] * 2, bounded=["y"]).verdict is Verdict.FAILED
+
+
 def test_worst_of_all_cases_counts() -> None:
     good, want = noise((10,)), noise((10,), seed=1)
     result = compare([case(y=good), case(y=want), case(y=good)], [case(y=good), case(y=-want), case(y=good)])

@@ -321,3 +321,23 @@ def test_rename_dimensions() -> None:
         v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info
     }
     assert shapes == {"kept": ["n", 7], "fixed": [7]}
+
+
+def test_outputs_that_are_probabilities(tmp_path: Path) -> None:
+    from onnx import parser
+
+    from deploykit.nodes import bounded_outputs
+
+    model = parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 18]>
+        g (float[n,4] x) => (float[n,4] p, float[4,n] q, float[n,8] r, float[n,8] s, float[n,4] t) {
+            p = Sigmoid(x)
+            z = Softmax(x)
+            q = Transpose(z)
+            r = Concat<axis=1>(p, z)
+            s = Concat<axis=1>(p, x)
+            t = Relu(x)
+        }""")
+    onnx.save(model, tmp_path / "m.onnx")
+    assert bounded_outputs(tmp_path / "m.onnx") == {"p", "q", "r"}
+    assert bounded_outputs(tmp_path / "m.xml") == frozenset()
