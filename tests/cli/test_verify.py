@@ -190,3 +190,21 @@ def test_openvino_format_cannot_be_looked_into(run_cli: Any, conv_model: Path, w
     done = run_cli("verify", "-m", wrong, "--against", "ir.xml", "--device", "openvino:cpu")
     assert done.returncode == 1
     assert "cannot be looked into" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_runtime_that_nobody_named_may_be_unable(run_cli: Any, tmp_path: Path) -> None:
+    """OpenVINO has none of the operators of classical models."""
+    node = helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml", offset=[0.5], scale=[2.0])
+    graph = helper.make_graph(
+        [node],
+        "scaler",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "scaler.onnx")
+    done = run_cli("verify", "-m", "scaler.onnx", "--against", "scaler.onnx")
+    assert done.returncode == 0, done.stderr
+    assert "passed on ort:cpu" in done.stdout and "not run on openvino:cpu" in done.stdout
+    named = run_cli("verify", "-m", "scaler.onnx", "--against", "scaler.onnx", "--device", "openvino:cpu")
+    assert named.returncode == 1 and named.stderr.count("error:") == 1 and "Traceback" not in named.stderr

@@ -181,3 +181,33 @@ def test_unsafe_external_data(
     path = build.external(tmp_path / "in")
     damage(path)
     assert "external data" in message(ModelError, lambda: opened(path))
+
+
+def test_sound_with_a_state_needs_no_options(opened: Any, tmp_path: Path) -> None:
+    """A frame that is too short for the first filter, and a state whose batch has no name."""
+    filters = np.random.default_rng(0).standard_normal((3, 1, 100)).astype(np.float32)
+    nodes = [
+        helper.make_node("Unsqueeze", ["sound", "one"], ["channel"]),
+        helper.make_node("Conv", ["channel", "filters"], ["found"]),
+        helper.make_node("ReduceMax", ["found"], ["loudest"], axes=[2], keepdims=0),
+        helper.make_node("ReduceSum", ["state", "zero"], ["before"], keepdims=0),
+        helper.make_node("Add", ["loudest", "before"], ["now"]),
+    ]
+    float_of = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)  # noqa: E731
+    graph = helper.make_graph(
+        nodes,
+        "voice",
+        [float_of("sound", ["batch", "samples"]), float_of("state", [2, None, 3])],
+        [float_of("now", ["batch", 3])],
+        [
+            numpy_helper.from_array(filters, "filters"),
+            numpy_helper.from_array(np.array([1]), "one"),
+            numpy_helper.from_array(np.array([0]), "zero"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "v.onnx")
+    source = opened(tmp_path / "v.onnx")
+    batches = {case.feeds["sound"].shape[0] for case in source.cases}
+    assert len(batches) > 1
+    assert all(case.feeds["state"].shape[1] == case.feeds["sound"].shape[0] for case in source.cases)
+    assert all(case.feeds["sound"].shape[1] >= 100 for case in source.cases)
