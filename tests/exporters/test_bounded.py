@@ -110,7 +110,7 @@ def test_a_way_that_crashes_is_left(opened: Any, message: Any, tmp_path: Path) -
 
 def test_limits_grow_with_the_module_and_with_patience(opened: Any) -> None:
     source = opened("classifier")
-    hasty, patient = (source._limit_s(Way("torch.export", True, patient)) for patient in (False, True))
+    hasty, patient = (source._limit_s(Way("torch.export", True, patient=patient)) for patient in (False, True))
     assert 40 < hasty < 45
     assert patient == 5 * hasty
     assert [way.patient for way in source.ways] == [False] * 4
