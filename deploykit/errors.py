@@ -9,6 +9,7 @@ DeploykitError
 ├── SourceError                 the thing to export cannot be found, read or built
 ├── ModelError                  an ONNX or OpenVINO file is corrupt, unsafe or invalid
 ├── ExportError                 a good source could not be turned into ONNX
+│   ├── OptionError             an option of the export that cannot be read, or that contradicts the source
 │   └── TimeLimitError          a way to ONNX took longer than it may
 ├── ContractError               a model does not fit the runtime that it is for, or nothing is known about that runtime
 ├── ParityError                 the outputs differ from the reference
@@ -103,6 +104,10 @@ class ModelError(DeploykitError):
 
 class ExportError(DeploykitError):
     """A source that works in its framework could not be turned into ONNX."""
+
+
+class OptionError(ExportError):
+    """An option of the export that cannot be read, or that contradicts the source."""
 
 
 class TimeLimitError(ExportError):

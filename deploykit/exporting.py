@@ -24,6 +24,7 @@ from deploykit.errors import (
     ContractError,
     DeploykitError,
     ExportError,
+    OptionError,
     ParityError,
     TimeLimitError,
     UnverifiableError,
@@ -163,6 +164,7 @@ def _export(
                 if single
                 else open_parts(source, options, _unoptimized)
             )
+        _check_dims(opened, options.dims, told)
         if len(opened) == 1:
             ((name, only),) = opened.items()
             return {
@@ -185,6 +187,23 @@ def _export(
                     graph, inner, source, own, targets, held, started, told, unverified=unverified
                 )
         return writer.commit_parts(made)
+
+
+def _check_dims(opened: Mapping[str, Source], dims: Mapping[str, int], told: Progress) -> None:
+    """Refuse sizes of dimensions that no graph has; say which sizes were not needed.
+
+    Raises:
+        OptionError: There is no such dimension.
+    """
+    known = list(dict.fromkeys(symbol for graph in opened.values() for symbol in graph.signature.symbols))
+    for name, size in dims.items():
+        if name not in known:
+            raise OptionError(
+                f"--dim names {name!r}, which is no dynamic dimension of the inputs",
+                expected=f"one of {', '.join(known)}" if known else "no --dim: all dimensions are fixed",
+            )
+        if not any(case.sizes.get(name) == size for graph in opened.values() for case in graph.cases):
+            told.note(f"--dim {name}={size} was not used: the inputs are not made up, and have sizes of their own")
 
 
 def _export_graph(
@@ -345,8 +364,8 @@ def _log_kept_on_failure(log: Path, told: Progress) -> Iterator[None]:
     """Where the frameworks printed something before a failed export, keep it outside the discarded directory."""
     try:
         yield
-    except (ExportError, ParityError, ContractError):
-        if log.is_file() and log.stat().st_size:
+    except (ExportError, ParityError, ContractError) as exc:
+        if not isinstance(exc, OptionError) and log.is_file() and log.stat().st_size:
             with tempfile.NamedTemporaryFile("wb", prefix="deploykit-", suffix=".log", delete=False) as kept:
                 kept.write(log.read_bytes())
             told.note(f"what the frameworks printed: {kept.name}")

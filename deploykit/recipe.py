@@ -46,7 +46,7 @@ class ExportStep(_Step):
     inputs: list[str] = []
     opset: int | None = None
     exporter: Literal["auto", "torch.export", "torchscript"] = "auto"
-    timeout_s: float | None = Field(default=None, gt=0)
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     data: str | None = None
     dims: dict[str, int] = {}
     task: str | None = None
@@ -61,7 +61,7 @@ class SimplifyStep(_Step):
 
     step: Literal["simplify"] = "simplify"
     model: str | None = None
-    timeout_s: float = 300.0
+    timeout_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     data: str | None = None
     dims: dict[str, int] = {}
     contract: list[str] = []

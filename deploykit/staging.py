@@ -172,14 +172,14 @@ class ArtifactWriter:
         self._made_parents.clear()
 
 
-def check_free(output: Path) -> None:
+def check_free(output: Path, option: str = "-o") -> None:
     """Refuse an output path that is taken.
 
     Raises:
         OutputExistsError: Something is there, be it an empty directory or a dangling link.
     """
     if os.path.lexists(output):
-        raise _taken(output)
+        raise _taken(output, option)
 
 
 def _place_error(exc: OSError, output: Path) -> StorageError:
@@ -199,8 +199,10 @@ def check_writable(folder: Path) -> None:
         raise StorageError(f"cannot write to {folder}", expected="an existing folder that you may write to")
 
 
-def _taken(output: Path) -> OutputExistsError:
-    return OutputExistsError(f"{output} exists and is left as it is", hint="choose another -o, or remove it first")
+def _taken(output: Path, option: str = "-o") -> OutputExistsError:
+    return OutputExistsError(
+        f"{output} exists and is left as it is", hint=f"choose another {option}, or remove it first"
+    )
 
 
 def _entry(spec: TensorSpec, limits: ValueRange | None) -> TensorEntry:

@@ -14,8 +14,8 @@ from deploykit.artifact import is_artifact
 from deploykit.benchmarks.parity import Parity, Verdict, check_vacuity
 from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, graph_choices, relax_ties
 from deploykit.data import Dataset
-from deploykit.errors import DataError, DeploykitError, InferenceError, ModelError, ParityError, first_line
-from deploykit.exporters import ExportOptions, Source, open_source
+from deploykit.errors import DataError, DeploykitError, InferenceError, ModelError, OptionError, ParityError, first_line
+from deploykit.exporters import KINDS, ExportOptions, Source, open_source
 from deploykit.models import LoadedModel, load_model, probe_feeds
 from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
@@ -24,7 +24,7 @@ from deploykit.staging import check_free
 
 if TYPE_CHECKING:
     from deploykit.benchmarks.bisect_finding import Finding
-    from deploykit.specs import Array, Feeds
+    from deploykit.specs import Array, Feeds, Signature
 
 _MODEL_SUFFIXES = (".onnx", ".xml")
 NOT_RUN = "not run"
@@ -90,7 +90,7 @@ def verify(
     told = progress or Progress()
     targets, named = find_targets(devices)
     if report is not None:
-        check_free(Path(report))
+        check_free(Path(report), "--report")
         if against is None or not bisect:
             raise ParityError("a report needs a reference to bisect against", hint="add --against MODEL")
     candidate = load_model(model)
@@ -102,7 +102,8 @@ def verify(
         feeds, origin, expected = _source_cases(source, candidate, dataset, dims or {})
         reference = _Reference(str(against), "source", None, source, expected, None)
     else:
-        other = load_model(against)
+        other = _load_reference(against)
+        _check_inputs(str(against), other.signature, candidate)
         feeds, origin = probe_feeds(other, dataset, dims or {})
         with told.step(f"run {against} in {targets[0]}"):
             expected = _run(other.path, targets[0], feeds)
@@ -173,7 +174,13 @@ def _open(
         told.step(f"load {against}"),
         quiet(Path(folder) / "log"),
     ):
-        return open_source(str(against), options, _unoptimized)
+        try:
+            return open_source(str(against), options, _unoptimized)
+        except OptionError:
+            if not options.inputs:
+                raise
+            # The example of another model: it is said below that the inputs differ.
+            return open_source(str(against), replace(options, inputs=()), _unoptimized)
 
 
 def _unoptimized(path: Path) -> Callable[[Feeds], dict[str, Array]]:
@@ -181,17 +188,38 @@ def _unoptimized(path: Path) -> Callable[[Feeds], dict[str, Array]]:
     return open_session(path, device, optimize=device.runtime != "ort").run
 
 
+def _load_reference(against: str | Path) -> LoadedModel:
+    if not Path(against).exists():
+        raise ModelError(
+            f"the reference {against} does not exist",
+            expected=f"an artifact directory, an .onnx or .xml file, or {KINDS}",
+        )
+    return load_model(against)
+
+
+def _check_inputs(label: str, theirs: Signature, candidate: LoadedModel, *, every: bool = False) -> None:
+    """Refuse a reference that takes other inputs.
+
+    A model that was made out of another may have lost an input that changed nothing, which a source's never has.
+
+    Raises:
+        DataError: It does.
+    """
+    takes = {s.name: s for s in theirs.inputs}
+    mine = {s.name: s for s in candidate.signature.inputs}
+    if set(mine) - set(takes) or (every and set(takes) - set(mine)):
+        raise DataError(
+            f"{label} takes {', '.join(map(str, takes.values())) or 'nothing'}, "
+            f"the model takes {', '.join(map(str, mine.values())) or 'nothing'}",
+            expected="a reference with the model's inputs: what it was made from",
+        )
+
+
 def _source_cases(
     source: Source, candidate: LoadedModel, dataset: Dataset | None, dims: Mapping[str, int]
 ) -> tuple[list[dict[str, Array]], str, list[dict[str, Array]]]:
     """Inputs, where they come from, and the source's outputs: the candidate's shapes decide, where it can be asked."""
-    mine = [s.name for s in candidate.signature.inputs]
-    theirs = [s.name for s in source.signature.inputs]
-    if set(theirs) != set(mine):
-        raise DataError(
-            f"{source.label} takes {', '.join(theirs)}, the model takes {', '.join(mine)}",
-            expected="the source that the model was exported from",
-        )
+    _check_inputs(source.label, source.signature, candidate, every=True)
     feeds, origin = probe_feeds(candidate, dataset, dims)
     expected = [found for case in feeds if (found := source.run(case)) is not None]
     if len(expected) == len(feeds):

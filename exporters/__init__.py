@@ -7,6 +7,6 @@ one of the ways that the source knows. Whether the result is right is decided by
 from __future__ import annotations
 
 from deploykit.exporters.base import Case, ExportOptions, OnnxRunner, Source, Way
-from deploykit.exporters.sources import export, open_parts, open_source
+from deploykit.exporters.sources import KINDS, export, open_parts, open_source
 
-__all__ = ["Case", "ExportOptions", "OnnxRunner", "Source", "Way", "export", "open_parts", "open_source"]
+__all__ = ["KINDS", "Case", "ExportOptions", "OnnxRunner", "Source", "Way", "export", "open_parts", "open_source"]

@@ -120,7 +120,7 @@ def _result(data: bytes, status: int, cpu_s: float) -> Any:
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number == signal.SIGXCPU:
-                raise TimeLimitError(f"it took more than {cpu_s:.0f} s")
+                raise TimeLimitError(f"it took more than {cpu_s:g} s")
             if number == signal.SIGKILL:
                 raise ExportError("it was killed, most likely for lack of memory", hint="try a machine with more")
             raise ExportError(f"torch crashed with signal {number} ({signal.Signals(number).name})")

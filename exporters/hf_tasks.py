@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from deploykit.errors import ExportError, SourceError, first_line
+from deploykit.errors import OptionError, SourceError, first_line
 
 
 class Task(StrEnum):
@@ -84,7 +84,7 @@ def parse_task(text: str | None) -> Task | None:
     try:
         return Task(text)
     except ValueError:
-        raise ExportError(f"there is no task {text!r}", expected=f"one of {', '.join(Task)}") from None
+        raise OptionError(f"there is no task {text!r}", expected=f"one of {', '.join(Task)}") from None
 
 
 def task_of(model: Any) -> Task | None:
@@ -139,7 +139,7 @@ def _class_for_task(transformers: Any, config: Any, task: Task) -> Any:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple | list) else found
     able = [t for t, names in _LOADERS.items() if any(_knows(transformers, name, config) for name in names)]
-    raise ExportError(
+    raise OptionError(
         f"models of type {config.model_type} do no {task}",
         expected=f"one of {', '.join(able)}",
         hint="leave --task out to export what config.json names",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
+from deploykit.errors import DeploykitError, ExportError, OptionError, SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source, Way
 from deploykit.exporters.hf_encoder_decoder import encoder_decoder_graphs
 from deploykit.exporters.hf_generation import Graph, decoder_graph, decoder_tokens
@@ -161,7 +161,7 @@ def open_model_directory(path: Path, options: ExportOptions) -> dict[str, Source
     """
     transformers = require("transformers", extra="hf")
     if options.inputs:
-        raise ExportError("--input does not apply to a Hugging Face directory, whose config names the inputs")
+        raise OptionError("--input does not apply to a Hugging Face directory, whose config names the inputs")
     task = parse_task(options.task)
     config = _config(transformers, path)
     model = _load(path, class_for(transformers, config, task))
@@ -261,7 +261,7 @@ def _selected(graphs: Sequence[Graph], options: ExportOptions) -> tuple[Graph, .
         return tuple(graphs)
     names = [g.name for g in graphs if g.name]
     if options.part not in names:
-        raise ExportError(
+        raise OptionError(
             f"there is no part {options.part!r}",
             expected=f"one of {', '.join(names)}" if names else "no --part: the model is one graph",
         )
@@ -280,7 +280,7 @@ def _refuse_dims(graphs: Sequence[Graph], options: ExportOptions) -> None:
     known = list(dict.fromkeys(symbol for graph in graphs for symbol in graph.inputs.example))
     unknown = next((name for name in options.dims if name not in known), None)
     if unknown is not None:
-        raise ExportError(f"--dim names {unknown!r}", expected=f"one of {', '.join(known)}")
+        raise OptionError(f"--dim names {unknown!r}", expected=f"one of {', '.join(known)}")
 
 
 def _config(transformers: Any, path: Path) -> Any:

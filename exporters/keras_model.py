@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def open_keras_file(path: Path, options: ExportOptions) -> Source:
 
 
 def _not_loaded(path: Path, exc: Exception) -> SourceError:
+    if not zipfile.is_zipfile(path):  # Keras says that it is not there
+        return SourceError(f"{path} is no zip archive", expected="a file written by Keras 3's model.save")
     text = str(exc)
     factory = "write a factory that builds the model and calls load_weights, and export file.py:factory"
     if "ambda" in text or "safe_mode" in text or "unsafe" in text.lower():

@@ -119,11 +119,13 @@ def flatten_outputs(value: Any, taken: tuple[str, ...]) -> dict[str, Any]:
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
 
-def left_out(value: Any) -> list[str]:
-    """Numbers and strings among a module's outputs, which a graph cannot return."""
+def left_out(value: Any, path: Path = ()) -> list[str]:
+    """Numbers and strings among a module's outputs, which a graph cannot return, as `way.to.it=3`."""
     if _is_container(value):
-        return [text for _, item in _children(value) for text in left_out(item)]
-    return [repr(value)] if isinstance(value, int | float | complex | str) else []
+        return [text for name, item in _children(value) for text in left_out(item, (*path, name))]
+    if not isinstance(value, int | float | complex | str):
+        return []
+    return [f"{'.'.join(path)}={value!r}" if path else repr(value)]
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:

@@ -328,7 +328,7 @@ class TorchSource(Source):
         try:
             self._said[way] = tuple(run_bounded(lambda: torch_onnx.write(job, way.name, target), limit))
         except TimeLimitError as exc:
-            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:.0f}") from exc
+            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
 
     def tools(self) -> dict[str, str]:
         """torch, onnxscript, and transformers where it built the module."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from deploykit.data import LABELS, Dataset, ValueRange
-from deploykit.errors import DeploykitError, ExportError, first_line
+from deploykit.errors import DeploykitError, ExportError, OptionError, first_line
 from deploykit.exporters.base import Case, ExportOptions
 from deploykit.specs import DTYPES, Array, Dim, Feeds, Signature, TensorSpec, fit_feeds, terms
 
@@ -27,11 +27,11 @@ def parse_input(text: str) -> tuple[TensorSpec, ValueRange | None]:
     """Read one `--input`.
 
     Raises:
-        ExportError: Not of the form.
+        OptionError: Not of the form.
     """
     match = _INPUT.fullmatch(text.strip())
     if match is None or match["dtype"] not in DTYPES:
-        raise ExportError(f"cannot read --input {text!r}", expected=_INPUT_FORM)
+        raise OptionError(f"cannot read --input {text!r}", expected=_INPUT_FORM)
     dims: list[Dim] = []
     for part in filter(None, (p.strip() for p in match["dims"].split(","))):
         if part.isdecimal() and int(part) > 0:
@@ -39,10 +39,10 @@ def parse_input(text: str) -> tuple[TensorSpec, ValueRange | None]:
         elif _SYMBOL.fullmatch(part):
             dims.append(part)
         else:
-            raise ExportError(f"dimension {part!r} in --input {text!r}", expected="a positive number or a name")
+            raise OptionError(f"dimension {part!r} in --input {text!r}", expected="a positive number or a name")
     limits = ValueRange(float(match["low"]), float(match["high"])) if match["low"] is not None else None
     if limits is not None and limits.low > limits.high:
-        raise ExportError(f"the range {match['low']}..{match['high']} in --input {text!r}", expected="LOW..HIGH")
+        raise OptionError(f"the range {match['low']}..{match['high']} in --input {text!r}", expected="LOW..HIGH")
     return TensorSpec(match["name"].strip(), match["dtype"], tuple(dims)), limits
 
 
@@ -50,12 +50,12 @@ def plan_inputs(examples: Mapping[str, Array], options: ExportOptions) -> tuple[
     """Inputs with their dynamic dimensions, from example inputs and the user's wishes.
 
     Raises:
-        ExportError: A wish that contradicts the example.
+        OptionError: A wish that contradicts the example.
     """
     names = [parse_input(text)[0].name for text in options.inputs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ExportError(f"--input names {twice[0]!r} twice", expected="one --input for an input")
+        raise OptionError(f"--input names {twice[0]!r} twice", expected="one --input for an input")
     asked = {spec.name: spec for spec, _ in map(parse_input, options.inputs)}
     # Names in --input are the user's choice of dynamic dimensions; the default is for those who made none.
     chosen = not options.dynamic and any(spec.symbols for spec in asked.values())
@@ -72,7 +72,7 @@ def plan_inputs(examples: Mapping[str, Array], options: ExportOptions) -> tuple[
         specs.append(TensorSpec(name, array.dtype.name if array.dtype.kind != "O" else "string", tuple(shape)))
     unknown = [name for name in asked if name not in examples]
     if unknown:
-        raise ExportError(f"--input names {unknown[0]!r}", expected=f"one of {', '.join(examples)}")
+        raise OptionError(f"--input names {unknown[0]!r}", expected=f"one of {', '.join(examples)}")
     return tuple(specs)
 
 
@@ -87,10 +87,33 @@ def _check_against_example(spec: TensorSpec, example: Array) -> None:
         isinstance(dim, str) or dim == size for dim, size in zip(shape, example.shape, strict=True)
     )
     if not fits or spec.dtype != example.dtype.name:
-        raise ExportError(
+        raise OptionError(
             f"--input {spec} contradicts the example input {example.dtype}{list(example.shape)}",
             hint="drop --input, or change the example that the factory returns",
         )
+
+
+def read_dynamic(texts: Sequence[str]) -> list[tuple[str, dict[int, str]]]:
+    """Every `--dynamic INPUT:AXIS=NAME,...`: the input, and names by axis; before anything is loaded.
+
+    Raises:
+        OptionError: Not of the form, or `none` beside others.
+    """
+    if "none" in texts and len(texts) > 1:
+        raise OptionError("--dynamic none together with another --dynamic", hint="give one of them")
+    found = []
+    for text in texts:
+        if text in ("batch", "none"):
+            continue
+        name, sep, rest = text.rpartition(":")
+        axes: dict[int, str] = {}
+        for part in rest.split(","):
+            axis, _, symbol = part.strip().partition("=")
+            if not sep or not (axis.isascii() and axis.isdecimal()) or not _SYMBOL.fullmatch(symbol):
+                raise OptionError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
+            axes[int(axis)] = symbol
+        found.append((name, axes))
+    return found
 
 
 def parse_dynamic(texts: Sequence[str], examples: Mapping[str, Array]) -> dict[str, dict[int, str]]:
@@ -99,34 +122,25 @@ def parse_dynamic(texts: Sequence[str], examples: Mapping[str, Array]) -> dict[s
     Without any, the first axis of every input is `batch` where all inputs agree on its size.
 
     Raises:
-        ExportError: Not of the form, or it names an input or an axis that is not there.
+        OptionError: Not of the form, or it names an input or an axis that is not there.
     """
     wishes: dict[str, dict[int, str]] = {}
+    read = read_dynamic(texts)
     if "none" in texts:
-        if len(texts) > 1:
-            raise ExportError("--dynamic none together with another --dynamic", hint="give one of them")
         return {}
     if not texts or "batch" in texts:
         wishes = _batch_axes(examples, asked="batch" in texts)
-    for text in texts:
-        if text == "batch":
-            continue
-        name, sep, rest = text.rpartition(":")
-        if not sep:
-            raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
+    for name, axes in read:
         if name not in examples:
-            raise ExportError(f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}")
-        for part in rest.split(","):
-            axis_text, _, symbol = part.strip().partition("=")
-            rank = examples[name].ndim
-            if not axis_text.isdecimal() or not _SYMBOL.fullmatch(symbol):
-                raise ExportError(f"cannot read --dynamic {text!r}", expected=_DYNAMIC_FORM)
-            if int(axis_text) >= rank:
-                raise ExportError(
-                    f"--dynamic names axis {axis_text} of {name!r}",
+            raise OptionError(f"--dynamic names {name!r}, which is no input", expected=f"one of {', '.join(examples)}")
+        rank = examples[name].ndim
+        for axis, symbol in axes.items():
+            if axis >= rank:
+                raise OptionError(
+                    f"--dynamic names axis {axis} of {name!r}",
                     expected=f"an axis below {rank}, the rank of the example",
                 )
-            wishes.setdefault(name, {})[int(axis_text)] = symbol
+            wishes.setdefault(name, {})[axis] = symbol
     return wishes
 
 
@@ -134,7 +148,7 @@ def _batch_axes(examples: Mapping[str, Array], *, asked: bool) -> dict[str, dict
     sizes = {name: a.shape[0] for name, a in examples.items() if a.ndim}
     if len(set(sizes.values())) > 1:
         if asked:
-            raise ExportError(
+            raise OptionError(
                 f"the inputs' first axes differ: {sizes}", hint="name the axes: --dynamic input:axis=batch"
             )
         return {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.errors import ExportError, SourceError, first_line
+from deploykit.errors import ExportError, OptionError, SourceError, first_line
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
 from deploykit.exporters.foreign_onnx import finish
 from deploykit.exporters.shapes import observed_outputs, parse_input, plan_inputs
@@ -131,7 +131,7 @@ class SklearnSource(Source):
         validation = require("sklearn.utils.validation", extra="sklearn")
         exceptions = require("sklearn.exceptions", extra="sklearn")
         if options.way != "auto":
-            raise ExportError(f"--exporter {options.way} is for PyTorch", hint="leave it out")
+            raise OptionError(f"--exporter {options.way} is for PyTorch", hint="leave it out")
         try:
             validation.check_is_fitted(self._estimator)
         except exceptions.NotFittedError as exc:

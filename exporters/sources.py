@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from deploykit.artifact import is_artifact
-from deploykit.errors import ExportError, SourceError
+from deploykit.errors import OptionError, SourceError
 from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Source, Way
+from deploykit.exporters.shapes import parse_input, read_dynamic
 from deploykit.exporters.torch_files import SUFFIXES, refusal
 
 WAYS = ("auto", "torch.export", "torchscript")
-_KINDS = (
+KINDS = (
     "file.py:factory, package.module:factory, a .pt2, .keras, .tflite, .skops or .onnx file, a Hugging Face model "
     "directory, or a SavedModel directory (DIR or DIR:signature)"
 )
@@ -51,7 +53,7 @@ def open_parts(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> dic
         return open_model_directory(path, options)
     for name, value in (("--task", options.task), ("--part", options.part)):
         if value is not None:
-            raise ExportError(f"{name} applies to Hugging Face model directories", hint=f"leave {name} out")
+            raise OptionError(f"{name} applies to Hugging Face model directories", hint=f"leave {name} out")
     return {"": _open(source, options, run_onnx)}
 
 
@@ -59,11 +61,11 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
     """Load a source that becomes one graph; see `open_parts`.
 
     Raises:
-        ExportError: It becomes several, and `ExportOptions.part` names none of them.
+        OptionError: It becomes several, and `ExportOptions.part` names none of them.
     """
     parts = open_parts(source, options, run_onnx)
     if len(parts) > 1:
-        raise ExportError(
+        raise OptionError(
             f"{source} becomes {len(parts)} graphs: {', '.join(parts)}", hint=f"--part {next(iter(parts))}"
         )
     return next(iter(parts.values()))
@@ -71,9 +73,14 @@ def open_source(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> So
 
 def _check_options(options: ExportOptions) -> None:
     if options.way not in WAYS:
-        raise ExportError(f"unknown exporter {options.way!r}", expected=" or ".join(WAYS))
+        raise OptionError(f"unknown exporter {options.way!r}", expected=" or ".join(WAYS))
     if options.opset is not None and options.opset < MIN_OPSET:
-        raise ExportError(f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out")
+        raise OptionError(f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out")
+    if options.timeout_s is not None and not 0 < options.timeout_s < math.inf:
+        raise OptionError(f"a time limit of {options.timeout_s} s", expected="a positive number of seconds")
+    read_dynamic(options.dynamic)
+    for text in options.inputs:
+        parse_input(text)
 
 
 def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
@@ -122,8 +129,8 @@ def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
 
         return open_factory(source, options)
     if path.exists():
-        raise SourceError(f"{source} is of no known kind", expected=_KINDS)
-    raise SourceError(f"{source} does not exist", expected=_KINDS)
+        raise SourceError(f"{source} is of no known kind", expected=KINDS)
+    raise SourceError(f"{source} does not exist", expected=KINDS)
 
 
 def _no_source(path: Path) -> SourceError:

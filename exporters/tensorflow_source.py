@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.data import Dataset, ValueRange, generate
-from deploykit.errors import DeploykitError, ExportError, SourceError, first_line
+from deploykit.errors import DeploykitError, ExportError, OptionError, SourceError, first_line
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
 from deploykit.exporters.pytorch import observed_range
 from deploykit.exporters.shapes import (
@@ -171,7 +171,7 @@ def refuse_torch_options(options: ExportOptions) -> None:
         ExportError: It was given.
     """
     if options.way != "auto":
-        raise ExportError(f"--exporter {options.way} is for PyTorch", hint="leave it out")
+        raise OptionError(f"--exporter {options.way} is for PyTorch", hint="leave it out")
 
 
 def _check_example(spec: TensorSpec, example: Array, label: str) -> None:

@@ -64,7 +64,7 @@ class SimplifierProcess:
         answer = self._ask(child, (json.dumps(request) + "\n").encode(), timeout_s)
         if answer is None:
             self.close()
-            return f"it took more than {timeout_s:.0f} s"
+            return f"it took more than {timeout_s:g} s"
         if not answer:
             return self._death()
         failed = json.loads(answer)["failed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,23 @@ json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="P
 dry_run_option: Decorator = click.option(
     "--dry-run", is_flag=True, help="Print the recipe that this amounts to, and stop."
 )
+
+
+class _Seconds(click.ParamType):
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A time, which is positive and ends."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            self.fail(f"{value!r} is not a positive number of seconds.", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds()
 
 
 def data_option(text: str, *, required: bool = False) -> Decorator:

@@ -11,8 +11,9 @@ from deploykit.cli import common
 @common.model_option
 @common.output_option
 @click.option(
-    "--timeout", "timeout_s", type=float, default=300.0, show_default=True, help="Seconds for one simplifier."
-)
+    "--timeout", "timeout_s", type=common.SECONDS, metavar="SECONDS", default=300.0, show_default=True,
+    help="Seconds for one simplifier.",
+)  # fmt: skip
 @common.data_option("Real inputs for the comparison with the parent:")
 @common.dim_option
 @common.contract_option

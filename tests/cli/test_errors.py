@@ -81,6 +81,33 @@ def test_export_refuses(run_cli, factory, tmp_path, source, words):
     assert_refused(run_cli("export", source, "-o", "out"), tmp_path, *words)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dynamic", "foo"], ["--dynamic 'foo'", "name:axis=symbol"]),
+        (["--dynamic", "none", "--dynamic", "x:0=b"], ["none"]),
+        (["--dynamic", "x:7=b"], ["axis 7", "below 2"]),
+        (["--input", "x"], ["--input 'x'", "name=dtype"]),
+        (["--part", "encoder"], ["--part", "Hugging Face"]),
+        (["--dim", "width=3"], ["'width'", "one of batch"]),
+        (["--dynamic", "none", "--dim", "batch=3"], ["'batch'", "all dimensions are fixed"]),
+    ],
+)
+def test_options_that_do_not_fit(run_cli, factory, tmp_path, options, words):
+    """The error alone: no log of the frameworks is kept for a slip of the user's."""
+    done = run_cli("export", "net.py:make", "-o", "out", *options)
+    assert_refused(done, tmp_path, *words)
+    assert "what the frameworks printed" not in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "soon"])
+@pytest.mark.parametrize("command", [["export", "net.py:make"], ["simplify", "-m", "model"]])
+def test_times_that_are_none(run_cli, tmp_path, command, seconds):
+    done = run_cli(*command, "-o", "out", "--timeout", seconds)
+    assert done.returncode == 2
+    assert "positive number of seconds" in done.stderr
+
+
 def test_existing_output_is_left_alone(run_cli, conv_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("keep")

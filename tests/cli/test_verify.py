@@ -208,3 +208,43 @@ def test_a_runtime_that_nobody_named_may_be_unable(run_cli: Any, tmp_path: Path)
     assert "passed on ort:cpu" in done.stdout and "not run on openvino:cpu" in done.stdout
     named = run_cli("verify", "-m", "scaler.onnx", "--against", "scaler.onnx", "--device", "openvino:cpu")
     assert named.returncode == 1 and named.stderr.count("error:") == 1 and "Traceback" not in named.stderr
+
+
+def test_a_reference_with_other_inputs(run_cli: Any, conv_model: Path, tmp_path: Path) -> None:
+    """Both sides are named, before anything runs."""
+
+    def rename(model: Any) -> None:
+        model.graph.input[0].name = "pixels"
+        for node in model.graph.node:
+            node.input[:] = ["pixels" if name == "x" else name for name in node.input]
+
+    other = change(conv_model, tmp_path / "other.onnx", rename)
+    (tmp_path / "words.py").write_text(WORDS, encoding="utf-8")
+    for reference in (other, "words.py:make"):
+        done = run_cli("verify", "-m", conv_model, "--against", reference)
+        assert done.returncode == 1
+        error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+        assert "takes pixels: float32" in error or "takes ids: int64[batch, 6]" in error
+        assert "the model takes x: float32[batch, 3, 12, 12]" in error
+
+
+def test_a_reference_that_is_not_there(run_cli: Any, conv_model: Path) -> None:
+    done = run_cli("verify", "-m", conv_model, "--against", "nonsense")
+    assert done.returncode == 1
+    assert "the reference nonsense does not exist" in done.stderr and "file.py:factory" in done.stderr
+
+
+WORDS = """
+import torch
+
+class Words(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(9, 4)
+
+    def forward(self, ids):
+        return self.table(ids).mean(1)
+
+def make():
+    return Words(), torch.randint(0, 9, (2, 6))
+"""

@@ -91,7 +91,7 @@ def test_lambda_layers_are_refused_unrun(opened: Any, message: Any, tmp_path: Pa
 
 def test_what_is_no_keras_file(opened: Any, message: Any, tmp_path: Path) -> None:
     (tmp_path / "text.keras").write_text("no archive")
-    assert "cannot read" in message(SourceError, lambda: opened(tmp_path / "text.keras"))
+    assert "no zip archive" in message(SourceError, lambda: opened(tmp_path / "text.keras"))
     with zipfile.ZipFile(tmp_path / "empty.keras", "w") as archive:
         archive.writestr("other.txt", "")
     assert "cannot read" in message(SourceError, lambda: opened(tmp_path / "empty.keras"))
