@@ -42,21 +42,19 @@ dry_run_option: Decorator = click.option(
 )
 
 
-class _Seconds(click.ParamType):
-    name = "seconds"
+def seconds(text: str) -> float:
+    """Read a time, which is positive and ends.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """A time, which is positive and ends."""
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = math.nan
-        if not 0 < seconds < math.inf:
-            self.fail(f"{value!r} is not a positive number of seconds.", param, ctx)
-        return seconds
-
-
-SECONDS = _Seconds()
+    Raises:
+        click.BadParameter: It is not.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise click.BadParameter(f"{text!r} is not a positive number of seconds.")
+    return found
 
 
 def data_option(text: str, *, required: bool = False) -> Decorator:

@@ -33,7 +33,7 @@ from deploykit.cli import common
     help="One graph of a model that becomes several: encoder or decoder, text or image. All of them by default.",
 )  # fmt: skip
 @click.option(
-    "--timeout", "timeout_s", type=common.SECONDS, metavar="SECONDS",
+    "--timeout", "timeout_s", type=common.seconds, metavar="SECONDS",
     help="CPU seconds that one way to ONNX may take; by default 40 and more for large modules, and five times that "
     "where no other way is left.",
 )  # fmt: skip

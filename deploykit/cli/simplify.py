@@ -11,7 +11,7 @@ from deploykit.cli import common
 @common.model_option
 @common.output_option
 @click.option(
-    "--timeout", "timeout_s", type=common.SECONDS, metavar="SECONDS", default=300.0, show_default=True,
+    "--timeout", "timeout_s", type=common.seconds, metavar="SECONDS", default=300.0, show_default=True,
     help="Seconds for one simplifier.",
 )  # fmt: skip
 @common.data_option("Real inputs for the comparison with the parent:")
