@@ -7,7 +7,7 @@ pipeline, which can run it; steps that have to run models on the way are handed 
 from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
-from deploykit.optimizers.quantize import DynamicConfig, StaticConfig
+from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
 from deploykit.optimizers.steps import StepConfig, optimize

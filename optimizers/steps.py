@@ -6,7 +6,9 @@ from pathlib import Path
 
 from deploykit.data import Dataset
 from deploykit.optimizers.base import Check, Opener, StepResult
-from deploykit.optimizers.quantize import DynamicConfig, StaticConfig, quantize_dynamic, quantize_static
+from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
+from deploykit.optimizers.quantize_dynamic import quantize_dynamic
+from deploykit.optimizers.quantize_static import quantize_static
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 

@@ -1,0 +1,94 @@
+"""What 8-bit quantization is told, and what both kinds of it share."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from deploykit.errors import OptimizationError
+from deploykit.extras import version_of
+from deploykit.machine import inspect_machine
+
+DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
+WEIGHT_BITS = ("auto", "8", "7")
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicConfig:
+    """Dynamic quantization: int8 weights, activations quantized while the model runs.
+
+    Attributes:
+        ops: Operator types to quantize. Convolutions are left out: ConvInteger is many times slower than float.
+        per_channel: One scale an output channel.
+        exclude: Node names and operator types that stay in floating point.
+        weight_bits: "8", "7", or "auto": 7 where the CPU lacks VNNI, because there the sum of two 8-bit products
+            saturates at 16 bits.
+    """
+
+    ops: tuple[str, ...] = DYNAMIC_OPS
+    per_channel: bool = True
+    exclude: tuple[str, ...] = ()
+    weight_bits: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class StaticConfig:
+    """Static quantization with ranges from calibration data.
+
+    Attributes:
+        calibration: "minmax".
+        per_channel: One scale an output channel of a weight.
+        exclude: Node names and operator types that stay in floating point.
+        batch_size: Samples in one calibration run.
+        max_samples: Calibration samples used at most; None for all.
+        weight_bits: As in `DynamicConfig`.
+    """
+
+    calibration: str = "minmax"
+    per_channel: bool = True
+    exclude: tuple[str, ...] = ()
+    batch_size: int = 8
+    max_samples: int | None = None
+    weight_bits: str = "auto"
+
+
+def weight_bits(asked: str) -> tuple[int, list[str]]:
+    """Bits of a weight, and the reason where it was our choice."""
+    if asked not in WEIGHT_BITS:
+        raise OptimizationError(f"weight bits {asked!r}", expected=" or ".join(WEIGHT_BITS))
+    if asked != "auto":
+        return int(asked), []
+    if inspect_machine().int8_dot:
+        return 8, []
+    return 7, [
+        "weights have 7 bits: this CPU has no VNNI, and 8-bit products would saturate; "
+        "for a target with VNNI use --weight-bits 8"
+    ]
+
+
+def tools() -> dict[str, str]:
+    """Versions of the packages that quantize."""
+    return {name: version_of(name) or "unknown" for name in ("onnxruntime", "onnx")}
+
+
+@contextlib.contextmanager
+def no_advice() -> Iterator[None]:
+    """Keep onnxruntime's advice to pre-process, which `prepare` has done, off the root logger.
+
+    Without a handler there, `logging.warning` would install one for the whole process.
+    """
+    root = logging.getLogger()
+    handler = logging.NullHandler()
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "run pre-processing before quantization" not in record.getMessage()
+
+    root.addFilter(wanted)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.removeFilter(wanted)

@@ -1,0 +1,106 @@
+"""Dynamic quantization: int8 weights, activations quantized while the model runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit.errors import OptimizationError, first_line
+from deploykit.extras import require
+from deploykit.optimizers.base import StepResult
+from deploykit.optimizers.lazy_weights import lazy_weights
+from deploykit.optimizers.prepare import prepare
+from deploykit.optimizers.quantize_config import DynamicConfig, no_advice, tools, weight_bits
+from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes
+from deploykit.weights import LightModel, open_light, write_light
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepResult:
+    """Quantize weights of matrix products, recurrences and embeddings.
+
+    Raises:
+        OptimizationError: Nothing to quantize, or the quantizer failed.
+    """
+    require("onnxruntime.quantization", extra="ort")
+    bits, why = weight_bits(config.weight_bits)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
+        light = open_light(model, Path(scratch))
+        prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+        check_excluded(prepared, config.exclude)
+        nodes, other = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
+        if not nodes:
+            raise _nothing_dynamic(prepared, config.ops, other)
+        made = _dynamic(LightModel(prepared, light.folder), config, nodes, bits)
+        quantized = sum(
+            n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in made.graph.node
+        )
+        # Embeddings become integers behind a DequantizeLinear.
+        if not quantized and not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
+            raise OptimizationError(
+                "nothing was quantized: no matrix product has constant weights",
+                hint="use: deploykit quantize static --data FILE",
+            )
+        write_light(LightModel(made, light.folder), target)
+    params = {
+        "ops": list(config.ops),
+        "per_channel": config.per_channel,
+        "exclude": list(config.exclude),
+        "weight_bits": bits,
+        "integer_nodes": quantized,
+    }
+    return StepResult(True, (*notes, *why), params, tools())
+
+
+def _nothing_dynamic(model: onnx.ModelProto, ops: Sequence[str], other: str | None) -> OptimizationError:
+    kinds = sorted({n.op_type for n in model.graph.node})
+    if other is not None:
+        return OptimizationError(
+            f"nothing to quantize: the weights are {other}", expected="float32", hint="export the model in float32"
+        )
+    has = f" (it has {', '.join(kinds[:8])})" if kinds else ""
+    convolutions = "convolutional models want: deploykit quantize static --data FILE"
+    return OptimizationError(
+        f"nothing to quantize: the model has none of {', '.join(ops)} with constant weights{has}",
+        hint=convolutions
+        if "Conv" in kinds
+        else "simplify it first (deploykit simplify), or keep it in floating point",
+    )
+
+
+def _dynamic(light: LightModel, config: DynamicConfig, nodes: list[str], bits: int) -> onnx.ModelProto:
+    """Run onnxruntime's quantizer on the chosen nodes."""
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode, add_infer_metadata
+
+    try:
+        with no_advice(), lazy_weights(light.folder):
+            add_infer_metadata(light.proto)
+            quantizer = ONNXQuantizer(
+                light.proto,
+                config.per_channel,
+                bits == 7,
+                QuantizationMode.IntegerOps,
+                False,
+                QuantType.QInt8,
+                QuantType.QUInt8,
+                None,
+                # onnxruntime splits a Gemm into a MatMul of this name and an Add before it looks at the names.
+                [*nodes, *(f"{name}_MatMul" for name in nodes)],
+                [],
+                # ... and "MatMul" has to be among the types for its half of a Gemm.
+                sorted({*config.ops, *(["MatMul"] if "Gemm" in config.ops else [])}),
+                {"MatMulConstBOnly": True},
+            )
+            quantizer.quantize_model()
+    except OSError:
+        raise
+    except Exception as exc:
+        raise OptimizationError(f"onnxruntime's dynamic quantizer failed ({first_line(exc)})") from exc
+    made: onnx.ModelProto = quantizer.model.model
+    return made

@@ -1,0 +1,144 @@
+"""Static quantization: Q/DQ pairs with ranges from calibration data.
+
+Activations are uint8 asymmetric, weights int8 symmetric per output channel. That is the one scheme that both runtimes
+run in integer kernels on x86 (int8 activations lose ONNX Runtime's fusions on branches, uint8 weights leave OpenVINO's
+convolutions in float).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploykit.data import LABELS, Dataset
+from deploykit.errors import DataError, OptimizationError, first_line
+from deploykit.extras import require
+from deploykit.modelfile import signature_of
+from deploykit.optimizers.base import Opener, StepResult
+from deploykit.optimizers.pairs import insert_pairs
+from deploykit.optimizers.prepare import prepare
+from deploykit.optimizers.quantize_config import StaticConfig, tools, weight_bits
+from deploykit.optimizers.ranges import MinMax, collect_ranges
+from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
+from deploykit.specs import Array, Signature, fit_feeds
+from deploykit.weights import LightModel, open_light, write_light
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def quantize_static(
+    model: Path, config: StaticConfig, target: Path, open_model: Opener | None, data: Dataset | None
+) -> StepResult:
+    """Insert Q/DQ pairs with ranges from calibration data.
+
+    Args:
+        model: Floating-point ONNX file.
+        config: How.
+        target: Where the result goes.
+        open_model: Runs a model file.
+        data: Calibration data; labels are ignored.
+
+    Raises:
+        OptimizationError: Nothing to quantize, unusable options, or the quantizer failed.
+        DataError: The data do not fit the model.
+    """
+    if open_model is None or data is None:
+        raise OptimizationError("static quantization needs calibration data", hint="add --data FILE")
+    if config.calibration != "minmax":
+        raise OptimizationError(f"unknown calibration {config.calibration!r}", expected="minmax")
+    require("onnxruntime.quantization", extra="ort")
+    bits, why = weight_bits(config.weight_bits)
+    count = _Counter()
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
+        light = open_light(model, Path(scratch))
+        prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+        light = LightModel(prepared, light.folder)
+        check_excluded(prepared, config.exclude)
+        nodes = select_nodes(prepared, frozenset(config.exclude))
+        if not nodes:
+            raise OptimizationError(
+                "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
+                hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
+            )
+        tensors = watched_tensors(prepared, frozenset(nodes))
+        with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder:
+            feeds = _feeds(signature_of(prepared), data, config, count)
+            ranges, _ = collect_ranges(light, tensors, feeds, open_model, Path(folder))
+        usable, unseen = _usable_nodes(prepared, nodes, ranges)
+        if unseen:
+            notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")
+        if not usable:
+            raise OptimizationError(
+                "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
+            )
+        total = len(prepared.graph.node)
+        made = insert_pairs(light, usable, ranges, config, bits)
+        if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
+            raise OptimizationError("nothing was quantized: onnxruntime put no Q/DQ pair into the graph")
+        write_light(LightModel(made, light.folder), target)
+    params = {
+        "calibration": config.calibration,
+        "data": data.source,
+        "samples": count.samples,
+        "per_channel": config.per_channel,
+        "weight_bits": bits,
+        "activations": "uint8 asymmetric",
+        "weights": "int8 symmetric",
+        "exclude": list(config.exclude),
+        "quantized_nodes": len(usable),
+        "float_nodes": total - len(usable),
+    }
+    return StepResult(True, (*notes, *why), params, tools())
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.samples = 0
+
+
+def _feeds(signature: Signature, data: Dataset, config: StaticConfig, count: _Counter) -> Iterator[dict[str, Array]]:
+    """Batches of the size that the model takes, never more than `max_samples` together: a fixed first axis decides.
+
+    A generator may yield pieces of any size; those that do not fill a fixed batch are put together.
+    """
+    fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
+    size = fixed[0] if fixed else config.batch_size
+    limit = config.max_samples
+    for batch in _filled(data, size) if fixed else data.batches(size):
+        have = len(next(iter(batch.values())))
+        left = have if limit is None else min(have, limit - count.samples)
+        if left <= 0 or (fixed and left < size):
+            break
+        count.samples += left
+        yield fit_feeds(signature, {k: v[:left] for k, v in batch.items() if k != LABELS})
+
+
+def _filled(data: Dataset, size: int) -> Iterator[dict[str, Array]]:
+    """Batches of exactly ``size``, across the borders of what the data come in; an incomplete rest is left out."""
+    waiting: dict[str, Array] = {}
+    for piece in data.batches(size):
+        try:
+            waiting = {n: np.concatenate([waiting[n], a]) for n, a in piece.items()} if waiting else piece
+        except (KeyError, ValueError) as exc:
+            raise DataError(
+                f"{data.source}: batches do not fit together ({first_line(exc)})",
+                expected="the same names and, but for the first axis, the same shapes in every batch",
+            ) from exc
+        while len(next(iter(waiting.values()))) >= size:
+            yield {n: a[:size] for n, a in waiting.items()}
+            waiting = {n: a[size:] for n, a in waiting.items()}
+
+
+def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: MinMax) -> tuple[list[str], list[str]]:
+    """Split the chosen nodes by whether all their activations have a range."""
+    usable: list[str] = []
+    unseen: list[str] = []
+    for name in nodes:
+        seen = all(t in ranges.low for t in watched_tensors(model, frozenset({name})))
+        (usable if seen else unseen).append(name)
+    return usable, unseen
