@@ -20,9 +20,10 @@ from deploykit.extras import require
 from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
 from deploykit.optimizers.pairs import insert_pairs
-from deploykit.optimizers.prepare import prepare
+from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import StaticConfig, tools, weight_bits
 from deploykit.optimizers.ranges import MinMax, collect_ranges
+from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
 from deploykit.specs import Array, Signature, fit_feeds
 from deploykit.weights import LightModel, open_light, write_light
@@ -57,6 +58,8 @@ def quantize_static(
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+        notes += rewrite(prepared)
+        prepared = infer_shapes(prepared)
         light = LightModel(prepared, light.folder)
         check_excluded(prepared, config.exclude)
         nodes = select_nodes(prepared, frozenset(config.exclude))

@@ -1,0 +1,40 @@
+"""Rewrites before quantization: what stands between a model and the kernels that would run it fast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deploykit.optimizers.editor import GraphEditor
+from deploykit.optimizers.rewrite_attention import clamp_scores, fold_scales, guard_less, turn_keys_once
+from deploykit.optimizers.rewrite_elementwise import order_gelu, sum_residuals
+
+if TYPE_CHECKING:
+    import onnx
+
+_REWRITES = (
+    (turn_keys_once, "{} keys transposed in one step"),
+    (guard_less, "{} guards of a softmax moved behind the product with the values"),
+    (clamp_scores, "{} softmax with masked scores kept out of the denormal numbers"),
+    (fold_scales, "{} constant factors folded into weights"),
+    (order_gelu, "{} Gelu in the form that runtimes fuse"),
+    (sum_residuals, "{} residual sums kept apart from their layer normalization"),
+)
+
+
+def rewrite(model: onnx.ModelProto) -> list[str]:
+    """Apply all rewrites in place.
+
+    Args:
+        model: With constants as initializers and known shapes.
+
+    Returns:
+        A note for each kind of rewrite that applied.
+    """
+    notes = []
+    for apply, text in _REWRITES:
+        graph = GraphEditor(model)
+        count = apply(graph)
+        if count:
+            graph.finish()  # what has become idle would stand in the next one's way
+            notes.append(text.format(count))
+    return notes
