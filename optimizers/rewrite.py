@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deploykit.optimizers.editor import GraphEditor
-from deploykit.optimizers.rewrite_attention import clamp_scores, fold_scales, guard_less, turn_keys_once
+from deploykit.optimizers.rewrite_attention import (
+    clamp_scores,
+    drop_idle_guards,
+    drop_idle_masks,
+    fold_scales,
+    guard_less,
+    turn_keys_once,
+)
 from deploykit.optimizers.rewrite_elementwise import order_gelu, sum_residuals
 
 if TYPE_CHECKING:
@@ -13,6 +20,8 @@ if TYPE_CHECKING:
 
 _REWRITES = (
     (turn_keys_once, "{} keys transposed in one step"),
+    (drop_idle_masks, "{} attention masks that hide nothing taken away"),
+    (drop_idle_guards, "{} guards of a softmax without mask taken away"),
     (guard_less, "{} guards of a softmax moved behind the product with the values"),
     (clamp_scores, "{} softmax with masked scores kept out of the denormal numbers"),
     (fold_scales, "{} constant factors folded into weights"),

@@ -74,6 +74,73 @@ def _join_transposes(graph: GraphEditor) -> None:
             graph.replace(node.output[0], graph.add("Transpose", [first.input[0]], node.output[0] + "_one", perm=perm))
 
 
+def drop_idle_masks(graph: GraphEditor) -> int:
+    """Take away masks that hide nothing, whatever the inputs are.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    for node in graph.nodes:
+        if not is_op(node, "Add") or graph.reader(node.output[0], "Softmax") is None:
+            continue
+        for index in (0, 1):
+            scores = node.input[1 - index]
+            if _adds_nothing(graph, node.input[index]) and _broadcasts_into(graph, node.input[index], scores):
+                count += graph.replace(node.output[0], scores)
+                break
+    return count
+
+
+def _adds_nothing(graph: GraphEditor, name: str) -> bool:
+    node = graph.maker(name, "Where")
+    return node is not None and graph.scalar(node.input[1]) == 0 and _always(graph, node.input[0], _DEPTH)
+
+
+def _always(graph: GraphEditor, name: str, depth: int) -> bool:
+    """Whether every element of a boolean tensor is true."""
+    value = graph.constant(name)
+    if value is not None:
+        return value.dtype == np.bool_ and bool(value.all())
+    node = graph.maker(name)
+    if node is None or depth == 0:
+        return False
+    sources = node.input if is_op(node, "And") else node.input[:1] if is_op(node, *_CARRIES) else ()
+    return bool(sources) and all(_always(graph, source, depth - 1) for source in sources)
+
+
+def _broadcasts_into(graph: GraphEditor, name: str, other: str) -> bool:
+    """Whether a sum of both has the shape of ``other``; the first axis of both is the batch where it is dynamic."""
+    mine, theirs = graph.shape(name), graph.shape(other)
+    if mine is None or theirs is None or len(mine) > len(theirs):
+        return False
+    pairs = list(zip(reversed(mine), reversed(theirs), strict=False))
+    same = [m == 1 or (isinstance(m, int) and m == t) for m, t in pairs]
+    batch = len(mine) == len(theirs) and not isinstance(mine[0], int) and not isinstance(theirs[0], int)
+    return all(same[:-1] if batch else same)
+
+
+def drop_idle_guards(graph: GraphEditor) -> int:
+    """Take away `Where(IsNaN(softmax), 0, softmax)` where no mask can make a row of NaN.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    for node in graph.nodes:
+        found = _guard(graph, node)
+        soft = graph.maker(found, "Softmax") if found is not None else None
+        if found is None or soft is None:
+            continue
+        scores = graph.maker(soft.input[0])
+        # A product of queries and keys as it is, or scaled.
+        while scores is not None and is_op(scores, "Mul", "Div") and graph.scalar(scores.input[1]) is not None:
+            scores = graph.maker(scores.input[0])
+        if scores is not None and is_op(scores, "MatMul"):
+            count += graph.replace(node.output[0], found)
+    return count
+
+
 def guard_less(graph: GraphEditor) -> int:
     """Move `Where(IsNaN(softmax), 0, softmax)` behind the product with the values, where the tensor is smaller.
 
