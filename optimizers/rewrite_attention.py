@@ -197,7 +197,7 @@ def clamp_scores(graph: GraphEditor) -> int:
             places.append((soft, node.output[0]))
     if not places:
         return 0
-    spread, axis = graph.add_constant("score_spread", np.float32(_SPREAD)), None
+    spread, axis = graph.add_constant("score_spread", np.array(_SPREAD, np.float32)), None
     for soft, scores in places:
         if graph.opset < _AXES_INPUT:
             best = graph.add("ReduceMax", [scores], scores + "_best", axes=[-1], keepdims=1)
