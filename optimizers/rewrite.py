@@ -13,12 +13,14 @@ from deploykit.optimizers.rewrite_attention import (
     guard_less,
     turn_keys_once,
 )
+from deploykit.optimizers.rewrite_conv import fold_strides
 from deploykit.optimizers.rewrite_elementwise import order_gelu, sum_residuals
 
 if TYPE_CHECKING:
     import onnx
 
 _REWRITES = (
+    (fold_strides, "{} strided convolutions over one channel turned into such over several"),
     (turn_keys_once, "{} keys transposed in one step"),
     (drop_idle_masks, "{} attention masks that hide nothing taken away"),
     (drop_idle_guards, "{} guards of a softmax without mask taken away"),
