@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def own_copy(light: LightModel, folder: Path) -> LightModel:
-    """A model whose weights may be written: those on disk are copied to ``folder``, which is empty.
+    """A model whose weights may be written: those on disk are copied to ``folder``, which is made.
 
     Where all weights are in memory it is the model itself.
     """
     if light.whole:
         return light
+    folder.mkdir(exist_ok=True)
     write_light(light, folder / "own.onnx")  # from here on, its tensors point into the new file
     return LightModel(light.proto, folder)
 
