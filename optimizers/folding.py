@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # f(a x) = a f(x) for a > 0, value by value.
 _PASSING = ("Relu", "LeakyRelu", "Identity")
+# The same for a factor of each channel; the largest value of a channel stays what it is in the first.
+_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,19 @@ class Edit:
     axis: int
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a factor goes.
+
+    Attributes:
+        edits: The weights that take it.
+        bound: The smallest upper bound of a Clip that was passed: what a factor may not bring values above.
+    """
+
+    edits: list[Edit]
+    bound: float = float("inf")
+
+
 def find_place(editor: Editor, tensor: str, rank: int, *, into_products: bool) -> list[Edit] | None:
     """The weights that would take a factor for each channel (last axis) of a tensor; None where there is no such place.
 
@@ -45,6 +60,39 @@ def find_place(editor: Editor, tensor: str, rank: int, *, into_products: bool) -
         into_products: Whether weights of products may take it (with one scale a tensor, that changes their rounding).
     """
     return _walk(editor, tensor, (rank - 1,), rank, into_products)
+
+
+def find_convolution(editor: Editor, tensor: str, rank: int) -> Place | None:
+    """As `find_place`, for channels on axis 1, also behind a Clip from 0 to a bound, as in Relu6."""
+    name, bound = tensor, float("inf")
+    while True:
+        node = editor.makers.get(name)
+        if standard(node, "Clip"):
+            limits = _limits(editor, node)
+            if limits is None or limits[0] not in (0.0, float("-inf")):
+                return None
+            bound = min(bound, limits[1])
+        elif not standard(node, *_PASSING, "MaxPool"):
+            break
+        assert node is not None
+        name = node.input[0]
+        if len(editor.readers[name]) != 1 or name in editor.outputs:
+            return None
+    edits = _walk(editor, name, (1,), rank, True)
+    return None if edits is None else Place(edits, bound)
+
+
+def _limits(editor: Editor, node: onnx.NodeProto | None) -> tuple[float, float] | None:
+    """Bounds of a Clip; None where they are not constant."""
+    assert node is not None
+    given = attributes(node)
+    found = [given.get("min", float("-inf")), given.get("max", float("inf"))]
+    for i, name in enumerate(node.input[1:3]):
+        if name and not editor.is_weight(name):
+            return None
+        if name:
+            found[i] = editor.read(name).item()
+    return float(str(found[0])), float(str(found[1]))
 
 
 def apply_edits(editor: Editor, edits: list[Edit], factors: Array) -> bool:
@@ -70,7 +118,7 @@ def _walk(editor: Editor, tensor: str, layout: tuple[int, ...], rank: int, deep:
     node = editor.makers.get(tensor)
     if node is None:
         return None
-    if standard(node, *_PASSING):
+    if standard(node, *_PASSING) or (standard(node, *_POOLS) and layout == (1,)):
         return _before(editor, node.input[0], layout, rank, deep)
     if standard(node, "Transpose"):
         perm = _perm(node, rank)
@@ -98,6 +146,8 @@ def _end(editor: Editor, node: onnx.NodeProto, layout: tuple[int, ...], rank: in
         plain = axis in (-1, rank - 1) and len([o for o in node.output if o]) == 1
         known = all(editor.is_weight(node.input[i]) and len(editor.dims(node.input[i])) == 1 for i in scales)
         return [Edit(node, i, 0) for i in scales] if plain and known else None
+    if standard(node, "BatchNormalization") and layout == (1,) and len(node.output) == 1:
+        return [Edit(node, i, 0) for i in (1, 2)] if all(editor.is_weight(node.input[i]) for i in (1, 2)) else None
     if standard(node, "Mul", "Add") and last:
         return _constant_operand(editor, node, rank, deep)
     if not deep:

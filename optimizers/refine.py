@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit.optimizers.base import Opener
+from deploykit.optimizers.equalize import equalize
 from deploykit.optimizers.quantize_config import StaticConfig
 from deploykit.optimizers.ranges import MinMax
 from deploykit.optimizers.sampling import Feeder
@@ -61,6 +62,9 @@ def before_ranges(
         alpha = None if config.smooth == "auto" else float(config.smooth)
         with progress.step("SmoothQuant"):
             notes += smooth(light, nodes, scheme, alpha, data.feeder, data.open_model, data.folder, progress)
+    if config.equalize:
+        with progress.step("cross-layer equalization"):
+            notes += equalize(light, nodes, scheme, data.feeder, data.open_model, data.folder, progress)
     return notes
 
 
