@@ -69,6 +69,10 @@ class Editor:
         """Whether a tensor is an initializer of any type."""
         return name in self._weights
 
+    def is_external(self, name: str) -> bool:
+        """Whether a weight is on disk."""
+        return is_external(self._weights[name])
+
     def dims(self, name: str) -> tuple[int, ...]:
         """Shape of a weight."""
         return tuple(self._weights[name].dims)
