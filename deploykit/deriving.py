@@ -191,6 +191,7 @@ def _derive(
                 open_model=lambda p: open_session(p, targets[0]).run,
                 data=dataset,
                 process=process,
+                progress=told,
             )
         for note in (*done.notes, *conform(target, held)):
             told.note(note)

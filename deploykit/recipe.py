@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -93,6 +93,10 @@ class StaticStep(_Step):
     exclude: list[str] = []
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
+    smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "off"
+    equalize: bool = False
+    bias_correction: Literal["off", "fast", "full"] = "off"
+    rounding: Literal["nearest", "adaround"] = "nearest"
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
     contract: list[str] = []
 

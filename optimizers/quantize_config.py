@@ -13,6 +13,9 @@ from deploykit.machine import inspect_machine
 
 DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
 WEIGHT_BITS = ("auto", "8", "7")
+CALIBRATIONS = ("minmax",)
+BIAS_CORRECTIONS = ("off", "fast", "full")
+ROUNDINGS = ("nearest", "adaround")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class StaticConfig:
         batch_size: Samples in one calibration run.
         max_samples: Calibration samples used at most; None for all.
         weight_bits: As in `DynamicConfig`.
+        smooth: SmoothQuant: "off", "auto" (alpha searched for each activation), or an alpha from 0 to 1.
+        equalize: Cross-layer equalization of convolutions.
+        bias_correction: "off", "fast" (from each layer's own rounding errors) or "full" (from the quantized model's).
+        rounding: Of weights: "nearest" or "adaround".
     """
 
     calibration: str = "minmax"
@@ -52,6 +59,10 @@ class StaticConfig:
     batch_size: int = 8
     max_samples: int | None = None
     weight_bits: str = "auto"
+    smooth: str | float = "off"
+    equalize: bool = False
+    bias_correction: str = "off"
+    rounding: str = "nearest"
 
 
 def weight_bits(asked: str) -> tuple[int, list[str]]:
@@ -66,6 +77,22 @@ def weight_bits(asked: str) -> tuple[int, list[str]]:
         "weights have 7 bits: this CPU has no VNNI, and 8-bit products would saturate; "
         "for a target with VNNI use --weight-bits 8"
     ]
+
+
+def check_accuracy_options(config: StaticConfig) -> None:
+    """Refuse values that no accuracy algorithm knows.
+
+    Raises:
+        OptimizationError: One is unknown.
+    """
+    smooth = config.smooth
+    number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
+    if not (0 <= smooth <= 1 if isinstance(smooth, int | float) and number else smooth in ("off", "auto")):
+        raise OptimizationError(f"smooth {smooth!r}", expected="off, auto, or an alpha from 0 to 1")
+    if config.bias_correction not in BIAS_CORRECTIONS:
+        raise OptimizationError(f"bias correction {config.bias_correction!r}", expected=" or ".join(BIAS_CORRECTIONS))
+    if config.rounding not in ROUNDINGS:
+        raise OptimizationError(f"rounding {config.rounding!r}", expected=" or ".join(ROUNDINGS))
 
 
 def tools() -> dict[str, str]:

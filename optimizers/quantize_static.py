@@ -19,12 +19,21 @@ from deploykit.errors import DataError, OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
+from deploykit.optimizers.editing import own_copy
 from deploykit.optimizers.pairs import insert_pairs
 from deploykit.optimizers.prepare import infer_shapes, prepare
-from deploykit.optimizers.quantize_config import StaticConfig, tools, weight_bits
+from deploykit.optimizers.quantize_config import (
+    CALIBRATIONS,
+    StaticConfig,
+    check_accuracy_options,
+    tools,
+    weight_bits,
+)
 from deploykit.optimizers.ranges import MinMax, collect_ranges
+from deploykit.optimizers.refine import Calibration, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
+from deploykit.progress import Progress
 from deploykit.specs import Array, Signature, fit_feeds
 from deploykit.weights import LightModel, open_light, write_light
 
@@ -33,7 +42,12 @@ if TYPE_CHECKING:
 
 
 def quantize_static(
-    model: Path, config: StaticConfig, target: Path, open_model: Opener | None, data: Dataset | None
+    model: Path,
+    config: StaticConfig,
+    target: Path,
+    open_model: Opener | None,
+    data: Dataset | None,
+    progress: Progress | None = None,
 ) -> StepResult:
     """Insert Q/DQ pairs with ranges from calibration data.
 
@@ -43,6 +57,7 @@ def quantize_static(
         target: Where the result goes.
         open_model: Runs a model file.
         data: Calibration data; labels are ignored.
+        progress: Told how far the accuracy algorithms are.
 
     Raises:
         OptimizationError: Nothing to quantize, unusable options, or the quantizer failed.
@@ -50,11 +65,12 @@ def quantize_static(
     """
     if open_model is None or data is None:
         raise OptimizationError("static quantization needs calibration data", hint="add --data FILE")
-    if config.calibration != "minmax":
-        raise OptimizationError(f"unknown calibration {config.calibration!r}", expected="minmax")
+    if config.calibration not in CALIBRATIONS:
+        raise OptimizationError(f"unknown calibration {config.calibration!r}", expected=" or ".join(CALIBRATIONS))
+    check_accuracy_options(config)
     require("onnxruntime.quantization", extra="ort")
     bits, why = weight_bits(config.weight_bits)
-    count = _Counter()
+    count, told = _Counter(), progress or Progress()
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
@@ -68,9 +84,14 @@ def quantize_static(
                 "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
                 hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
             )
+        if refines(config):
+            light = own_copy(light, Path(scratch) / "own")
+        inputs = signature_of(prepared)
+        data_again = Calibration(lambda: _feeds(inputs, data, config, _Counter()), open_model, target.parent)
+        notes += before_ranges(light, nodes, config, bits, data_again, told)
         tensors = watched_tensors(prepared, frozenset(nodes))
         with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder:
-            feeds = _feeds(signature_of(prepared), data, config, count)
+            feeds = _feeds(inputs, data, config, count)
             ranges, _ = collect_ranges(light, tensors, feeds, open_model, Path(folder))
         usable, unseen = _usable_nodes(prepared, nodes, ranges)
         if unseen:
@@ -79,6 +100,8 @@ def quantize_static(
             raise OptimizationError(
                 "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
             )
+        notes += after_ranges(light, usable, ranges, config, bits, data_again, told)
+        notes += rewrite(prepared, last=True)
         total = len(prepared.graph.node)
         made = insert_pairs(light, usable, ranges, config, bits)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
@@ -93,6 +116,10 @@ def quantize_static(
         "activations": "uint8 asymmetric",
         "weights": "int8 symmetric",
         "exclude": list(config.exclude),
+        "smooth": config.smooth,
+        "equalize": config.equalize,
+        "bias_correction": config.bias_correction,
+        "rounding": config.rounding,
         "quantized_nodes": len(usable),
         "float_nodes": total - len(usable),
     }

@@ -25,6 +25,24 @@ _per_tensor: common.Decorator = click.option(
 )
 
 
+class _Smooth(click.ParamType):
+    """"off", "auto", or an alpha."""
+
+    name = "off|auto|ALPHA"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        """Read it; anything else is wrong usage."""
+        if value in ("off", "auto"):
+            return str(value)
+        try:
+            alpha = float(str(value))
+        except ValueError:
+            alpha = -1.0
+        if not 0 <= alpha <= 1:
+            self.fail(f"{value!r} is not off, auto, or a number from 0 to 1", param, ctx)
+        return alpha
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Quantize to 8 bits: dynamic or static."""
@@ -88,6 +106,19 @@ def dynamic(
 )
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Samples in one run.")
 @click.option("--max-samples", type=click.IntRange(1), help="Calibration samples used at most; all by default.")
+@click.option(
+    "--smooth", type=_Smooth(), default="off", show_default=True, metavar="off|auto|ALPHA",
+    help="SmoothQuant: move outliers of activations into weights; auto searches alpha for each activation.",
+)
+@click.option("--equalize", is_flag=True, help="Cross-layer equalization of neighbouring convolutions.")
+@click.option(
+    "--bias-correction", type=click.Choice(["off", "fast", "full"]), default="off", show_default=True,
+    help="Take the mean of the rounding errors out: of each layer alone, or of the quantized model up to it.",
+)
+@click.option(
+    "--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest", show_default=True,
+    help="adaround: learn whether each weight is rounded up or down (minutes).",
+)
 @_exclude
 @_bits
 @_per_tensor
@@ -102,6 +133,10 @@ def static(
     calibration: str,
     batch_size: int,
     max_samples: int | None,
+    smooth: str | float,
+    equalize: bool,
+    bias_correction: str,
+    rounding: str,
     exclude: tuple[str, ...],
     weight_bits: str,
     per_tensor: bool,
@@ -114,7 +149,8 @@ def static(
     if dry_run:
         params = {
             "model": model, "data": data, "calibration": calibration, "batch_size": batch_size,
-            "max_samples": max_samples, "exclude": list(exclude), "weight_bits": weight_bits,
+            "max_samples": max_samples, "smooth": smooth, "equalize": equalize, "bias_correction": bias_correction,
+            "rounding": rounding, "exclude": list(exclude), "weight_bits": weight_bits,
             "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
         }  # fmt: skip
         common.show_recipe("quantize-static", params)
@@ -124,7 +160,8 @@ def static(
 
     config = StaticConfig(
         calibration=calibration, per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
-        max_samples=max_samples, weight_bits=weight_bits,
+        max_samples=max_samples, weight_bits=weight_bits, smooth=smooth, equalize=equalize,
+        bias_correction=bias_correction, rounding=rounding,
     )  # fmt: skip
     artifact = quantize_static(
         model, output, data=data, config=config, min_cosine=min_cosine, contract=contract, progress=common.progress()
