@@ -24,7 +24,7 @@ import numpy as np
 from deploykit.optimizers.base import Opener
 from deploykit.optimizers.editing import Editor
 from deploykit.optimizers.products import Product
-from deploykit.optimizers.ranges import MinMax
+from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.sampling import Feeder, sample_rows
 from deploykit.optimizers.scheme import Scheme, error_power, rounded_activation
 from deploykit.progress import Progress
@@ -49,7 +49,7 @@ _LARGEST_INPUTS = 8192
 def adaround(
     light: LightModel,
     products: Sequence[Product],
-    ranges: MinMax,
+    ranges: Ranges,
     scheme: Scheme,
     feeder: Feeder,
     open_model: Opener,
@@ -75,9 +75,7 @@ def adaround(
         What was done, for the user.
     """
     editor, started = Editor(light), time.monotonic()
-    fitting = [
-        p for p in products if p.inputs <= _LARGEST_INPUTS and p.data in ranges.low and _own_weight(editor, p)
-    ]
+    fitting = [p for p in products if p.inputs <= _LARGEST_INPUTS and p.data in ranges.low and _own_weight(editor, p)]
     by_name = {p.name: p for p in fitting}
     better: list[float] = []
     late = seen = 0
@@ -105,7 +103,9 @@ def adaround(
     if late:
         notes.append(f"AdaRound: {late} layers keep their nearest integers, {time_limit_s:g} s were over")
     if left:
-        notes.append(f"AdaRound: {left} layers left: too large, without a range, or their weights are read elsewhere too")
+        notes.append(
+            f"AdaRound: {left} layers left: too large, without a range, or their weights are read elsewhere too"
+        )
     return notes
 
 

@@ -113,9 +113,7 @@ def _pairs(editor: Editor, products: list[Product]) -> list[_Pair]:
     return pairs
 
 
-def _balance(
-    editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, changed: set[str]
-) -> bool:
+def _balance(editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, changed: set[str]) -> bool:
     """Try factors for one pair and take the best; whether one was taken."""
     second, sample = pair.second, samples[pair.second.name]
     weight = second.matrix(editor.read(second.weight))
@@ -134,9 +132,7 @@ def _balance(
         return False
     editor.write(second.weight, second.weight_from(weight * second.per_input(kept)))
     divisors = second.per_input(kept)[:, :, 0][:, None, :]
-    samples[second.name] = replace(
-        sample, rows=sample.rows / divisors, low=sample.low / kept, high=sample.high / kept
-    )
+    samples[second.name] = replace(sample, rows=sample.rows / divisors, low=sample.low / kept, high=sample.high / kept)
     changed.add(second.name)
     return True
 
@@ -159,9 +155,7 @@ def _filled(candidates: list[Array], sample: Sample, free: Array, bound: float) 
 class _Cost:
     """The noise of a pair's result, as a share of its energy, for given factors."""
 
-    def __init__(
-        self, editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, weight: Array
-    ) -> None:
+    def __init__(self, editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, weight: Array) -> None:
         self._pair, self._scheme, self._sample, self.weight = pair, scheme, samples[pair.second.name], weight
         self._want = self._sample.rows @ weight
         self._power = max(error_power(self._want, np.zeros_like(self._want)), 1e-30) / self._sample.rows.shape[1]

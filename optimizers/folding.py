@@ -224,4 +224,3 @@ def _through_attention(
 def _perm(node: onnx.NodeProto, rank: int) -> list[int]:
     given = attributes(node).get("perm")
     return [int(a) for a in given] if isinstance(given, list) else list(reversed(range(rank)))
-
