@@ -108,7 +108,7 @@ class Editor:
         Returns:
             None where it is shared and on disk, or leaves the graph: nothing is changed then.
         """
-        name = node.input[index]
+        name = str(node.input[index])
         if len(self.readers[name]) == 1 and name not in self.outputs:
             return name
         if is_external(self._weights[name]) or name in self.outputs:

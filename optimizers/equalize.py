@@ -82,15 +82,13 @@ def equalize(
     for part in sample_rows(light, list(wanted.values()), feeder, open_model, folder, limit=_ROWS):
         samples |= part
     changed: set[str] = set()
-    held = 0
     for sweep in range(_SWEEPS):
-        before = len(changed)
         moved = False
         for number, pair in enumerate(pairs):
             if pair.second.name in samples:
                 moved |= _balance(editor, pair, samples, scheme, changed)
             progress.advance(sweep * len(pairs) + number + 1, _SWEEPS * len(pairs), "pairs")
-        if not moved and len(changed) == before:
+        if not moved:
             break
     held = sum(bool((_free(p, samples[p.second.name]) == 0).any()) for p in pairs if p.second.name in samples)
     notes = [f"equalization: {len(changed)} of {len(pairs)} pairs of convolutions, the others are not better for it"]
@@ -113,9 +111,7 @@ def _pairs(editor: Editor, products: list[Product]) -> list[_Pair]:
     return pairs
 
 
-def _balance(
-    editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, changed: set[str]
-) -> bool:
+def _balance(editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, changed: set[str]) -> bool:
     """Try factors for one pair and take the best; whether one was taken."""
     second, sample = pair.second, samples[pair.second.name]
     weight = second.matrix(editor.read(second.weight))
@@ -134,9 +130,7 @@ def _balance(
         return False
     editor.write(second.weight, second.weight_from(weight * second.per_input(kept)))
     divisors = second.per_input(kept)[:, :, 0][:, None, :]
-    samples[second.name] = replace(
-        sample, rows=sample.rows / divisors, low=sample.low / kept, high=sample.high / kept
-    )
+    samples[second.name] = replace(sample, rows=sample.rows / divisors, low=sample.low / kept, high=sample.high / kept)
     changed.add(second.name)
     return True
 
@@ -159,9 +153,7 @@ def _filled(candidates: list[Array], sample: Sample, free: Array, bound: float) 
 class _Cost:
     """The noise of a pair's result, as a share of its energy, for given factors."""
 
-    def __init__(
-        self, editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, weight: Array
-    ) -> None:
+    def __init__(self, editor: Editor, pair: _Pair, samples: dict[str, Sample], scheme: Scheme, weight: Array) -> None:
         self._pair, self._scheme, self._sample, self.weight = pair, scheme, samples[pair.second.name], weight
         self._want = self._sample.rows @ weight
         self._power = max(error_power(self._want, np.zeros_like(self._want)), 1e-30) / self._sample.rows.shape[1]
@@ -184,7 +176,7 @@ class _Cost:
         noise = error_power(made, self._want) / rows.shape[1]
         if self.first is not None and not self._scheme.per_channel:
             noise += self._first_noise(factors)
-        return noise / self._power
+        return float(noise / self._power)
 
     def _first_noise(self, factors: Array) -> float:
         first = self._pair.first

@@ -197,7 +197,8 @@ def _through_reshape(editor: Editor, node: onnx.NodeProto, layout: tuple[int, ..
     total = 1
     for size in sizes:
         total *= size or 0
-    found, product = [], 1
+    found: list[int] = []
+    product = 1
     for axis in range(len(want) - 1, -1, -1):
         size = want[axis]
         if size is None or product >= total:
@@ -224,4 +225,3 @@ def _through_attention(
 def _perm(node: onnx.NodeProto, rank: int) -> list[int]:
     given = attributes(node).get("perm")
     return [int(a) for a in given] if isinstance(given, list) else list(reversed(range(rank)))
-

@@ -98,7 +98,7 @@ def real_positions(feeds: Feeds, values: Array) -> Array | None:
     mask = feeds.get(_MASK)
     if mask is None or mask.ndim != 2 or values.ndim < 3 or values.shape[:2] != mask.shape:
         return None
-    return np.asarray(mask) != 0
+    return np.asarray(mask != 0)
 
 
 def sample_rows(

@@ -25,8 +25,8 @@ _per_tensor: common.Decorator = click.option(
 )
 
 
-class _Smooth(click.ParamType):
-    """"off", "auto", or an alpha."""
+class _Smooth(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """ "off", "auto", or an alpha."""
 
     name = "off|auto|ALPHA"
 
@@ -107,16 +107,26 @@ def dynamic(
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Samples in one run.")
 @click.option("--max-samples", type=click.IntRange(1), help="Calibration samples used at most; all by default.")
 @click.option(
-    "--smooth", type=_Smooth(), default="off", show_default=True, metavar="off|auto|ALPHA",
+    "--smooth",
+    type=_Smooth(),
+    default="off",
+    show_default=True,
+    metavar="off|auto|ALPHA",
     help="SmoothQuant: move outliers of activations into weights; auto searches alpha for each activation.",
 )
 @click.option("--equalize", is_flag=True, help="Cross-layer equalization of neighbouring convolutions.")
 @click.option(
-    "--bias-correction", type=click.Choice(["off", "fast", "full"]), default="off", show_default=True,
+    "--bias-correction",
+    type=click.Choice(["off", "fast", "full"]),
+    default="off",
+    show_default=True,
     help="Take the mean of the rounding errors out: of each layer alone, or of the quantized model up to it.",
 )
 @click.option(
-    "--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest", show_default=True,
+    "--rounding",
+    type=click.Choice(["nearest", "adaround"]),
+    default="nearest",
+    show_default=True,
     help="adaround: learn whether each weight is rounded up or down (minutes).",
 )
 @_exclude
