@@ -98,7 +98,7 @@ def adaround(
             break
     late += len(fitting) - seen if late else 0
     left = len(products) - len(fitting)
-    notes = [f"AdaRound: {len(better)} of {len(products)} layers, the others are not better for it"]
+    notes = [f"AdaRound: {len(better)} of {len(products)} layers rounded, any other is not better for it"]
     if better:
         notes[0] += f"; the error of those is {np.median(better):.2f} times that of the nearest integers (median)"
     if late:
