@@ -136,7 +136,9 @@ def test_padding_is_not_sampled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("bits", [8, 7])
-def test_weights_are_rounded_as_in_the_file(digits: Any, tools: Any, tmp_path: Path, bits: int, per_channel: bool) -> None:
+def test_weights_are_rounded_as_in_the_file(
+    digits: Any, tools: Any, tmp_path: Path, bits: int, per_channel: bool
+) -> None:
     path, _ = tools.quantized(
         digits.path, tmp_path, StaticConfig(weight_bits=str(bits), per_channel=per_channel), digits.calibration
     )
