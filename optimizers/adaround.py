@@ -76,7 +76,9 @@ def adaround(
         What was done, for the user.
     """
     editor, started = Editor(light), time.monotonic()
-    fitting = [p for p in products if p.inputs <= _LARGEST_INPUTS and p.data in ranges.low and _own_weight(editor, p)]
+    fitting = [
+        p for p in products if p.inputs <= _LARGEST_INPUTS and p.data in ranges.low and not editor.is_shared(p.weight)
+    ]
     by_name = {p.name: p for p in fitting}
     better: list[float] = []
     late = seen = 0
@@ -167,7 +169,3 @@ def _learn(scaled: Array, floor: Array, rows: Array, noisy: Array) -> Array:
         rate = _RATE * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
         variable -= rate * first / (np.sqrt(second) + 1e-8)
     return np.asarray(variable >= 0, np.float32)
-
-
-def _own_weight(editor: Editor, product: Product) -> bool:
-    return len(editor.readers[product.weight]) == 1 and product.weight not in editor.outputs

@@ -105,9 +105,7 @@ def _pairs(editor: Editor, products: list[Product]) -> list[_Pair]:
     by_name = {p.name: p for p in products}
     pairs = []
     for product in products:
-        alone = len(editor.readers[product.data]) == 1 and product.data not in editor.outputs
-        mine = len(editor.readers[product.weight]) == 1 and product.weight not in editor.outputs
-        if product.window is None or not alone or not mine:
+        if product.window is None or editor.is_shared(product.data) or editor.is_shared(product.weight):
             continue
         place = find_convolution(editor, product.data, len(product.dims))
         if place is not None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # f(a x) = a f(x) for a > 0, value by value.
 _PASSING = ("Relu", "LeakyRelu", "Identity")
 # The same for a factor of each channel; the largest value of a channel stays what it is in the first.
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool")
 
 
@@ -101,6 +102,8 @@ def apply_edits(editor: Editor, edits: list[Edit], factors: Array) -> bool:
     Returns:
         False where a weight is shared with another reader and cannot be copied: nothing is changed then.
     """
+    if any(e.node.op_type in _PRODUCTS and e.index == 1 and editor.is_shared(e.node.input[1]) for e in edits):
+        return False  # a copy would get another name, and whoever treats that product knows the old one
     names = [editor.private(e.node, e.index) for e in edits]
     if None in names:
         return False

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Feeder = Callable[[], Iterator[Feeds]]
 
 _MASK = "attention_mask"
+# Beyond this a value is a mask constant (-3.4e38), and no error can be computed.
+_MASK_MAGNITUDE = 1e30
 # Rows of all products that are sampled in one pass; beyond it, there is another pass.
 _BUDGET_BYTES = 256 * 2**20
 
@@ -85,10 +87,11 @@ class _Reservoir:
             self._keys, self._rows = self._keys[kept], self._rows[:, kept]
 
     def result(self) -> Sample | None:
-        """None where no row was seen, or not all of it is finite."""
+        """None where no row was seen, or not all values are finite and of a size that can be computed with."""
         if self._rows is None or self._low is None or self._high is None:
             return None
-        if not (np.isfinite(self._rows).all() and np.isfinite(self._low).all() and np.isfinite(self._high).all()):
+        # Extremes of NaN are NaN, so that these speak for the rows too.
+        if not (np.abs(self._low) < _MASK_MAGNITUDE).all() or not (np.abs(self._high) < _MASK_MAGNITUDE).all():
             return None
         return Sample(self._rows, self._low, self._high)
 

@@ -190,7 +190,7 @@ def _insert(editor: Editor, tensor: str, products: list[Product], factors: Array
 
 def _own_weights(editor: Editor, products: list[Product]) -> bool:
     """Whether the weights are those of these products only, each once."""
-    return all(len(editor.readers[p.weight]) == 1 and p.weight not in editor.outputs for p in products)
+    return not any(editor.is_shared(p.weight) for p in products)
 
 
 def _multiply(editor: Editor, products: list[Product], factors: Array) -> None:

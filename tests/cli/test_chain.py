@@ -152,9 +152,26 @@ def test_recipe(run_cli, conv_model, tmp_path):
         ["simplify", "-m", "net.onnx", "-o", "x"],
         ["quantize", "dynamic", "-m", "net.onnx", "-o", "x", "--exclude", "n"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz"],
+        ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz", "--smooth", "auto", "--equalize"],
+        [
+            "quantize",
+            "static",
+            "-m",
+            "net.onnx",
+            "-o",
+            "x",
+            "--data",
+            "calib.npz",
+            "--smooth",
+            "0.25",
+            "--bias-correction",
+            "full",
+            "--rounding",
+            "adaround",
+        ],
         ["benchmark", "-m", "net.onnx", "--dim", "sequence=9", "--device", "ort:cpu"],
     ],
-    ids=lambda a: a[0] + a[1],
+    ids=lambda a: a[0] + a[1] + str(len(a)),
 )
 def test_dry_run_prints_a_recipe_that_loads(run_cli, args, tmp_path):
     from deploykit.recipe import Recipe

@@ -167,6 +167,21 @@ def test_smoothing_leaves_weights_that_others_read(tools: Any, tmp_path: Path) -
     assert light.proto.SerializeToString() == before
 
 
+@pytest.mark.parametrize("other", ["q0", "y"])
+def test_smoothing_leaves_products_that_share_weights(tools: Any, tmp_path: Path, other: str) -> None:
+    """What is folded into one of them would change the other."""
+    old, new = ("MatMul(x, wq)", "MatMul(x, wv)") if other == "q0" else ("MatMul(c, wo)", "MatMul(c, wv)")
+    text = ATTENTION.replace(old, new)
+    weights = HEADS | SHAPES | {"wv": HEADS["wv"] * OUTLIERS, "bv": normal(32, scale=0.1)}
+    light = light_of(text, weights, tmp_path)
+    x = normal(64, 6, 32)
+    want = tools.outputs_of(save(light, tmp_path / "source.onnx"), {"x": x})
+    feeder, nodes = feeder_of({"x": x}), select_nodes(light.proto)
+    smooth(light, nodes, INT8, None, feeder, tools.opener, tmp_path, Progress())
+    have = tools.outputs_of(save(light, tmp_path / "smooth.onnx"), {"x": x})
+    np.testing.assert_allclose(have, want, atol=2e-4 * np.abs(want).max())
+
+
 def test_smoothing_copies_norms_that_others_read(tools: Any, tmp_path: Path) -> None:
     """Exporters store equal gammas once."""
     text = """g (float[n,6,32] x) => (float[n,6,48] y, float[n,6,32] z) {
