@@ -153,25 +153,11 @@ def test_recipe(run_cli, conv_model, tmp_path):
         ["quantize", "dynamic", "-m", "net.onnx", "-o", "x", "--exclude", "n"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz", "--smooth", "auto", "--equalize"],
-        [
-            "quantize",
-            "static",
-            "-m",
-            "net.onnx",
-            "-o",
-            "x",
-            "--data",
-            "calib.npz",
-            "--smooth",
-            "0.25",
-            "--bias-correction",
-            "full",
-            "--rounding",
-            "adaround",
-        ],
+        ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--bias-correction", "full"],
+        ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--smooth=.2", "--rounding", "adaround"],
         ["benchmark", "-m", "net.onnx", "--dim", "sequence=9", "--device", "ort:cpu"],
     ],
-    ids=lambda a: a[0] + a[1] + str(len(a)),
+    ids=lambda a: "-".join(a[:2] + a[-1:]),
 )
 def test_dry_run_prints_a_recipe_that_loads(run_cli, args, tmp_path):
     from deploykit.recipe import Recipe
