@@ -25,7 +25,7 @@ import numpy as np
 from deploykit.optimizers.base import Opener
 from deploykit.optimizers.editing import Editor
 from deploykit.optimizers.products import Product
-from deploykit.optimizers.ranges import MinMax
+from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.sampling import Feeder, sample_rows
 from deploykit.optimizers.scheme import Scheme, error_power, rounded_activation
 from deploykit.progress import Progress
@@ -50,7 +50,7 @@ _LARGEST_INPUTS = 8192
 def adaround(
     light: LightModel,
     products: Sequence[Product],
-    ranges: MinMax,
+    ranges: Ranges,
     scheme: Scheme,
     feeder: Feeder,
     open_model: Opener,

@@ -25,7 +25,7 @@ from deploykit.optimizers.base import Opener
 from deploykit.optimizers.biases import Biases
 from deploykit.optimizers.editing import Editor
 from deploykit.optimizers.products import Product
-from deploykit.optimizers.ranges import MinMax
+from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.sampling import Feeder, real_positions, run_exposed, sample_rows
 from deploykit.optimizers.scheme import Scheme, rounded_activation
 from deploykit.progress import Progress
@@ -47,7 +47,7 @@ def correct_fast(
     reference: LightModel,
     products: Sequence[Product],
     biases: Biases,
-    ranges: MinMax,
+    ranges: Ranges,
     scheme: Scheme,
     feeder: Feeder,
     open_model: Opener,

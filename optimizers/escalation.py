@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from deploykit.graphs import domain_of, walk
 from deploykit.modelfile import read_model
-from deploykit.optimizers.quantize_config import BIAS_CORRECTIONS, CALIBRATIONS, StaticConfig
+from deploykit.optimizers.quantize_config import BIAS_CORRECTIONS, StaticConfig
 
 if TYPE_CHECKING:
     import onnx
@@ -80,9 +80,8 @@ def escalation(model_path: str | Path, config: StaticConfig) -> Iterator[StaticC
 
 def _changes(kind: ModelKind, config: StaticConfig) -> Iterator[dict[str, object]]:
     """Fields to set, in order; each beside all earlier ones."""
-    better = next((c for c in ("auto", "mse") if c in CALIBRATIONS), None)
-    if config.calibration == "minmax" and better is not None:
-        yield {"calibration": better}
+    if config.calibration == "minmax":
+        yield {"calibration": "auto"}
     smooth: dict[str, object] = {"smooth": "auto"} if config.smooth == "off" and kind.products else {}
     equalize: dict[str, object] = {"equalize": True} if kind.convolutions > 1 else {}
     # The one that acts on most of the model comes first.

@@ -13,7 +13,6 @@ from deploykit.machine import inspect_machine
 
 DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
 WEIGHT_BITS = ("auto", "8", "7")
-CALIBRATIONS = ("minmax",)
 BIAS_CORRECTIONS = ("off", "fast", "full")
 ROUNDINGS = ("nearest", "adaround")
 
@@ -41,7 +40,10 @@ class StaticConfig:
     """Static quantization with ranges from calibration data.
 
     Attributes:
-        calibration: "minmax".
+        calibration: How ranges come from what was seen: "minmax", "percentile", "entropy", "mse" or "auto".
+        percentile: For "percentile": the share of values inside the range, in percent.
+        save_calibration: A file to keep what was seen in; see `Calibration`.
+        merge: Such files of the same model, whose data count too.
         per_channel: One scale an output channel of a weight.
         exclude: Node names and operator types that stay in floating point.
         batch_size: Samples in one calibration run.
@@ -54,6 +56,9 @@ class StaticConfig:
     """
 
     calibration: str = "minmax"
+    percentile: float = 99.99
+    save_calibration: str | None = None
+    merge: tuple[str, ...] = ()
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
     batch_size: int = 8

@@ -24,7 +24,7 @@ from deploykit.optimizers.equalize import equalize
 from deploykit.optimizers.pairs import insert_pairs
 from deploykit.optimizers.products import Product, find_products
 from deploykit.optimizers.quantize_config import StaticConfig
-from deploykit.optimizers.ranges import MinMax
+from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.sampling import Feeder, real_positions, run_exposed
 from deploykit.optimizers.scheme import Scheme, error_power
 from deploykit.optimizers.smooth_quant import smooth
@@ -38,7 +38,7 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class Material:
     """Calibration data that can be run over again.
 
     Attributes:
@@ -58,7 +58,7 @@ def refines(config: StaticConfig) -> bool:
 
 
 def before_ranges(
-    light: LightModel, nodes: list[str], config: StaticConfig, bits: int, data: Calibration, progress: Progress
+    light: LightModel, nodes: list[str], config: StaticConfig, bits: int, data: Material, progress: Progress
 ) -> list[str]:
     """Apply what changes activations, in place.
 
@@ -87,10 +87,10 @@ def before_ranges(
 def after_ranges(
     light: LightModel,
     nodes: list[str],
-    ranges: MinMax,
+    ranges: Ranges,
     config: StaticConfig,
     bits: int,
-    data: Calibration,
+    data: Material,
     progress: Progress,
 ) -> list[str]:
     """Apply what needs the ranges of activations, in place; see `before_ranges`."""
@@ -113,10 +113,10 @@ def _after(
     light: LightModel,
     reference: LightModel,
     nodes: list[str],
-    ranges: MinMax,
+    ranges: Ranges,
     config: StaticConfig,
     bits: int,
-    data: Calibration,
+    data: Material,
     progress: Progress,
 ) -> list[str]:
     products, left = find_products(Editor(light), nodes)
@@ -140,10 +140,10 @@ def _correct(
     reference: LightModel,
     nodes: list[str],
     products: list[Product],
-    ranges: MinMax,
+    ranges: Ranges,
     config: StaticConfig,
     bits: int,
-    data: Calibration,
+    data: Material,
     progress: Progress,
 ) -> list[str]:
     """Correct biases; undone where the quantized model is no better for it on other data."""
@@ -184,7 +184,7 @@ def _correct(
     return notes
 
 
-def _noise(light: LightModel, quantized: LightModel, data: Calibration) -> float:
+def _noise(light: LightModel, quantized: LightModel, data: Material) -> float:
     """Energy of the outputs' errors as a share of the outputs', where nothing was corrected on."""
     names = [v.name for v in light.proto.graph.output if v.type.tensor_type.elem_type == _FLOAT]
     errors, powers = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)

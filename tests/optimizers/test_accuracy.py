@@ -23,10 +23,10 @@ from deploykit.optimizers.equalize import equalize
 from deploykit.optimizers.folding import apply_edits, find_convolution
 from deploykit.optimizers.prepare import prepare
 from deploykit.optimizers.products import find_products
-from deploykit.optimizers.ranges import collect_ranges
+from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.sampling import sample_rows
 from deploykit.optimizers.scheme import Scheme, rounded_activation
-from deploykit.optimizers.select_nodes import select_nodes, watched_tensors
+from deploykit.optimizers.select_nodes import select_nodes
 from deploykit.optimizers.smooth_quant import smooth
 from deploykit.progress import Progress
 from deploykit.weights import LightModel
@@ -398,8 +398,7 @@ def test_adaround_stops_in_time_and_leaves_shared_weights(tools: Any, tmp_path: 
     light = light_of(text, weights, tmp_path)
     before = light.proto.SerializeToString()
     nodes, feeder = select_nodes(light.proto), feeder_of({"x": normal(256, 4) @ normal(4, 16, seed=3)})
-    watched = watched_tensors(light.proto, frozenset(nodes))
-    ranges, _ = collect_ranges(light, watched, feeder(), tools.opener, tmp_path)
+    ranges = Ranges(dict.fromkeys("xrs", -20.0), dict.fromkeys("xrs", 20.0))
     products, _ = find_products(Editor(light), nodes)
     notes = adaround(
         light, products, ranges, Scheme(7, True), feeder, tools.opener, tmp_path, Progress(), time_limit_s=0
@@ -482,17 +481,16 @@ def test_escalation_of_a_convolutional_net(digits: Any) -> None:
     start = StaticConfig(exclude=("Gemm",), max_samples=9)
     configs = list(escalation(digits.path, start))
     assert configs[0] == start
-    steps = [s for s in turned_on(configs) if s != "calibration"]
-    assert steps == ["equalize", "smooth", "bias_correction", "bias_correction", "rounding"]
+    assert turned_on(configs) == ["calibration", "equalize", "smooth", "bias_correction", "bias_correction", "rounding"]
     assert all(c.exclude == ("Gemm",) and c.max_samples == 9 for c in configs)
 
 
 def test_escalation_of_a_transformer(tmp_path: Path) -> None:
     weights = HEADS | SHAPES | {"bv": normal(32)}
     path = save(light_of(ATTENTION, weights, tmp_path), tmp_path / "model.onnx")
-    steps = [s for s in turned_on(list(escalation(path, StaticConfig()))) if s != "calibration"]
-    assert steps == ["smooth", "bias_correction", "bias_correction", "rounding"]
-    asked = StaticConfig(smooth=0.3, bias_correction="full")
+    configs = list(escalation(path, StaticConfig()))
+    assert turned_on(configs) == ["calibration", "smooth", "bias_correction", "bias_correction", "rounding"]
+    asked = StaticConfig(calibration="entropy", smooth=0.3, bias_correction="full")
     configs = list(escalation(path, asked))
-    assert [s for s in turned_on(configs) if s != "calibration"] == ["rounding"]
+    assert turned_on(configs) == ["rounding"]
     assert all(c.smooth == 0.3 and c.bias_correction == "full" for c in configs)
