@@ -128,9 +128,21 @@ def _walk(editor: Editor, tensor: str, layout: tuple[int, ...], rank: int, deep:
         return _before(editor, node.input[0], tuple(perm[a] for a in layout), rank, deep)
     if standard(node, "Reshape"):
         return _through_reshape(editor, node, layout, deep)
+    guarded = _guarded(editor, node)
+    if guarded is not None:
+        return _walk(editor, guarded, layout, rank, deep)
     if standard(node, "MatMul") and not editor.is_constant(node.input[1]):
         return _through_attention(editor, node, layout, rank, deep)
     return _end(editor, node, layout, rank, deep)
+
+
+def _guarded(editor: Editor, node: onnx.NodeProto) -> str | None:
+    """The tensor that `Where(IsNaN(tensor), 0, tensor)` guards, where nothing else reads it."""
+    if not standard(node, "Where") or not editor.is_weight(node.input[1]) or editor.read(node.input[1]).any():
+        return None
+    test, name = editor.makers.get(node.input[0]), str(node.input[2])
+    alone = len(editor.readers[name]) == 2 and name not in editor.outputs
+    return name if alone and test is not None and standard(test, "IsNaN") and test.input[0] == name else None
 
 
 def _before(editor: Editor, tensor: str, layout: tuple[int, ...], rank: int, deep: bool) -> list[Edit] | None:

@@ -73,7 +73,8 @@ class _Reservoir:
         source = self._product.rows(values)
         keys = self._draw.random(source.count)
         if real is not None and not self._product.window:
-            keys[~np.broadcast_to(real.reshape(*real.shape, *[1] * (values.ndim - 3)), values.shape[:-1]).ravel()] = 2
+            inner = values.shape[real.ndim : -1]
+            keys[~np.broadcast_to(real.reshape(*real.shape, *[1] * len(inner)), values.shape[:-1]).ravel()] = 2
         edge = min(1.0, self._keys.max()) if len(self._keys) >= self._limit else 1.0
         numbers = np.flatnonzero(keys < edge)
         numbers = numbers[np.argsort(keys[numbers], kind="stable")[: self._limit]]
@@ -97,11 +98,18 @@ class _Reservoir:
 
 
 def real_positions(feeds: Feeds, values: Array) -> Array | None:
-    """Which positions of ``[batch, length, …]`` are no padding, by the model's attention mask; None without one."""
+    """Which positions are no padding, by the model's attention mask; None without one.
+
+    Returns:
+        ``[batch, length]`` for values of ``[batch, length, …]``, ``[batch * length]`` for flattened ones.
+    """
     mask = feeds.get(_MASK)
-    if mask is None or mask.ndim != 2 or values.ndim < 3 or values.shape[:2] != mask.shape:
+    if mask is None or mask.ndim != 2:
         return None
-    return np.asarray(mask != 0)
+    if values.ndim >= 3 and values.shape[:2] == mask.shape:
+        return np.asarray(mask != 0)
+    # Gemm takes positions of all samples in one axis.
+    return np.asarray(mask != 0).reshape(-1) if values.ndim == 2 and len(values) == mask.size > len(mask) else None
 
 
 def sample_rows(

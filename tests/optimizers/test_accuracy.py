@@ -78,6 +78,7 @@ ATTENTION = """g (float[n,6,32] x) => (float[n,6,32] y) {
     y = MatMul(c, wo)
 }"""
 SHAPES = {"split": np.int64([0, 0, 4, 8]), "join": np.int64([0, 0, 32])}
+VALUES = HEADS | SHAPES | {"wv": HEADS["wv"] * OUTLIERS, "bv": normal(32, scale=0.1)}
 
 FOLDED = {
     "LayerNormalization": (
@@ -100,9 +101,12 @@ FOLDED = {
         "g (float[n,32] x) => (float[n,48] y) { a = Gemm<transB=1>(x, u, c) h = Relu(a) y = MatMul(h, w) }",
         {"u": normal(32, 32, scale=0.2) * OUTLIERS[:, None], "c": normal(32, scale=0.1), "w": NORM["w"]},
     ),
-    "attention": (
-        ATTENTION,
-        HEADS | SHAPES | {"wv": HEADS["wv"] * OUTLIERS, "bv": normal(32, scale=0.1)},
+    "attention": (ATTENTION, VALUES),
+    "guarded attention": (
+        ATTENTION.replace("c1 = Transpose", "nan = IsNaN(c0) g = Where(nan, nil, c0) c1 = Transpose").replace(
+            "c1 = Transpose<perm=[0,2,1,3]>(c0)", "c1 = Transpose<perm=[0,2,1,3]>(g)"
+        ),
+        VALUES | {"nil": np.float32(0)},
     ),
 }
 

@@ -132,6 +132,26 @@ def test_padding_is_not_sampled(tmp_path: Path) -> None:
     assert rows.shape == (1, 24, 4)
     assert rows.max() < 9
     assert sampled(model, x, 4, 1000, tmp_path).rows.shape == (1, 40, 4)
+    # Without a mask of the same positions, everything counts.
+    assert sampled(model, x, 4, 1000, tmp_path, attention_mask=mask[:, :4]).rows.shape == (1, 40, 4)
+
+
+def test_flattened_padding_is_not_sampled(tmp_path: Path) -> None:
+    """The mask has a row a sample, the product a row a position."""
+    x = np.concatenate([np.full((4, 1), 9, np.float32), normal(4, 3)], axis=1)
+    mask = np.int64([[1, 0], [0, 1]])
+    model = one_node("Gemm", {}, (4, 4), normal(4, 3))
+    products, _ = find_products(Editor(LightModel(model, tmp_path)), ["node"])
+    feeds = {"x": x, "attention_mask": mask}
+
+    def open_with_mask(path: Path) -> Any:
+        run = open_session(path, threads=1).run
+        return lambda given: run({"x": given["x"]})
+
+    light = LightModel(model, tmp_path)
+    [samples] = sample_rows(light, products, lambda: iter([feeds]), open_with_mask, tmp_path, limit=9)
+    rows = samples["node"].rows[0]
+    np.testing.assert_array_equal(rows[np.argsort(rows[:, 1])], x[[0, 3]][np.argsort(x[[0, 3], 1])])
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
