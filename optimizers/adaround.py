@@ -15,6 +15,7 @@ left as it was: whoever quantizes them later finds the same grid and the same in
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +34,11 @@ from deploykit.weights import LightModel
 
 TIME_LIMIT_S = 600.0
 _ROWS = 2048
-_STEPS = 400
-_RATE = 0.02
+_STEPS = 500
+_RATE = 0.05
 # Share of the steps in which only the error counts.
 _WARM = 0.2
-_STRENGTH = 0.02
+_STRENGTH = 0.5
 _SHARPNESS = (20.0, 2.0)
 # Of the mean second moment: keeps weights that no row decides at their nearest integer.
 _DAMPING = 0.01
@@ -75,7 +76,9 @@ def adaround(
         What was done, for the user.
     """
     editor, started = Editor(light), time.monotonic()
-    fitting = [p for p in products if p.inputs <= _LARGEST_INPUTS and p.data in ranges.low and _own_weight(editor, p)]
+    fitting = [
+        p for p in products if p.inputs <= _LARGEST_INPUTS and p.data in ranges.low and not editor.is_shared(p.weight)
+    ]
     by_name = {p.name: p for p in fitting}
     better: list[float] = []
     late = seen = 0
@@ -97,15 +100,14 @@ def adaround(
             break
     late += len(fitting) - seen if late else 0
     left = len(products) - len(fitting)
-    notes = [f"AdaRound: {len(better)} of {len(products)} layers, the others are not better for it"]
+    notes = [f"AdaRound: {len(better)} of {len(products)} layers rounded, any other is not better for it"]
     if better:
         notes[0] += f"; the error of those is {np.median(better):.2f} times that of the nearest integers (median)"
     if late:
         notes.append(f"AdaRound: {late} layers keep their nearest integers, {time_limit_s:g} s were over")
     if left:
-        notes.append(
-            f"AdaRound: {left} layers left: too large, without a range, or their weights are read elsewhere too"
-        )
+        why = "too large, without a range, or their weights are read elsewhere too"
+        notes.append(f"AdaRound: {left} layers left: {why}")
     return notes
 
 
@@ -158,16 +160,12 @@ def _learn(scaled: Array, floor: Array, rows: Array, noisy: Array) -> Array:
         if progress > 0:
             # From `begin` to `end` along half a cosine, as in AIMET's and the authors' implementations.
             begin, end = _SHARPNESS
-            beta = end + 0.5 * (begin - end) * (1 + np.cos(np.pi * progress))
+            beta = end + 0.5 * (begin - end) * (1 + math.cos(math.pi * progress))
             side = 2 * h - 1
             slope -= _STRENGTH * 2 * beta * np.sign(side) * np.abs(side) ** (beta - 1)
         slope *= _SPAN * sigmoid * (1 - sigmoid) * ((raw > 0) & (raw < 1))
         first += 0.1 * (slope - first)
         second += 0.001 * (slope * slope - second)
-        rate = _RATE * np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
-        variable -= (rate * first / (np.sqrt(second) + 1e-8)).astype(np.float32)
+        rate = _RATE * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        variable -= rate * first / (np.sqrt(second) + 1e-8)
     return np.asarray(variable >= 0, np.float32)
-
-
-def _own_weight(editor: Editor, product: Product) -> bool:
-    return len(editor.readers[product.weight]) == 1 and product.weight not in editor.outputs

@@ -14,6 +14,7 @@ its bias.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,5 +174,5 @@ def _buckets(levels: list[list[Product]], limit: int) -> Iterator[list[list[Prod
     """Cut levels into at most ``limit`` pieces of neighbours, as equal as can be."""
     if levels:
         edges = np.linspace(0, len(levels), min(limit, len(levels)) + 1).round().astype(int)
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in itertools.pairwise(edges):
             yield levels[start:end]

@@ -80,11 +80,8 @@ class Biases:
         if not self._editor.is_weight(name):
             return None
         dims = self._editor.dims(name)
-        if (
-            self._editor.is_external(name)
-            or not dims
-            or dims[-1] != product.output_channels
-            or any(d != 1 for d in dims[:-1])
-        ):
+        if not dims or dims[-1] != product.output_channels or any(d != 1 for d in dims[:-1]):
+            return None
+        if self._editor.is_external(name):
             return None
         return self._editor.private(node, index)

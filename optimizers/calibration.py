@@ -74,6 +74,8 @@ class Calibration:
         check_writable(path)
         names = sorted(self.tensors)
         kept = [self.tensors[n] for n in names]
+        for tensor in kept:
+            tensor.settle()
         about = {
             "schema": _SCHEMA, "model": self.model, "samples": self.samples, "tensors": names,
             "count": [t.count for t in kept], "nonfinite": [t.nonfinite for t in kept],
@@ -214,6 +216,8 @@ def calibrate(
             for name in tensors:
                 seen.tensors[name].update(np.asarray(outputs[name] if name in outputs else part[name]), count=counted)
         seen.samples += size
+    for tensor in seen.tensors.values():
+        tensor.settle()
     if not seen.samples:
         raise OptimizationError("the calibration data hold no batch", expected="at least one sample")
     return seen

@@ -81,6 +81,10 @@ class Editor:
         """Shape of any tensor as far as it is known; None for an unknown rank."""
         return self.dims(name) if name in self._weights else self._shapes.get(name)
 
+    def is_shared(self, name: str) -> bool:
+        """Whether a weight has several readers, or leaves the graph."""
+        return len(self.readers[name]) != 1 or name in self.outputs
+
     def read(self, name: str) -> Array:
         """A weight's values; of one on disk, a read-only view."""
         from onnx import numpy_helper
@@ -108,8 +112,8 @@ class Editor:
         Returns:
             None where it is shared and on disk, or leaves the graph: nothing is changed then.
         """
-        name = node.input[index]
-        if len(self.readers[name]) == 1 and name not in self.outputs:
+        name = str(node.input[index])
+        if not self.is_shared(name):
             return name
         if is_external(self._weights[name]) or name in self.outputs:
             return None

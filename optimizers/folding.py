@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # f(a x) = a f(x) for a > 0, value by value.
 _PASSING = ("Relu", "LeakyRelu", "Identity")
 # The same for a factor of each channel; the largest value of a channel stays what it is in the first.
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool")
 
 
@@ -101,6 +102,8 @@ def apply_edits(editor: Editor, edits: list[Edit], factors: Array) -> bool:
     Returns:
         False where a weight is shared with another reader and cannot be copied: nothing is changed then.
     """
+    if any(e.node.op_type in _PRODUCTS and e.index == 1 and editor.is_shared(e.node.input[1]) for e in edits):
+        return False  # a copy would get another name, and whoever treats that product knows the old one
     names = [editor.private(e.node, e.index) for e in edits]
     if None in names:
         return False
@@ -125,9 +128,21 @@ def _walk(editor: Editor, tensor: str, layout: tuple[int, ...], rank: int, deep:
         return _before(editor, node.input[0], tuple(perm[a] for a in layout), rank, deep)
     if standard(node, "Reshape"):
         return _through_reshape(editor, node, layout, deep)
+    guarded = _guarded(editor, node)
+    if guarded is not None:
+        return _walk(editor, guarded, layout, rank, deep)
     if standard(node, "MatMul") and not editor.is_constant(node.input[1]):
         return _through_attention(editor, node, layout, rank, deep)
     return _end(editor, node, layout, rank, deep)
+
+
+def _guarded(editor: Editor, node: onnx.NodeProto) -> str | None:
+    """The tensor that `Where(IsNaN(tensor), 0, tensor)` guards, where nothing else reads it."""
+    if not standard(node, "Where") or not editor.is_weight(node.input[1]) or editor.read(node.input[1]).any():
+        return None
+    test, name = editor.makers.get(node.input[0]), str(node.input[2])
+    alone = len(editor.readers[name]) == 2 and name not in editor.outputs
+    return name if alone and test is not None and standard(test, "IsNaN") and test.input[0] == name else None
 
 
 def _before(editor: Editor, tensor: str, layout: tuple[int, ...], rank: int, deep: bool) -> list[Edit] | None:
@@ -197,7 +212,8 @@ def _through_reshape(editor: Editor, node: onnx.NodeProto, layout: tuple[int, ..
     total = 1
     for size in sizes:
         total *= size or 0
-    found, product = [], 1
+    found: list[int] = []
+    product = 1
     for axis in range(len(want) - 1, -1, -1):
         size = want[axis]
         if size is None or product >= total:

@@ -19,7 +19,9 @@ CODES = 1 << (32 - SHIFT)
 # Beyond this a value is a mask constant (-3.4e38), not something that a scale of 255 steps could hold.
 MASK_MAGNITUDE = 1e30
 # Values of one array that are counted; all of them count for the extremes. A larger array is sampled evenly.
-SAMPLED = 1 << 16
+SAMPLED = 1 << 15
+# Samples that wait before they are counted: counting takes as long for few as for many.
+_WAITING = 1 << 18
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class Histogram:
     hidden: int = 0
     codes: Array = field(default_factory=lambda: np.zeros(0, np.int32))
     counts: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    _waiting: list[Array] = field(default_factory=list)
 
     @property
     def seen(self) -> bool:
@@ -74,11 +77,20 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         if not count:
             return
-        sampled = np.ascontiguousarray(flat[:: stride_for(flat.size)])
-        self._keep(np.bincount(sampled.view(np.uint32) >> SHIFT, minlength=CODES))
+        self._waiting.append(flat[:: stride_for(flat.size)].copy())
+        if sum(part.size for part in self._waiting) >= _WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count the samples that wait; to be called before `codes` and `counts` are read."""
+        if self._waiting:
+            bits = np.concatenate(self._waiting).view(np.uint32)
+            self._waiting.clear()
+            self._keep(np.bincount(bits >> SHIFT, minlength=CODES))
 
     def merge(self, other: Histogram) -> None:
         """Add what another run saw of the same tensor."""
+        other.settle()
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.count += other.count
         self.nonfinite += other.nonfinite
@@ -100,6 +112,7 @@ class Histogram:
             Lower edges, upper edges (float64 [bins], ascending), middles, and counts (float64). The bin of zero, which
             holds denormal numbers too, has its middle at zero.
         """
+        self.settle()
         codes = self.codes.astype(np.uint32)
         near = (codes << np.uint32(SHIFT)).view(np.float32).astype(np.float64)
         far = ((codes << np.uint32(SHIFT)) | np.uint32((1 << SHIFT) - 1)).view(np.float32).astype(np.float64)

@@ -138,9 +138,8 @@ class _WindowRows(RowSource):
         pads = _pads(window, sizes, reach)
         half = len(sizes)
         self._padded = np.pad(values, [(0, 0), (0, 0), *zip(pads[:half], pads[half:], strict=True)])
-        self._out = [
-            (s - r) // step + 1 for s, r, step in zip(self._padded.shape[2:], reach, window.strides, strict=True)
-        ]
+        padded = self._padded.shape[2:]
+        self._out = [(s - r) // step + 1 for s, r, step in zip(padded, reach, window.strides, strict=True)]
         self.count = len(values) * max(0, math.prod(self._out))
 
     def take(self, numbers: Array) -> Array:

@@ -32,9 +32,9 @@ from deploykit.optimizers.quantize_config import (
 from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.refine import Material, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
-from deploykit.progress import Progress
+from deploykit.optimizers.select_nodes import check_excluded, select_nodes, stand_ins, watched_tensors
 from deploykit.optimizers.thresholds import check_method
+from deploykit.progress import Progress
 from deploykit.specs import Array, Signature, fit_feeds
 from deploykit.weights import LightModel, open_light, write_light
 
@@ -90,7 +90,8 @@ def quantize_static(
         inputs = signature_of(prepared)
         data_again = Material(lambda: _feeds(inputs, data, config, _Counter()), open_model, target.parent)
         notes += before_ranges(light, nodes, config, bits, data_again, told)
-        tensors = watched_tensors(prepared, frozenset(nodes))
+        serves = stand_ins(prepared, frozenset(nodes))
+        tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(prepared, frozenset(nodes)))]
         with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder, told.step("calibrate"):
             seen = calibrate(
                 light, tensors, _feeds(inputs, data, config, count), open_model, Path(folder),
@@ -99,7 +100,7 @@ def quantize_static(
             )  # fmt: skip
         for other in saved:
             seen.merge(other)
-        ranges = seen.ranges(config.calibration, config.percentile)
+        ranges = seen.ranges(config.calibration, config.percentile).extended(serves)
         usable, unseen = _usable_nodes(prepared, nodes, ranges)
         if unseen:
             notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")

@@ -17,3 +17,11 @@ class Ranges:
 
     low: Mapping[str, float]
     high: Mapping[str, float]
+
+    def extended(self, serves: Mapping[str, str]) -> Ranges:
+        """The same with tensors that others stand in for."""
+        known = {name: other for name, other in serves.items() if other in self.low}
+        return Ranges(
+            {**self.low, **{name: self.low[other] for name, other in known.items()}},
+            {**self.high, **{name: self.high[other] for name, other in known.items()}},
+        )

@@ -32,14 +32,14 @@ from deploykit.progress import Progress
 from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel
 
-# Material samples that full bias correction runs on, and as many again that judge it.
+# Calibration samples that full bias correction runs on, and as many again that judge it.
 _SAMPLES = 128
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Material data that can be run over again.
+    """Calibration data that can be run over again.
 
     Attributes:
         feeder: Gives the batches from their beginning.
@@ -156,29 +156,28 @@ def _correct(
         copy.CopyFrom(model.proto)
         return LightModel(insert_pairs(LightModel(copy, model.folder), nodes, ranges, config, bits), model.folder)
 
-    before = biases.snapshot()
-    noise = _noise(reference, quantize(light), data)
-    if config.bias_correction == "fast":
-        done = correct_fast(
-            light, reference, products, biases, ranges, Scheme(bits, config.per_channel), data.feeder, data.open_model,
-            data.folder, progress,
-        )  # fmt: skip
-    else:
-        done = correct_fully(
-            light, reference, products, biases, quantize, lambda: _samples(data.feeder(), 0, _SAMPLES), data.open_model,
-            data.folder, progress,
-        )  # fmt: skip
-    after = _noise(reference, quantize(light), data)
-    if not after < noise:
+    before, noise = biases.snapshot(), _noise(reference, quantize(light), data)
+    notes = []
+    # Where the full correction does not hold on other data, the fast one may.
+    for kind in ("full", "fast") if config.bias_correction == "full" else ("fast",):
+        if kind == "fast":
+            done = correct_fast(
+                light, reference, products, biases, ranges, Scheme(bits, config.per_channel), data.feeder,
+                data.open_model, data.folder, progress,
+            )  # fmt: skip
+        else:
+            done = correct_fully(
+                light, reference, products, biases, quantize, lambda: _samples(data.feeder(), 0, _SAMPLES),
+                data.open_model, data.folder, progress,
+            )  # fmt: skip
+        after = _noise(reference, quantize(light), data)
+        if after < noise:
+            notes.append(
+                f"{kind} bias correction of {done} layers: the outputs' error went from {_db(noise)} to {_db(after)}"
+            )
+            break
         biases.restore(before)
-        return [
-            f"{config.bias_correction} bias correction left out: the outputs' error would go from {_db(noise)} to "
-            f"{_db(after)}"
-        ]
-    notes = [
-        f"{config.bias_correction} bias correction of {done} layers: the outputs' error went from {_db(noise)} to "
-        f"{_db(after)}"
-    ]
+        notes.append(f"{kind} bias correction left out: the outputs' error would go from {_db(noise)} to {_db(after)}")
     if biases.missing:
         notes.append(f"bias correction: {len(biases.missing)} layers have no bias: {', '.join(biases.missing[:3])}")
     return notes

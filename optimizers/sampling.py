@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Feeder = Callable[[], Iterator[Feeds]]
 
 _MASK = "attention_mask"
+# Beyond this a value is a mask constant (-3.4e38), and no error can be computed.
+_MASK_MAGNITUDE = 1e30
 # Rows of all products that are sampled in one pass; beyond it, there is another pass.
 _BUDGET_BYTES = 256 * 2**20
 
@@ -71,7 +73,8 @@ class _Reservoir:
         source = self._product.rows(values)
         keys = self._draw.random(source.count)
         if real is not None and not self._product.window:
-            keys[~np.broadcast_to(real.reshape(*real.shape, *[1] * (values.ndim - 3)), values.shape[:-1]).ravel()] = 2
+            inner = values.shape[real.ndim : -1]
+            keys[~np.broadcast_to(real.reshape(*real.shape, *[1] * len(inner)), values.shape[:-1]).ravel()] = 2
         edge = min(1.0, self._keys.max()) if len(self._keys) >= self._limit else 1.0
         numbers = np.flatnonzero(keys < edge)
         numbers = numbers[np.argsort(keys[numbers], kind="stable")[: self._limit]]
@@ -85,20 +88,28 @@ class _Reservoir:
             self._keys, self._rows = self._keys[kept], self._rows[:, kept]
 
     def result(self) -> Sample | None:
-        """None where no row was seen, or not all of it is finite."""
+        """None where no row was seen, or not all values are finite and of a size that can be computed with."""
         if self._rows is None or self._low is None or self._high is None:
             return None
-        if not (np.isfinite(self._rows).all() and np.isfinite(self._low).all() and np.isfinite(self._high).all()):
+        # Extremes of NaN are NaN, so that these speak for the rows too.
+        if not (np.abs(self._low) < _MASK_MAGNITUDE).all() or not (np.abs(self._high) < _MASK_MAGNITUDE).all():
             return None
         return Sample(self._rows, self._low, self._high)
 
 
 def real_positions(feeds: Feeds, values: Array) -> Array | None:
-    """Which positions of ``[batch, length, …]`` are no padding, by the model's attention mask; None without one."""
+    """Which positions are no padding, by the model's attention mask; None without one.
+
+    Returns:
+        ``[batch, length]`` for values of ``[batch, length, …]``, ``[batch * length]`` for flattened ones.
+    """
     mask = feeds.get(_MASK)
-    if mask is None or mask.ndim != 2 or values.ndim < 3 or values.shape[:2] != mask.shape:
+    if mask is None or mask.ndim != 2:
         return None
-    return np.asarray(mask) != 0
+    if values.ndim >= 3 and values.shape[:2] == mask.shape:
+        return np.asarray(mask != 0)
+    # Gemm takes positions of all samples in one axis.
+    return np.asarray(mask != 0).reshape(-1) if values.ndim == 2 and len(values) == mask.size > len(mask) else None
 
 
 def sample_rows(

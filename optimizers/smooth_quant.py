@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,9 +27,6 @@ from deploykit.optimizers.scheme import Scheme, error_power, rounded_activation
 from deploykit.progress import Progress
 from deploykit.specs import Array
 from deploykit.weights import LightModel
-
-if TYPE_CHECKING:
-    import onnx
 
 _ALPHAS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 _ROWS = 512
@@ -194,7 +190,7 @@ def _insert(editor: Editor, tensor: str, products: list[Product], factors: Array
 
 def _own_weights(editor: Editor, products: list[Product]) -> bool:
     """Whether the weights are those of these products only, each once."""
-    return all(len(editor.readers[p.weight]) == 1 and p.weight not in editor.outputs for p in products)
+    return not any(editor.is_shared(p.weight) for p in products)
 
 
 def _multiply(editor: Editor, products: list[Product], factors: Array) -> None:

@@ -33,6 +33,7 @@ def choose_range(seen: Histogram, method: str, percentile: float) -> tuple[float
     Returns:
         Smallest and largest value that is not clipped; the first is at most and the second at least zero.
     """
+    seen.settle()
     whole = (min(seen.low, 0.0), max(seen.high, 0.0))
     choose: dict[str, Callable[[], tuple[float, float]]] = {
         "minmax": lambda: whole,

@@ -25,7 +25,7 @@ _per_tensor: common.Decorator = click.option(
 )
 
 
-class _Smooth(click.ParamType):
+class _Smooth(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
     """ "off", "auto", or an alpha."""
 
     name = "off|auto|ALPHA"

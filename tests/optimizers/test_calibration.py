@@ -20,6 +20,7 @@ def seen(*arrays):
     found = Histogram()
     for array in arrays:
         found.update(np.asarray(array, np.float32))
+    found.settle()
     return found
 
 
@@ -81,6 +82,8 @@ def test_samples_do_not_keep_step_with_rows(size):
 def test_other_floats_are_taken(dtype):
     found = Histogram()
     found.update(np.array([[1, -2], [0, 4]], dtype))
+    found.settle()
+    assert found.counts.tolist() == [1, 1, 1, 1]
     assert (found.low, found.high, found.count) == (-2, 4, 4)
 
 
