@@ -89,7 +89,8 @@ def expected_error(seen: Histogram, lows: Array, highs: Array) -> Array:
     under, over = np.searchsorted(middle, lows, side="left"), np.searchsorted(middle, highs, side="right")
 
     def clipped(part: Array, limit: Array) -> Array:
-        return part[2] - 2 * limit * part[1] + limit**2 * part[0]
+        square: Array = part[2] - 2 * limit * part[1] + limit**2 * part[0]
+        return square
 
     zeros = counts[middle == 0].sum()
     inside = np.maximum(moments[0, over][None, :] - moments[0, under][:, None] - zeros, 0)
