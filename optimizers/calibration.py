@@ -81,15 +81,15 @@ class Calibration:
             "count": [t.count for t in kept], "nonfinite": [t.nonfinite for t in kept],
             "hidden": [t.hidden for t in kept],
         }  # fmt: skip
-        arrays: dict[str, Array] = {
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-            "extremes": np.array([[t.low, t.high] for t in kept], np.float64).reshape(-1, 2),
-            "sizes": np.array([t.codes.size for t in kept], np.int64),
-            "codes": np.concatenate([t.codes for t in kept] or [np.zeros(0, np.int32)]),
-            "counts": np.concatenate([t.counts for t in kept] or [np.zeros(0, np.int64)]),
-        }
         made = io.BytesIO()
-        np.savez_compressed(made, **arrays)
+        np.savez_compressed(
+            made,
+            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+            extremes=np.array([[t.low, t.high] for t in kept], np.float64).reshape(-1, 2),
+            sizes=np.array([t.codes.size for t in kept], np.int64),
+            codes=np.concatenate([t.codes for t in kept] or [np.zeros(0, np.int32)]),
+            counts=np.concatenate([t.counts for t in kept] or [np.zeros(0, np.int64)]),
+        )
         try:
             handle, temporary = tempfile.mkstemp(prefix=".calibration-", dir=path.parent)
             try:
