@@ -87,7 +87,10 @@ class StaticStep(_Step):
     step: Literal["quantize-static"] = "quantize-static"
     model: str | None = None
     data: str
-    calibration: Literal["minmax"] = "minmax"
+    calibration: Literal["minmax", "percentile", "entropy", "mse", "auto"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    save_calibration: str | None = None
+    merge: list[str] = []
     batch_size: int = Field(default=8, ge=1)
     max_samples: int | None = Field(default=None, ge=1)
     exclude: list[str] = []

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Calibration:
             about = json.loads(arrays["about"].tobytes())
         except FileNotFoundError as exc:
             raise DataError(f"{path} does not exist", expected=_EXPECTED) from exc
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
             raise DataError(f"cannot read {path} ({first_line(exc)})", expected=_EXPECTED) from exc
         if not isinstance(about, dict) or about.get("schema") != _SCHEMA:
             raise DataError(f"{path} is no calibration of this version", expected=_EXPECTED)

