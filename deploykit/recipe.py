@@ -96,7 +96,7 @@ class StaticStep(_Step):
     exclude: list[str] = []
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
-    smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "off"
+    smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     equalize: bool = False
     bias_correction: Literal["off", "fast", "full"] = "off"
     rounding: Literal["nearest", "adaround"] = "nearest"

@@ -123,7 +123,7 @@ def dynamic(
 @click.option(
     "--smooth",
     type=_Smooth(),
-    default="off",
+    default="auto",
     show_default=True,
     metavar="off|auto|ALPHA",
     help="SmoothQuant: move outliers of activations into weights; auto searches alpha for each activation.",

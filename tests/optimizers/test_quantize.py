@@ -648,5 +648,5 @@ def test_calibrations_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_calibrations_do_not_go_with_activations_that_their_data_change(tmp_path: Path) -> None:
     with pytest.raises(OptimizationError, match="smooth"):
-        calibrated(tmp_path, slice(0, 8), "first", save_calibration=str(tmp_path / "state"), smooth="auto")
+        calibrated(tmp_path, slice(0, 8), "first", save_calibration=str(tmp_path / "state"), smooth=0.5)
     assert not (tmp_path / "state").exists()
