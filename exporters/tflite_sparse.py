@@ -50,7 +50,7 @@ def write_dense(path: Path, to: Path) -> Path:
         model.buffers.append(buffer)
     codes = model.operatorCodes
     for graph in model.subgraphs:
-        _bypass(graph, [_DENSIFY == max(code.builtinCode, code.deprecatedBuiltinCode) for code in codes])
+        _bypass(graph, [max(code.builtinCode, code.deprecatedBuiltinCode) == _DENSIFY for code in codes])
     builder = require("flatbuffers", extra="tflite").Builder(path.stat().st_size)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     to.write_bytes(builder.Output())
