@@ -228,6 +228,11 @@ def sizes_to_check(
     return found
 
 
+def one_by_one(known: Mapping[str, int], wanted: Mapping[str, int]) -> list[dict[str, int]]:
+    """The known sizes with one of the wanted ones, for each that differs."""
+    return [{**known, symbol: size} for symbol, size in wanted.items() if size != known[symbol]]
+
+
 def vary(
     example: Array, shape: tuple[int, ...], rng: np.random.Generator, axes: Collection[int] | None = None
 ) -> Array:
