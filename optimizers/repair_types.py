@@ -95,12 +95,17 @@ def turn_weights(graph: PairEditor) -> int:
         if not params.per_tensor:
             params = Params(params.scale, params.zero, order.index(params.axis))
         stored = graph.add_constant(f"{found[0].input[0]}_turned", codes.transpose(order))
-        if graph.replace(node.output[0], _dequantize(graph, stored, params)):
+        if graph.replace(node.output[0], dequantize_constant(graph, stored, params)):
             count += 1
     return count
 
 
-def _dequantize(graph: PairEditor, codes: str, params: Params) -> str:
+def dequantize_constant(graph: PairEditor, codes: str, params: Params) -> str:
+    """Dequantize stored codes.
+
+    Returns:
+        The name of the result.
+    """
     inputs = [codes, graph.store(f"{codes}_scale", params.scale), graph.store(f"{codes}_zero_point", params.zero)]
     extra = {} if params.per_tensor else {"axis": params.axis}
     return graph.add(DEQUANTIZE, inputs, f"{codes}_dequantized", **extra)
@@ -126,10 +131,7 @@ def weights_to_int8(graph: PairEditor) -> int:
 def lopsided_weights(graph: PairEditor) -> int:
     """How many uint8 weights are left, because their zero point is not the middle."""
     found = [graph.weight(n.output[0]) for n in graph.nodes if is_op(n, DEQUANTIZE)]
-    return sum(
-        f is not None and f[1].zero.dtype == np.uint8 and _is_weight(graph, f[0].output[0])
-        for f in found
-    )
+    return sum(f is not None and f[1].zero.dtype == np.uint8 and _is_weight(graph, f[0].output[0]) for f in found)
 
 
 def _is_weight(graph: PairEditor, name: str) -> bool:
@@ -148,7 +150,7 @@ def activations_to_uint8(graph: PairEditor) -> int:
     done: set[str] = set()
     for node in graph.nodes:
         if is_op(node, QUANTIZE) and node.output[0] not in done:
-            found = _family(graph, node)
+            found = family(graph, node)
             done |= {n.output[0] for n in found}
             if not found or not _turns(graph, found):
                 continue
@@ -172,7 +174,7 @@ def _turns(graph: PairEditor, family: list[onnx.NodeProto]) -> bool:
     return True
 
 
-def _family(graph: PairEditor, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def family(graph: PairEditor, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """All nodes that share the codes that a Q node makes: other Q, DQ, and what moves codes between them.
 
     Empty where somebody else looks at the codes.
@@ -279,3 +281,31 @@ def saturates(params: Params, low: float, high: float) -> bool:
             made = np.rint(np.float32(bound) / params.scale) + params.zero.astype(np.float32)
             fine &= bool(np.all(made <= code) if code == first else np.all(made >= code))
     return fine
+
+
+def gather_codes(graph: PairEditor) -> int:
+    """A table of which some rows are picked is dequantized after the picking, not whole in every run."""
+    count = 0
+    for node in graph.nodes:
+        if not is_op(node, "Gather") or attribute(node, "axis", 0) != 0 or graph.kept(node.output[0]):
+            continue
+        found = graph.weight(node.input[0])
+        if found is None or found[1].zero.dtype not in (np.int8, np.uint8):
+            continue
+        params, table = found[1], found[0].input[0]
+        rows = graph.add("Gather", [table, node.input[1]], f"{table}_picked", axis=0)
+        zero = graph.store(f"{table}_zero_point", params.zero)
+        if params.per_tensor:
+            scale = graph.store(f"{table}_scale", params.scale)
+            made = graph.add(DEQUANTIZE, [rows, scale, zero], f"{table}_rows", like=node.output[0])
+        elif params.axis == 0 and not params.zero.any() and (graph.rank(table) or 0) > 1:
+            # One scale a row: picked as well, because DequantizeLinear takes no scale a sample.
+            shape = [-1, *[1] * ((graph.rank(table) or 0) - 1)]
+            scale = graph.add_constant(f"{table}_scale", params.scale.reshape(shape))
+            factors = graph.add("Gather", [scale, node.input[1]], f"{table}_factors", axis=0)
+            numbers = graph.add("Cast", [rows], f"{table}_numbers", to=FLOAT)
+            made = graph.add("Mul", [numbers, factors], f"{table}_rows", like=node.output[0])
+        else:
+            continue
+        count += graph.replace(node.output[0], made)
+    return count

@@ -9,10 +9,11 @@ from deploykit.optimizers.base import Check, Opener, StepResult
 from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
 from deploykit.optimizers.quantize_dynamic import quantize_dynamic
 from deploykit.optimizers.quantize_static import quantize_static
+from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 
-StepConfig = SimplifyConfig | DynamicConfig | StaticConfig
+StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | RepairConfig
 
 
 def optimize(
@@ -24,6 +25,7 @@ def optimize(
     open_model: Opener | None = None,
     data: Dataset | None = None,
     process: SimplifierProcess | None = None,
+    same_bits: Check | None = None,
 ) -> StepResult:
     """Apply one step.
 
@@ -35,6 +37,7 @@ def optimize(
         open_model: Runs a model file; needed by `StaticConfig`.
         data: Calibration data; needed by `StaticConfig`.
         process: Where simplifiers run; whoever simplifies many models keeps one.
+        same_bits: Says why a file does not give the model's very bits without fusions; `RepairConfig` asks it.
 
     Raises:
         OptimizationError: The step cannot be applied.
@@ -43,4 +46,6 @@ def optimize(
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target)
+    if isinstance(config, RepairConfig):
+        return repair(model, config, target, same_bits)
     return quantize_static(model, config, target, open_model, data)
