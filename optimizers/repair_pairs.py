@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 # onnx.TensorProto.DataType
-FLOAT, UINT8, INT8 = 1, 2, 3
+FLOAT, UINT8, INT8, INT32 = 1, 2, 3, 6
 # Operators that hand 8-bit values on without looking at them; Concat reads all its inputs, the others their first.
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split", "Concat", "Identity",
          "MaxPool", "Expand")  # fmt: skip
+_ONE_INPUT_MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "MaxPool")
 _AFTER_SCALE = 2
 
 
@@ -177,6 +178,15 @@ class PairEditor(GraphEditor):
             return None
         return source, found[0], found[1]
 
+    def pair_before(self, name: str) -> tuple[onnx.NodeProto, onnx.NodeProto, Params] | None:
+        """As `pair`, also over what only moves values; one scale, since channels may have moved."""
+        maker = self.maker(name)
+        while maker is not None and is_op(maker, *_ONE_INPUT_MOVES):
+            name = maker.input[0]
+            maker = self.maker(name)
+        found = self.pair(name)
+        return found if found is not None and found[2].per_tensor else None
+
     def weight(self, name: str) -> tuple[onnx.NodeProto, Params] | None:
         """The DQ node behind a weight that is stored as codes, and its parameters."""
         found = self.dequantized(name)
@@ -191,8 +201,3 @@ class PairEditor(GraphEditor):
         scale, zero = self.store(f"{name}_scale", params.scale), self.store(f"{name}_zero_point", params.zero)
         codes = self.add(QUANTIZE, [name, scale, zero], f"{name}_quantized")
         return self.add(DEQUANTIZE, [codes, scale, zero], f"{name}_dequantized", like=name)
-
-
-def one(value: float, like: Array) -> Array:
-    """A scale of one element, of another's type and shape where that has one element too."""
-    return np.asarray(value, like.dtype).reshape(like.shape if like.size == 1 else ())

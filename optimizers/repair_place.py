@@ -244,7 +244,7 @@ def quantize_sums(graph: PairEditor) -> int:
             other, product = graph.pair(node.input[1 - index]), graph.maker(node.input[index], "Conv")
             if other is None or product is None or graph.reader(node.input[index]) is not node:
                 continue
-            if graph.pair(product.input[0]) is None or graph.weight(product.input[1]) is None:
+            if graph.pair_before(product.input[0]) is None or graph.weight(product.input[1]) is None:
                 continue
             if not other[2].per_tensor or other[2].zero.dtype != np.uint8:
                 continue

@@ -34,8 +34,12 @@ def int32_biases(graph: PairEditor) -> int:
     for node in graph.nodes:
         if not is_op(node, "Gemm") or len(node.input) < 3 or not node.input[2]:
             continue
-        source, weight, bias = graph.pair(node.input[0]), graph.weight(node.input[1]), graph.values(node.input[2])
-        if source is None or weight is None or bias is None or not source[2].per_tensor or bias.dtype != np.float32:
+        source, weight, bias = (
+            graph.pair_before(node.input[0]),
+            graph.weight(node.input[1]),
+            graph.values(node.input[2]),
+        )
+        if source is None or weight is None or bias is None or bias.dtype != np.float32:
             continue
         turned = int(attribute(node, "transB", 0))
         if attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1 or attribute(node, "transA", 0):

@@ -16,6 +16,7 @@ from deploykit.optimizers.repair_pairs import (
     DEQUANTIZE,
     FLOAT,
     INT8,
+    INT32,
     MOVES,
     QUANTIZE,
     UINT8,
@@ -39,7 +40,11 @@ def to_standard_domain(graph: PairEditor) -> int:
         if node.domain != _CONTRIB or node.op_type not in (QUANTIZE, DEQUANTIZE):
             continue
         typed = len(node.input) > 2 and node.input[2]  # without it, the contrib operators have defaults of their own
-        if typed and graph.elem_type(node.input[2]) in (UINT8, INT8) and graph.elem_type(node.input[1]) in (0, FLOAT):
+        if (
+            typed
+            and graph.elem_type(node.input[2]) in (UINT8, INT8, INT32)
+            and graph.elem_type(node.input[1]) in (0, FLOAT)
+        ):
             node.domain = ""
             count += 1
     return count
@@ -154,12 +159,13 @@ def activations_to_uint8(graph: PairEditor) -> int:
             done |= {n.output[0] for n in found}
             if not found or not _turns(graph, found):
                 continue
+            # All before any: a DQ node may have its type from the Q node.
+            shifted = [(m, p.shifted()) for m in found if (p := graph.params(m)) is not None]
+            for member, params in shifted:
+                graph.set_params(member, params)
             for member in found:
-                params = graph.params(member)
-                if params is not None:
-                    graph.set_params(member, params.shifted())
-                for name in member.output:
-                    if member.op_type != DEQUANTIZE:
+                if member.op_type != DEQUANTIZE:
+                    for name in member.output:
                         graph.retype(name, UINT8)
                 count += member.op_type == QUANTIZE
     return count
