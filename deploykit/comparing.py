@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deploykit.benchmarks.bisect_graph import load_graph
 from deploykit.benchmarks.parity import Parity, Verdict, compare, compare_lossy, without_padding
@@ -30,6 +30,37 @@ def outputs_of(model: Path, device: Device, feeds: Sequence[Feeds]) -> list[dict
     """Run a model on every case."""
     with open_session(model, device) as session:
         return [session.run(case) for case in feeds]
+
+
+def not_same_bits(parent: Path, candidate: Path, feeds: Sequence[Feeds]) -> str | None:
+    """Why two models do not give the same bits when ONNX Runtime fuses nothing; None where they do.
+
+    Raises:
+        DeviceError: ONNX Runtime is not installed.
+        InferenceError: One of them does not run.
+    """
+    with (
+        open_session(parent, "ort:cpu", optimize=False) as one,
+        open_session(candidate, "ort:cpu", optimize=False) as other,
+    ):
+        for number, case in enumerate(feeds):
+            expected, made = one.run(case), other.run(case)
+            for name, array in expected.items():
+                if array.dtype != made[name].dtype or array.tobytes() != made[name].tobytes():
+                    return f"output {name!r} of case {number} has other bits"
+    return None
+
+
+def integer_kernels(model: Path, device: Device, feeds: Feeds) -> dict[str, Any]:
+    """How many convolutions and matrix products of a model ran on integers, by the runtime's own account of one run.
+
+    Returns:
+        "integer" and "all", and "ops": how often each operator ran, after fusion.
+    """
+    with open_session(model, device) as session:
+        placement = session.placement(feeds)
+    found = placement.precisions()
+    return {"integer": found.get("int8", 0), "all": sum(found.values()), "ops": placement.summary()["ops"]}
 
 
 def compare_outputs(

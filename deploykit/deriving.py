@@ -1,4 +1,4 @@
-"""The verbs that make an artifact out of another: simplify, quantize."""
+"""The verbs that make an artifact out of another: simplify, quantize, repair."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from deploykit.machine import free_memory
 from deploykit.modelfile import model_bytes
 from deploykit.models import LoadedModel, load_model
 from deploykit.nodes import bounded_outputs
-from deploykit.optimizers import DynamicConfig, SimplifierProcess, SimplifyConfig, StaticConfig, StepConfig, optimize
+from deploykit.optimizers import (
+    DynamicConfig,
+    RepairConfig,
+    SimplifierProcess,
+    SimplifyConfig,
+    StaticConfig,
+    StepConfig,
+    optimize,
+)
 from deploykit.progress import Progress
 from deploykit.reference import run_parent
 from deploykit.runtimes import Device, default_devices, open_session
@@ -31,7 +39,7 @@ from deploykit.staging import ArtifactWriter, check_free
 if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
 
-from deploykit.comparing import MIN_COSINE, compare_outputs, outputs_of
+from deploykit.comparing import MIN_COSINE, compare_outputs, integer_kernels, not_same_bits, outputs_of
 
 _MODEL = "model.onnx"
 # Measured: 2.0 times the weights in floating point, 3.3 times those before dynamic quantization, which it undoes.
@@ -135,6 +143,42 @@ def quantize_static(
     )
 
 
+def quantize_repair(
+    model: str | Path,
+    output: str | Path,
+    *,
+    config: RepairConfig | None = None,
+    data: str | Path | None = None,
+    dims: Mapping[str, int] | None = None,
+    min_cosine: float = MIN_COSINE,
+    contract: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Artifact:
+    """Bring a model that another tool quantized with Q/DQ pairs into the form that runtimes run in integer kernels.
+
+    What changes no bit is proven bit for bit, by running both graphs without fusions; the whole is compared with the
+    model as it came, with fusions. How many products ran on integers before and after is counted in each runtime.
+
+    Args:
+        model: Artifact or `.onnx` file with Q/DQ pairs.
+        output: Where the artifact will stand.
+        config: How far to go.
+        data: Real inputs for the comparison with the parent.
+        dims: Sizes of dynamic dimensions where inputs are made up.
+        min_cosine: Smallest accepted cosine between an output and the parent's.
+        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
+        progress: Told about steps and notes.
+
+    Raises:
+        OptimizationError: It is not quantized, or not with Q/DQ pairs.
+        ParityError: The outputs are too far from the parent's.
+        ContractError: The result breaks the contract.
+    """
+    return _derive(
+        "quantize-repair", model, output, config or RepairConfig(), data, dims, min_cosine, contract, progress
+    )
+
+
 def _derive(
     step: str,
     model: str | Path,
@@ -192,14 +236,16 @@ def _derive(
                 data=dataset,
                 process=process,
                 progress=told,
+                same_bits=lambda p: not_same_bits(parent.path, p, feeds),
             )
         for note in (*done.notes, *conform(target, held)):
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
-            records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told)
+            records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told, config)
         if vacuous:
             records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
             told.note(f"unverifiable: {vacuous}")
+        placement = _count_kernels(parent, target, targets, feeds, told) if isinstance(config, RepairConfig) else []
         _copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
@@ -213,7 +259,7 @@ def _derive(
             model=_MODEL,
             signature=parent.signature,
             lineage=[*parent.lineage, record],
-            evidence=Evidence(parity=records),
+            evidence=Evidence(parity=records, placement=placement),
             ranges=parent.ranges,
         )
 
@@ -227,6 +273,7 @@ def _compare_with_parent(
     origin: str,
     min_cosine: float | None,
     told: Progress,
+    config: StepConfig,
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, device in enumerate(targets):
@@ -249,14 +296,41 @@ def _compare_with_parent(
         if result.verdict is Verdict.FAILED:
             text = f"in {device} the result is not its parent: {result.reason}"
             if number == 0:
-                hint = (
-                    "give more calibration data, or leave layers out with --exclude" if min_cosine is not None else None
-                )
-                raise ParityError(text, hint=hint)
+                raise ParityError(text, hint=_cure(config))
             told.note(text)
         agreement = top1_agreement(expected, outputs) if min_cosine is not None else None
         extra = {} if agreement is None else {"top1_agreement": agreement}
         records.append({"against": parent.digest, "device": str(device), "data": origin, **result.as_dict(), **extra})
+    return records
+
+
+def _cure(config: StepConfig) -> str | None:
+    """What to do where a result is too far from its parent."""
+    if isinstance(config, RepairConfig):
+        return "keep to what changes no bit: --exact"
+    if isinstance(config, SimplifyConfig):
+        return None
+    return "give more calibration data, or leave layers out with --exclude"
+
+
+def _count_kernels(
+    parent: LoadedModel, target: Path, targets: Sequence[Device], feeds: Sequence[Feeds], told: Progress
+) -> list[dict[str, Any]]:
+    """How many convolutions and products ran on integers before and after, in each runtime."""
+    records = []
+    for number, device in enumerate(targets):
+        if number and _memory_short(device, parent, target):
+            continue
+        try:
+            before, after = (integer_kernels(path, device, feeds[0]) for path in (parent.path, target))
+        except DeploykitError as exc:
+            told.note(f"kernels not counted in {device}: {exc.what}")
+            continue
+        told.note(
+            f"{device}: {before['integer']} of {before['all']} convolutions and products ran on integers before, "
+            f"{after['integer']} of {after['all']} now"
+        )
+        records.append({"device": str(device), "before": before, "after": after})
     return records
 
 

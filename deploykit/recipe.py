@@ -104,6 +104,18 @@ class StaticStep(_Step):
     contract: list[str] = []
 
 
+class RepairStep(_Step):
+    """`deploykit quantize repair`."""
+
+    step: Literal["quantize-repair"] = "quantize-repair"
+    model: str | None = None
+    exact: bool = False
+    data: str | None = None
+    dims: dict[str, int] = {}
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    contract: list[str] = []
+
+
 class BenchmarkStep(_Step):
     """`deploykit benchmark`."""
 
@@ -123,12 +135,13 @@ class BenchmarkStep(_Step):
     seed: int = 0
 
 
-Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | BenchmarkStep
+Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | RepairStep | BenchmarkStep
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "simplify": SimplifyStep,
     "quantize-dynamic": DynamicStep,
     "quantize-static": StaticStep,
+    "quantize-repair": RepairStep,
     "benchmark": BenchmarkStep,
 }
 

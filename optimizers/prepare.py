@@ -19,12 +19,15 @@ _PER_TENSOR_OPSET = 11
 _MIN_IR = 7  # that of opset 13
 
 
-def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.ModelProto, list[str]]:
+def prepare(
+    model: onnx.ModelProto, *, per_channel: bool = True, quantized: bool = False
+) -> tuple[onnx.ModelProto, list[str]]:
     """Make a quantizable copy.
 
     Args:
         model: Left as it is.
         per_channel: Whether the opset has to know one scale an output channel.
+        quantized: Whether it may be quantized already.
 
     Returns:
         The copy, and notes on what was done.
@@ -34,12 +37,12 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     """
     import onnx
 
-    quantized = quantized_ops(model)
-    if quantized:
+    found = quantized_ops(model)
+    if found and not quantized:
         raise OptimizationError(
-            f"the model is quantized already (it has {', '.join(quantized[:3])})",
+            f"the model is quantized already (it has {', '.join(found[:3])})",
             expected="a floating-point model",
-            hint="start from the model before quantization",
+            hint="start from the model before quantization, or repair this one: deploykit quantize repair",
         )
     notes: list[str] = []
     copy = onnx.ModelProto()

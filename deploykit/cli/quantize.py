@@ -1,10 +1,11 @@
-"""`deploykit quantize dynamic` and `deploykit quantize static`."""
+"""`deploykit quantize dynamic`, `static` and `repair`."""
 
 from __future__ import annotations
 
 import click
 
 from deploykit.cli import common
+from deploykit.cli.quantize_repair import repair
 
 _bits: common.Decorator = click.option(
     "--weight-bits", type=click.Choice(["auto", "8", "7"]), default="auto", show_default=True,
@@ -45,7 +46,10 @@ class _Smooth(click.ParamType):  # type: ignore[type-arg]  # generic since click
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Quantize to 8 bits: dynamic or static."""
+    """Quantize to 8 bits: dynamic or static; or repair what another tool quantized."""
+
+
+command.add_command(repair)
 
 
 @command.command("dynamic")
