@@ -1,12 +1,13 @@
-"""The verbs that make an artifact out of another: simplify, quantize."""
+"""What the verbs that make an artifact out of another share: run, compare, and only then commit. And `simplify`."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord
 from deploykit.benchmarks.parity import (
@@ -22,16 +23,17 @@ from deploykit.machine import free_memory
 from deploykit.modelfile import model_bytes
 from deploykit.models import LoadedModel, load_model
 from deploykit.nodes import bounded_outputs
-from deploykit.optimizers import DynamicConfig, SimplifierProcess, SimplifyConfig, StaticConfig, StepConfig, optimize
+from deploykit.optimizers import SimplifierProcess, SimplifyConfig, StepResult, optimize
+from deploykit.optimizers.base import Check
 from deploykit.progress import Progress
 from deploykit.reference import run_parent
-from deploykit.runtimes import Device, default_devices, open_session
+from deploykit.runtimes import Device, default_devices
 from deploykit.staging import ArtifactWriter, check_free
 
 if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
 
-from deploykit.comparing import MIN_COSINE, compare_outputs, outputs_of
+from deploykit.comparing import compare_outputs, outputs_of
 
 _MODEL = "model.onnx"
 # Measured: 2.0 times the weights in floating point, 3.3 times those before dynamic quantization, which it undoes.
@@ -66,89 +68,64 @@ def simplify(
         ParityError: The result differs from its parent.
         ContractError: The result, or the model itself, breaks the contract.
     """
-    config = SimplifyConfig(timeout_s)
-    return _derive("simplify", model, output, config, data, dims, None, contract, progress, process=process)
+    return derive(
+        "simplify", model, output, _Simplifier(SimplifyConfig(timeout_s), process), data=data, dims=dims,
+        min_cosine=None, contract=contract, progress=progress,
+    )  # fmt: skip
 
 
-def quantize_dynamic(
-    model: str | Path,
-    output: str | Path,
-    *,
-    config: DynamicConfig | None = None,
-    data: str | Path | None = None,
-    dims: Mapping[str, int] | None = None,
-    min_cosine: float = MIN_COSINE,
-    contract: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Artifact:
-    """Quantize weights to int8; activations are quantized while the model runs.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step is given.
 
-    Args:
-        model: Artifact or `.onnx` file, in floating point.
-        output: Where the artifact will stand.
-        config: What to quantize.
-        data: Real inputs for the comparison with the parent.
+    Attributes:
+        parent: The model to start from.
+        folder: Where scratch files may go; removed before the artifact is committed.
+        data: Real inputs, or None.
         dims: Sizes of dynamic dimensions where inputs are made up.
-        min_cosine: Smallest accepted cosine between an output and the parent's.
-        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
-        progress: Told about steps and notes.
-
-    Raises:
-        OptimizationError: Nothing to quantize, or the quantizer failed.
-        ParityError: The outputs are too far from the parent's.
-        ContractError: The result breaks the contract.
+        origin: Where the inputs of the comparison come from: "generated", "golden" or a dataset's name.
+        device: Where inference is done on the way.
+        told: Steps and notes.
+        check: Says why a candidate is not acceptable.
     """
-    return _derive(
-        "quantize-dynamic", model, output, config or DynamicConfig(), data, dims, min_cosine, contract, progress
-    )
+
+    parent: LoadedModel
+    folder: Path
+    data: Dataset | None
+    dims: Mapping[str, int]
+    origin: str
+    device: Device
+    told: Progress
+    check: Check
 
 
-def quantize_static(
-    model: str | Path,
-    output: str | Path,
-    *,
-    data: str | Path,
-    config: StaticConfig | None = None,
-    min_cosine: float = MIN_COSINE,
-    contract: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Artifact:
-    """Quantize weights and activations to 8 bits, with ranges from calibration data.
+class Maker(Protocol):
+    """A step: makes a model out of another, and says what was measured of it once it is known to be right."""
 
-    Args:
-        model: Artifact or `.onnx` file, in floating point.
-        output: Where the artifact will stand.
-        data: Calibration data, anything that `Dataset.open` reads.
-        config: How to quantize.
-        min_cosine: Smallest accepted cosine between an output and the parent's.
-        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
-        progress: Told about steps and notes.
+    def make(self, work: Work, target: Path) -> StepResult:
+        """Write the model."""
 
-    Raises:
-        DataError: The data cannot be read, or do not fit the model.
-        OptimizationError: Nothing to quantize, or the quantizer failed.
-        ParityError: The outputs are too far from the parent's.
-        ContractError: The result breaks the contract.
-    """
-    return _derive(
-        "quantize-static", model, output, config or StaticConfig(), data, None, min_cosine, contract, progress
-    )
+    def prove(self, work: Work, target: Path) -> Evidence:
+        """Measure the model that will be committed, without its parity.
+
+        Raises:
+            DeploykitError: It is not what was asked for; nothing is committed.
+        """
 
 
-def _derive(
+def derive(
     step: str,
     model: str | Path,
     output: str | Path,
-    config: StepConfig,
+    maker: Maker,
+    *,
     data: str | Path | None,
     dims: Mapping[str, int] | None,
     min_cosine: float | None,
     contract: Sequence[str],
     progress: Progress | None,
-    *,
-    process: SimplifierProcess | None = None,
 ) -> Artifact:
-    """Apply one optimizer, compare with the parent on every default device, write the artifact."""
+    """Apply one step, compare with the parent on every default device, write the artifact."""
     told = progress or Progress()
     check_free(Path(output))
     targets, started = default_devices(), time.monotonic()
@@ -160,8 +137,6 @@ def _derive(
     feeds, expected, origin = reference.feeds, reference.outputs, reference.origin
     for note in reference.notes:
         told.note(note)
-    if min_cosine is not None and origin == "generated":
-        told.note("checked on made-up inputs only, which prove no accuracy; give real ones with --data")
     vacuous = check_vacuity(expected)
     if vacuous and not parent.unverifiable:
         raise UnverifiableError(
@@ -182,16 +157,11 @@ def _derive(
                 f"its outputs differ: {result.reason}" if result.verdict is Verdict.FAILED else why_not(candidate, held)
             )
 
+        scratch = writer.dir / ".work"
+        scratch.mkdir()
+        work = Work(parent, scratch, dataset, dims or {}, origin, targets[0], told, check)
         with told.step(f"{step} {model}"):
-            done = optimize(
-                parent.path,
-                config,
-                target,
-                check=check,
-                open_model=lambda p: open_session(p, targets[0]).run,
-                data=dataset,
-                process=process,
-            )
+            done = maker.make(work, target)
         for note in (*done.notes, *conform(target, held)):
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
@@ -199,6 +169,8 @@ def _derive(
         if vacuous:
             records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
             told.note(f"unverifiable: {vacuous}")
+        evidence = maker.prove(work, target)
+        shutil.rmtree(scratch)
         _copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
@@ -212,9 +184,21 @@ def _derive(
             model=_MODEL,
             signature=parent.signature,
             lineage=[*parent.lineage, record],
-            evidence=Evidence(parity=records),
+            evidence=evidence.model_copy(update={"parity": records}),
             ranges=parent.ranges,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Simplifier:
+    config: SimplifyConfig
+    process: SimplifierProcess | None
+
+    def make(self, work: Work, target: Path) -> StepResult:
+        return optimize(work.parent.path, self.config, target, check=work.check, process=self.process)
+
+    def prove(self, work: Work, target: Path) -> Evidence:
+        return Evidence()
 
 
 def _compare_with_parent(
@@ -229,7 +213,7 @@ def _compare_with_parent(
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, device in enumerate(targets):
-        short = _memory_short(device, parent, target) if number else ""
+        short = memory_short(device, parent, target) if number else ""
         if short:
             told.note(f"not compared in {device}: {short}")
             records.append(
@@ -259,7 +243,7 @@ def _compare_with_parent(
     return records
 
 
-def _memory_short(device: Device, parent: LoadedModel, target: Path) -> str:
+def memory_short(device: Device, parent: LoadedModel, target: Path) -> str:
     """Why a device that does not decide is not tried: it would be killed for memory, and the whole step with it."""
     if device.runtime != "openvino":
         return ""

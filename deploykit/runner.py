@@ -19,7 +19,8 @@ from deploykit.recipe import BenchmarkStep, DynamicStep, ExportStep, Recipe, Sim
 from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
-_PATHS = ("data", "source", "model")
+_PATHS = ("data", "eval_data", "source", "model")
+_CONFIG = ("calibration", "per_channel", "exclude", "batch_size", "max_samples", "weight_bits")
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress) -> dict[str, Artifact | Report]:
@@ -176,19 +177,10 @@ def _dynamic(
     return pipeline.quantize_dynamic(model, target, config=config, **rest)
 
 
-def _static(
-    model: str, target: Path, *, min_cosine: float, data: str, contract: list[str], progress: Progress, **config: Any
-) -> Artifact:
+def _static(model: str, target: Path, **params: Any) -> Artifact:
+    config = {key: params.pop(key) for key in _CONFIG}
     config["exclude"] = tuple(config["exclude"])
-    return pipeline.quantize_static(
-        model,
-        target,
-        data=data,
-        config=StaticConfig(**config),
-        min_cosine=min_cosine,
-        contract=contract,
-        progress=progress,
-    )
+    return pipeline.quantize_static(model, target, config=StaticConfig(**config), **params)
 
 
 def _located(text: str, recipe: Recipe, output: Path, *, is_model: bool) -> str:

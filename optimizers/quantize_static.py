@@ -26,14 +26,19 @@ from deploykit.optimizers.ranges import MinMax, collect_ranges
 from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
 from deploykit.specs import Array, Signature, fit_feeds
-from deploykit.weights import LightModel, open_light, write_light
+from deploykit.weights import LightModel, open_light, write_copy, write_light
 
 if TYPE_CHECKING:
     import onnx
 
 
 def quantize_static(
-    model: Path, config: StaticConfig, target: Path, open_model: Opener | None, data: Dataset | None
+    model: Path,
+    config: StaticConfig,
+    target: Path,
+    open_model: Opener | None,
+    data: Dataset | None,
+    keep_float: Path | None = None,
 ) -> StepResult:
     """Insert Q/DQ pairs with ranges from calibration data.
 
@@ -43,6 +48,7 @@ def quantize_static(
         target: Where the result goes.
         open_model: Runs a model file.
         data: Calibration data; labels are ignored.
+        keep_float: Where the graph goes as it is before pairs are inserted.
 
     Raises:
         OptimizationError: Nothing to quantize, unusable options, or the quantizer failed.
@@ -79,6 +85,8 @@ def quantize_static(
             raise OptimizationError(
                 "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
             )
+        if keep_float is not None:
+            write_copy(light, keep_float)
         total = len(prepared.graph.node)
         made = insert_pairs(light, usable, ranges, config, bits)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):

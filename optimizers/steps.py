@@ -24,6 +24,7 @@ def optimize(
     open_model: Opener | None = None,
     data: Dataset | None = None,
     process: SimplifierProcess | None = None,
+    keep_float: Path | None = None,
 ) -> StepResult:
     """Apply one step.
 
@@ -35,6 +36,8 @@ def optimize(
         open_model: Runs a model file; needed by `StaticConfig`.
         data: Calibration data; needed by `StaticConfig`.
         process: Where simplifiers run; whoever simplifies many models keeps one.
+        keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
+            who compares the two layer by layer.
 
     Raises:
         OptimizationError: The step cannot be applied.
@@ -42,5 +45,5 @@ def optimize(
     if isinstance(config, SimplifyConfig):
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
-        return quantize_dynamic(model, config, target)
-    return quantize_static(model, config, target, open_model, data)
+        return quantize_dynamic(model, config, target, keep_float)
+    return quantize_static(model, config, target, open_model, data, keep_float)
