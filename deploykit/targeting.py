@@ -136,8 +136,10 @@ class _Trials(Generic[C]):
             low, high = high, min(2 * high, total)
         if high >= total:  # all in float is no quantized model
             high = total - 1
-            if high <= low or not self.meets(self.ranked[:high]):
-                return None
+            if high < 1 or (high > low and not self.meets(self.ranked[:high])) or high == low:
+                # What the ranking takes for harmless does not go in integers: it is the guilty one, or nothing helps.
+                last = self.ranked[-1:]
+                return last if total > 1 and self.meets(last) else None
         while high - low > 1:
             middle = (low + high) // 2
             if self.meets(self.ranked[:middle]):
