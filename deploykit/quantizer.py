@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +41,12 @@ NOT_CERTIFIED = "not certified: made-up inputs"
 
 def escalate(model: Path, config: Config) -> Iterator[Config]:
     """Settings to try, from cheap to costly: what the user asked for, then what keeps more of the numbers."""
-    seen = [config]
     yield config
-    further: Iterable[Config] = ()
-    known = getattr(optimizers, "escalation", None)
-    if known is not None and isinstance(config, StaticConfig):
-        further = known(model, config)
-    finer = () if config.per_channel else (replace(config, per_channel=True),)
-    for other in chain(finer, further):
-        if other not in seen:
-            seen.append(other)
-            yield other
+    if not config.per_channel:
+        config = replace(config, per_channel=True)
+        yield config
+    if isinstance(config, StaticConfig):
+        yield from (other for other in optimizers.escalation(model, config) if other != config)
 
 
 @dataclass(slots=True)
@@ -62,6 +56,7 @@ class Quantizer:
     Attributes:
         config: How to quantize.
         goal: What it has to keep.
+        further: Whether other settings are tried before layers stay in float.
         eval_data: What that is judged on; the step's own data where it is None.
         gate: What its speed is held to.
         reasons: Why layers stay in float, by node or operator type.
@@ -71,6 +66,7 @@ class Quantizer:
 
     config: Config
     goal: Goal
+    further: bool
     eval_data: str | Path | None
     gate: Gate
     reasons: dict[str, str] = field(default_factory=dict)
@@ -118,12 +114,14 @@ class Quantizer:
     def _quantize(self, work: Work, config: Config, keep_float: str | None = None) -> tuple[Path, StepResult]:
         """One quantization in a folder of its own."""
         self._trials += 1
+        if self._trials > 1 and isinstance(config, StaticConfig):
+            config = replace(config, save_calibration=None)  # kept once; nothing is overwritten
         folder = work.folder / f"trial-{self._trials}"
         folder.mkdir()
         place = folder / "model.onnx"
         made = optimize(
             work.parent.path, config, place, check=work.check, open_model=_opener(work.device), data=work.data,
-            keep_float=folder / keep_float if keep_float else None,
+            progress=work.told, keep_float=folder / keep_float if keep_float else None,
         )  # fmt: skip
         return place, made
 
@@ -131,7 +129,8 @@ class Quantizer:
         assert self.judge is not None
         bench = _Bench(self, work, self.judge)
         with work.told.step(f"reach {self.goal.describe()}"):
-            found = reach(bench, escalate(work.parent.path, self.config), lambda s: s.describe(self.goal))
+            configs = escalate(work.parent.path, self.config) if self.further else (self.config,)
+            found = reach(bench, configs, lambda s: s.describe(self.goal))
         place, made = bench.kept(found.config, found.floats)
         config = with_floats(found.config, found.floats)
         self.score = sha256_of(place), found.score

@@ -32,6 +32,7 @@ def quantize_dynamic(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     output_name: str | None = None,
+    escalate: bool = True,
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
     gate_seconds: float = DEFAULT_SECONDS,
@@ -53,6 +54,8 @@ def quantize_dynamic(
         min_sqnr: Smallest ratio of signal to error power of the judged output, in dB.
         min_agreement: Smallest share of rows whose class is the parent's.
         output_name: The output that is judged; the first [batch, classes] by default.
+        escalate: Where the target is missed, try settings that keep more (see `optimizers.escalation`) before layers
+            stay in float.
         devices: Where it has to be faster; the CPU of every installed runtime by default.
         allow_slower: Accept and record a model that is not faster.
         gate_seconds: Timed seconds in all; 0 for no timing.
@@ -66,7 +69,7 @@ def quantize_dynamic(
         ContractError: The result breaks the contract.
     """
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
-    maker = Quantizer(config or DynamicConfig(), goal, eval_data, _gate(devices, allow_slower, gate_seconds))
+    maker = Quantizer(config or DynamicConfig(), goal, escalate, eval_data, _gate(devices, allow_slower, gate_seconds))
     return derive(
         "quantize-dynamic", model, output, maker, data=data, dims=dims, min_cosine=min_cosine, contract=contract,
         progress=progress,
@@ -87,6 +90,7 @@ def quantize_static(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     output_name: str | None = None,
+    escalate: bool = True,
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
     gate_seconds: float = DEFAULT_SECONDS,
@@ -107,6 +111,7 @@ def quantize_static(
         min_sqnr: See there.
         min_agreement: See there.
         output_name: See there.
+        escalate: See there.
         devices: See there.
         allow_slower: See there.
         gate_seconds: See there.
@@ -121,7 +126,7 @@ def quantize_static(
         ContractError: The result breaks the contract.
     """
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
-    maker = Quantizer(config or StaticConfig(), goal, eval_data, _gate(devices, allow_slower, gate_seconds))
+    maker = Quantizer(config or StaticConfig(), goal, escalate, eval_data, _gate(devices, allow_slower, gate_seconds))
     return derive(
         "quantize-static", model, output, maker, data=data, dims=None, min_cosine=min_cosine, contract=contract,
         progress=progress,

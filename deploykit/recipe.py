@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -76,6 +76,7 @@ class _QuantizeStep(_Step):
     min_sqnr: float | None = Field(default=None, allow_inf_nan=False)
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     output_name: str | None = None
+    escalate: bool = True
     devices: list[str] = []
     allow_slower: bool = False
     gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
@@ -101,12 +102,19 @@ class StaticStep(_QuantizeStep):
     step: Literal["quantize-static"] = "quantize-static"
     model: str | None = None
     data: str
-    calibration: Literal["minmax"] = "minmax"
+    calibration: Literal["minmax", "percentile", "entropy", "mse", "auto"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    save_calibration: str | None = None
+    merge: list[str] = []
     batch_size: int = Field(default=8, ge=1)
     max_samples: int | None = Field(default=None, ge=1)
     exclude: list[str] = []
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
+    smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "off"
+    equalize: bool = False
+    bias_correction: Literal["off", "fast", "full"] = "off"
+    rounding: Literal["nearest", "adaround"] = "nearest"
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
     contract: list[str] = []
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
 _PATHS = ("data", "eval_data", "source", "model")
-_CONFIG = ("calibration", "per_channel", "exclude", "batch_size", "max_samples", "weight_bits")
+_CONFIG = tuple(field.name for field in fields(StaticConfig))
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress) -> dict[str, Artifact | Report]:
@@ -67,7 +68,7 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     """Hash of all that a step's result follows from: its parameters, its parents, the files that it reads."""
     step = recipe.steps[name]
     params = step.model_dump()
-    texts = [str(params[k]) for k in _PATHS if params.get(k) is not None]
+    texts = [str(params[k]) for k in _PATHS if params.get(k) is not None] + list(params.get("merge", []))
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
     else:
@@ -149,9 +150,11 @@ def _run_step(
 ) -> Artifact | Report:
     target = output / name
     params = step.model_dump(exclude={"step"})
-    for key in _PATHS:
+    for key in (*_PATHS, "save_calibration"):
         if params.get(key) is not None:
             params[key] = _located(params[key], recipe, output, is_model=key == "model")
+    if "merge" in params:
+        params["merge"] = [_located(file, recipe, output, is_model=False) for file in params["merge"]]
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n, s in recipe.steps.items() if not isinstance(s, BenchmarkStep)]
         earlier = models if step.models else models[: models.index(previous) + 1] if previous else models
@@ -179,7 +182,7 @@ def _dynamic(
 
 def _static(model: str, target: Path, **params: Any) -> Artifact:
     config = {key: params.pop(key) for key in _CONFIG}
-    config["exclude"] = tuple(config["exclude"])
+    config |= {"exclude": tuple(config["exclude"]), "merge": tuple(config["merge"])}
     return pipeline.quantize_static(model, target, config=StaticConfig(**config), **params)
 
 

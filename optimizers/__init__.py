@@ -7,6 +7,7 @@ pipeline, which can run it; steps that have to run models on the way are handed 
 from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
+from deploykit.optimizers.escalation import escalation
 from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
@@ -19,5 +20,6 @@ __all__ = [
     "StaticConfig",
     "StepConfig",
     "StepResult",
+    "escalation",
     "optimize",
 ]

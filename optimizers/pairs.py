@@ -10,7 +10,7 @@ import numpy as np
 from deploykit.errors import OptimizationError, first_line
 from deploykit.optimizers.lazy_weights import lazy_weights
 from deploykit.optimizers.quantize_config import StaticConfig, no_advice
-from deploykit.optimizers.ranges import MinMax
+from deploykit.optimizers.ranges import Ranges
 from deploykit.weights import LightModel
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def insert_pairs(
-    light: LightModel, nodes: list[str], ranges: MinMax, config: StaticConfig, bits: int
+    light: LightModel, nodes: list[str], ranges: Ranges, config: StaticConfig, bits: int
 ) -> onnx.ModelProto:
     """Run onnxruntime's quantizer on the chosen nodes."""
     from onnxruntime.quantization import QuantType

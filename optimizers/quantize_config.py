@@ -13,6 +13,8 @@ from deploykit.machine import inspect_machine
 
 DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
 WEIGHT_BITS = ("auto", "8", "7")
+BIAS_CORRECTIONS = ("off", "fast", "full")
+ROUNDINGS = ("nearest", "adaround")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,34 @@ class StaticConfig:
     """Static quantization with ranges from calibration data.
 
     Attributes:
-        calibration: "minmax".
+        calibration: How ranges come from what was seen: "minmax", "percentile", "entropy", "mse" or "auto".
+        percentile: For "percentile": the share of values inside the range, in percent.
+        save_calibration: A file to keep what was seen in; see `Calibration`.
+        merge: Such files of the same model, whose data count too.
         per_channel: One scale an output channel of a weight.
         exclude: Node names and operator types that stay in floating point.
         batch_size: Samples in one calibration run.
         max_samples: Calibration samples used at most; None for all.
         weight_bits: As in `DynamicConfig`.
+        smooth: SmoothQuant: "off", "auto" (alpha searched for each activation), or an alpha from 0 to 1.
+        equalize: Cross-layer equalization of convolutions.
+        bias_correction: "off", "fast" (from each layer's own rounding errors) or "full" (from the quantized model's).
+        rounding: Of weights: "nearest" or "adaround".
     """
 
     calibration: str = "minmax"
+    percentile: float = 99.99
+    save_calibration: str | None = None
+    merge: tuple[str, ...] = ()
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
     batch_size: int = 8
     max_samples: int | None = None
     weight_bits: str = "auto"
+    smooth: str | float = "off"
+    equalize: bool = False
+    bias_correction: str = "off"
+    rounding: str = "nearest"
 
 
 def weight_bits(asked: str) -> tuple[int, list[str]]:
@@ -66,6 +82,22 @@ def weight_bits(asked: str) -> tuple[int, list[str]]:
         "weights have 7 bits: this CPU has no VNNI, and 8-bit products would saturate; "
         "for a target with VNNI use --weight-bits 8"
     ]
+
+
+def check_accuracy_options(config: StaticConfig) -> None:
+    """Refuse values that no accuracy algorithm knows.
+
+    Raises:
+        OptimizationError: One is unknown.
+    """
+    smooth = config.smooth
+    number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
+    if not (0 <= smooth <= 1 if isinstance(smooth, int | float) and number else smooth in ("off", "auto")):
+        raise OptimizationError(f"smooth {smooth!r}", expected="off, auto, or an alpha from 0 to 1")
+    if config.bias_correction not in BIAS_CORRECTIONS:
+        raise OptimizationError(f"bias correction {config.bias_correction!r}", expected=" or ".join(BIAS_CORRECTIONS))
+    if config.rounding not in ROUNDINGS:
+        raise OptimizationError(f"rounding {config.rounding!r}", expected=" or ".join(ROUNDINGS))
 
 
 def tools() -> dict[str, str]:

@@ -19,12 +19,22 @@ from deploykit.errors import DataError, OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
+from deploykit.optimizers.calibration import Calibration, calibrate, check_writable
+from deploykit.optimizers.editing import own_copy
 from deploykit.optimizers.pairs import insert_pairs
 from deploykit.optimizers.prepare import infer_shapes, prepare
-from deploykit.optimizers.quantize_config import StaticConfig, tools, weight_bits
-from deploykit.optimizers.ranges import MinMax, collect_ranges
+from deploykit.optimizers.quantize_config import (
+    StaticConfig,
+    check_accuracy_options,
+    tools,
+    weight_bits,
+)
+from deploykit.optimizers.ranges import Ranges
+from deploykit.optimizers.refine import Material, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, select_nodes, watched_tensors
+from deploykit.optimizers.select_nodes import check_excluded, select_nodes, stand_ins, watched_tensors
+from deploykit.optimizers.thresholds import check_method
+from deploykit.progress import Progress
 from deploykit.specs import Array, Signature, fit_feeds
 from deploykit.weights import LightModel, open_light, write_copy, write_light
 
@@ -38,6 +48,7 @@ def quantize_static(
     target: Path,
     open_model: Opener | None,
     data: Dataset | None,
+    progress: Progress | None = None,
     keep_float: Path | None = None,
 ) -> StepResult:
     """Insert Q/DQ pairs with ranges from calibration data.
@@ -48,6 +59,7 @@ def quantize_static(
         target: Where the result goes.
         open_model: Runs a model file.
         data: Calibration data; labels are ignored.
+        progress: Told how far the accuracy algorithms are.
         keep_float: Where the graph goes as it is before pairs are inserted.
 
     Raises:
@@ -56,11 +68,12 @@ def quantize_static(
     """
     if open_model is None or data is None:
         raise OptimizationError("static quantization needs calibration data", hint="add --data FILE")
-    if config.calibration != "minmax":
-        raise OptimizationError(f"unknown calibration {config.calibration!r}", expected="minmax")
+    check_method(config.calibration, config.percentile)
+    check_accuracy_options(config)
+    saved = _saved(config)
     require("onnxruntime.quantization", extra="ort")
     bits, why = weight_bits(config.weight_bits)
-    count = _Counter()
+    count, told = _Counter(), progress or Progress()
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
@@ -74,10 +87,22 @@ def quantize_static(
                 "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
                 hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
             )
-        tensors = watched_tensors(prepared, frozenset(nodes))
-        with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder:
-            feeds = _feeds(signature_of(prepared), data, config, count)
-            ranges, _ = collect_ranges(light, tensors, feeds, open_model, Path(folder))
+        if refines(config):
+            light = own_copy(light, Path(scratch) / "own")
+        inputs = signature_of(prepared)
+        data_again = Material(lambda: _feeds(inputs, data, config, _Counter()), open_model, target.parent)
+        notes += before_ranges(light, nodes, config, bits, data_again, told)
+        serves = stand_ins(prepared, frozenset(nodes))
+        tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(prepared, frozenset(nodes)))]
+        with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder, told.step("calibrate"):
+            seen = calibrate(
+                light, tensors, _feeds(inputs, data, config, count), open_model, Path(folder),
+                counted=config.calibration != "minmax" or config.save_calibration is not None,
+                divisible=all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs),
+            )  # fmt: skip
+        for other in saved:
+            seen.merge(other)
+        ranges = seen.ranges(config.calibration, config.percentile).extended(serves)
         usable, unseen = _usable_nodes(prepared, nodes, ranges)
         if unseen:
             notes.append(f"{len(unseen)} nodes stay in floating point, without a finite range: {', '.join(unseen[:3])}")
@@ -87,24 +112,52 @@ def quantize_static(
             )
         if keep_float is not None:
             write_copy(light, keep_float)
+        notes += after_ranges(light, usable, ranges, config, bits, data_again, told)
+        notes += rewrite(prepared, last=True)
         total = len(prepared.graph.node)
         made = insert_pairs(light, usable, ranges, config, bits)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
             raise OptimizationError("nothing was quantized: onnxruntime put no Q/DQ pair into the graph")
         write_light(LightModel(made, light.folder), target)
+        if config.save_calibration is not None:
+            seen.save(Path(config.save_calibration))
     params = {
         "calibration": config.calibration,
+        **({"percentile": config.percentile} if config.calibration == "percentile" else {}),
+        **({"merged": list(config.merge)} if config.merge else {}),
         "data": data.source,
-        "samples": count.samples,
+        "samples": seen.samples,
         "per_channel": config.per_channel,
         "weight_bits": bits,
         "activations": "uint8 asymmetric",
         "weights": "int8 symmetric",
         "exclude": list(config.exclude),
+        "smooth": config.smooth,
+        "equalize": config.equalize,
+        "bias_correction": config.bias_correction,
+        "rounding": config.rounding,
         "quantized_nodes": len(usable),
         "float_nodes": total - len(usable),
     }
     return StepResult(True, (*notes, *why), params, tools())
+
+
+def _saved(config: StaticConfig) -> list[Calibration]:
+    """What other runs saw of the model.
+
+    Raises:
+        OptimizationError: The model would not be theirs any more.
+        OutputExistsError: The file to be written is there already.
+        DataError: One cannot be read.
+    """
+    if (config.merge or config.save_calibration) and (config.smooth != "off" or config.equalize):
+        raise OptimizationError(
+            "a saved calibration does not go with --smooth or --equalize, which change the activations by their data",
+            hint="leave one of both out",
+        )
+    if config.save_calibration is not None:
+        check_writable(Path(config.save_calibration))
+    return [Calibration.load(Path(file)) for file in config.merge]
 
 
 class _Counter:
@@ -145,7 +198,7 @@ def _filled(data: Dataset, size: int) -> Iterator[dict[str, Array]]:
             waiting = {n: a[size:] for n, a in waiting.items()}
 
 
-def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: MinMax) -> tuple[list[str], list[str]]:
+def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: Ranges) -> tuple[list[str], list[str]]:
     """Split the chosen nodes by whether all their activations have a range."""
     usable: list[str] = []
     unseen: list[str] = []

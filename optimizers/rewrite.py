@@ -28,21 +28,23 @@ _REWRITES = (
     (clamp_scores, "{} softmax with masked scores kept out of the denormal numbers"),
     (fold_scales, "{} constant factors folded into weights"),
     (order_gelu, "{} Gelu in the form that runtimes fuse"),
-    (sum_residuals, "{} residual sums kept apart from their layer normalization"),
 )
+# What hides the bias of a product comes after the algorithms that correct it.
+_LAST = ((sum_residuals, "{} residual sums kept apart from their layer normalization"),)
 
 
-def rewrite(model: onnx.ModelProto) -> list[str]:
-    """Apply all rewrites in place.
+def rewrite(model: onnx.ModelProto, *, last: bool = False) -> list[str]:
+    """Apply rewrites in place.
 
     Args:
         model: With constants as initializers and known shapes.
+        last: Those just before Q/DQ pairs are inserted, instead of those at the beginning.
 
     Returns:
         A note for each kind of rewrite that applied.
     """
     notes = []
-    for apply, text in _REWRITES:
+    for apply, text in _LAST if last else _REWRITES:
         graph = GraphEditor(model)
         count = apply(graph)
         if count:

@@ -30,6 +30,7 @@ _TRUNK = (
 )
 _COMPUTE_INPUTS = 2
 _STANDARD, _MICROSOFT = ("", "ai.onnx"), ("com.microsoft",)
+_HANDS_ON = ("MaxPool", "Reshape", "Transpose", "Flatten")
 # onnx.TensorProto.DataType
 _FLOAT, _OTHER_FLOATS = 1, (10, 11, 16)
 # Inputs that hold weights.
@@ -113,12 +114,53 @@ def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> li
 
 
 def watched_tensors(model: onnx.ModelProto, nodes: Set[str]) -> list[str]:
-    """Floating-point activations that touch the chosen nodes: those that need a range."""
+    """Floating-point activations that touch the chosen nodes: those that need a range.
+
+    Outputs of matrix products are not quantized where no other chosen node reads them.
+    """
     weights = {w.name for w in model.graph.initializer}
     found: dict[str, None] = {}
     for node in model.graph.node:
         if node.name in nodes:
             # The shape of Reshape and the bounds of Clip are no activations.
             data = node.input if node.op_type in ("Add", "Concat", "MatMul") else node.input[:1]
-            found |= dict.fromkeys(n for n in (*data, *node.output) if n and n not in weights)
+            made = () if node.op_type in ("MatMul", "Gemm") else node.output
+            found |= dict.fromkeys(n for n in (*data, *made) if n and n not in weights)
     return list(found)
+
+
+def stand_ins(model: onnx.ModelProto, nodes: Set[str]) -> dict[str, str]:
+    """Tensors that need no watching, because another one's range serves them.
+
+    What MaxPool and the like hand on has the range of their input. What only a Relu or Clip reads is quantized with the
+    range behind that, which makes the activation part of the rounding.
+
+    Returns:
+        The other tensor, by tensor.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outside = {v.name for v in model.graph.output}
+    direct: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.name not in nodes:
+            continue
+        after = readers.get(node.output[0], [])
+        if node.op_type in _HANDS_ON:
+            direct[node.output[0]] = node.input[0]
+        elif (
+            len(after) == 1 and after[0].op_type in ("Relu", "Clip") and after[0].name in nodes
+            and node.output[0] not in outside
+        ):  # fmt: skip
+            direct[node.output[0]] = after[0].output[0]
+
+    def last(name: str) -> str:
+        for _ in range(len(direct)):
+            if name not in direct:
+                break
+            name = direct[name]
+        return name
+
+    return {name: last(name) for name in direct}

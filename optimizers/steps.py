@@ -11,6 +11,7 @@ from deploykit.optimizers.quantize_dynamic import quantize_dynamic
 from deploykit.optimizers.quantize_static import quantize_static
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
+from deploykit.progress import Progress
 
 StepConfig = SimplifyConfig | DynamicConfig | StaticConfig
 
@@ -24,6 +25,7 @@ def optimize(
     open_model: Opener | None = None,
     data: Dataset | None = None,
     process: SimplifierProcess | None = None,
+    progress: Progress | None = None,
     keep_float: Path | None = None,
 ) -> StepResult:
     """Apply one step.
@@ -36,6 +38,7 @@ def optimize(
         open_model: Runs a model file; needed by `StaticConfig`.
         data: Calibration data; needed by `StaticConfig`.
         process: Where simplifiers run; whoever simplifies many models keeps one.
+        progress: Told how far a step is that takes long.
         keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
             who compares the two layer by layer.
 
@@ -46,4 +49,4 @@ def optimize(
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target, keep_float)
-    return quantize_static(model, config, target, open_model, data, keep_float)
+    return quantize_static(model, config, target, open_model, data, progress, keep_float)

@@ -184,7 +184,12 @@ def rated_lines() -> tuple[list[str], np.ndarray]:
     """
     found = _downloaded("vaderSentiment==3.3.2", "[vV]ader[sS]entiment-*.tar.gz", "--no-binary", ":all:")
     texts, ratings = [], []
-    with tarfile.open(found) as archive:
+    with tarfile.open(found) as package:
+        name = next(n for n in package.getnames() if n.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner = package.extractfile(name)
+        assert inner is not None
+        packed = io.BytesIO(inner.read())
+    with tarfile.open(fileobj=packed) as archive:
         for member in archive:
             if not member.name.endswith("GroundTruth.txt"):
                 continue

@@ -28,6 +28,24 @@ _per_tensor: common.Decorator = click.option(
 )
 
 
+class _Smooth(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """ "off", "auto", or an alpha."""
+
+    name = "off|auto|ALPHA"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        """Read it; anything else is wrong usage."""
+        if value in ("off", "auto"):
+            return str(value)
+        try:
+            alpha = float(str(value))
+        except ValueError:
+            alpha = -1.0
+        if not 0 <= alpha <= 1:
+            self.fail(f"{value!r} is not off, auto, or a number from 0 to 1", param, ctx)
+        return alpha
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Quantize to 8 bits: dynamic or static."""
@@ -87,13 +105,50 @@ def dynamic(
 @common.data_option("Calibration data:", required=True)
 @click.option(
     "--calibration",
-    type=click.Choice(["minmax"]),
+    type=click.Choice(["minmax", "percentile", "entropy", "mse", "auto"]),
     default="minmax",
     show_default=True,
-    help="How ranges come from data.",
+    help="How ranges come from what the data show; auto: mse where that is much better than minmax.",
+)
+@click.option(
+    "--percentile",
+    type=click.FloatRange(50, 100, min_open=True),
+    default=99.99,
+    show_default=True,
+    help="Share of values inside the range, for --calibration percentile.",
+)
+@click.option("--save-calibration", metavar="FILE", help="Keep what the data showed, for --merge in other runs.")
+@click.option(
+    "--merge",
+    multiple=True,
+    metavar="FILE",
+    help="What another run with --save-calibration was shown counts too; in any order. Repeatable.",
 )
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Samples in one run.")
 @click.option("--max-samples", type=click.IntRange(1), help="Calibration samples used at most; all by default.")
+@click.option(
+    "--smooth",
+    type=_Smooth(),
+    default="off",
+    show_default=True,
+    metavar="off|auto|ALPHA",
+    help="SmoothQuant: move outliers of activations into weights; auto searches alpha for each activation.",
+)
+@click.option("--equalize", is_flag=True, help="Cross-layer equalization of neighbouring convolutions.")
+@click.option(
+    "--bias-correction",
+    type=click.Choice(["off", "fast", "full"]),
+    default="off",
+    show_default=True,
+    help="Take the mean of the rounding errors out: of each layer alone, or of the quantized model up to it.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "adaround"]),
+    default="nearest",
+    show_default=True,
+    help="adaround: learn whether each weight is rounded up or down (minutes).",
+)
 @_exclude
 @_bits
 @_per_tensor
@@ -107,8 +162,15 @@ def static(
     output: str,
     data: str,
     calibration: str,
+    percentile: float,
+    save_calibration: str | None,
+    merge: tuple[str, ...],
     batch_size: int,
     max_samples: int | None,
+    smooth: str | float,
+    equalize: bool,
+    bias_correction: str,
+    rounding: str,
     exclude: tuple[str, ...],
     weight_bits: str,
     per_tensor: bool,
@@ -121,8 +183,10 @@ def static(
     """uint8 activations and int8 weights, ranges from calibration data. For convolutional nets and transformers."""
     if dry_run:
         params = {
-            "model": model, "data": data, "calibration": calibration, "batch_size": batch_size,
-            "max_samples": max_samples, "exclude": list(exclude), "weight_bits": weight_bits,
+            "model": model, "data": data, "calibration": calibration, "percentile": percentile,
+            "save_calibration": save_calibration, "merge": list(merge), "batch_size": batch_size,
+            "max_samples": max_samples, "smooth": smooth, "equalize": equalize, "bias_correction": bias_correction,
+            "rounding": rounding, "exclude": list(exclude), "weight_bits": weight_bits,
             "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
             **goal_arguments(goal),
         }  # fmt: skip
@@ -132,8 +196,10 @@ def static(
     from deploykit.pipeline import quantize_static
 
     config = StaticConfig(
-        calibration=calibration, per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
-        max_samples=max_samples, weight_bits=weight_bits,
+        calibration=calibration, percentile=percentile, save_calibration=save_calibration, merge=merge,
+        per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
+        max_samples=max_samples, weight_bits=weight_bits, smooth=smooth, equalize=equalize,
+        bias_correction=bias_correction, rounding=rounding,
     )  # fmt: skip
     artifact = quantize_static(
         model, output, data=data, config=config, min_cosine=min_cosine, contract=contract,

@@ -30,6 +30,10 @@ _OPTIONS: tuple[common.Decorator, ...] = (
         help="Smallest share of samples whose class is the parent's; needs no labels.",
     ),
     click.option("--output-name", metavar="NAME", help="The output that is judged; the first [batch, classes]."),
+    click.option(
+        "--no-escalation", is_flag=True,
+        help="Where a target is missed, leave layers in float at once, without trying other settings before.",
+    ),
     common.device_option,
     click.option("--allow-slower", is_flag=True, help="Accept a model that is not faster than its parent."),
     click.option(
@@ -48,4 +52,5 @@ def goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def goal_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The options as arguments of the verb and as keys of the recipe."""
-    return {**given, "devices": list(given["devices"])}
+    rest = {key: value for key, value in given.items() if key != "no_escalation"}
+    return {**rest, "escalate": not given["no_escalation"], "devices": list(given["devices"])}

@@ -152,9 +152,12 @@ def test_recipe(run_cli, conv_model, tmp_path):
         ["simplify", "-m", "net.onnx", "-o", "x"],
         ["quantize", "dynamic", "-m", "net.onnx", "-o", "x", "--exclude", "n"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz"],
+        ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz", "--smooth", "auto", "--equalize"],
+        ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--bias-correction", "full"],
+        ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--smooth=.2", "--rounding", "adaround"],
         ["benchmark", "-m", "net.onnx", "--dim", "sequence=9", "--device", "ort:cpu"],
     ],
-    ids=lambda a: a[0] + a[1],
+    ids=lambda a: "-".join(a[:2] + a[-1:]),
 )
 def test_dry_run_prints_a_recipe_that_loads(run_cli, args, tmp_path):
     from deploykit.recipe import Recipe

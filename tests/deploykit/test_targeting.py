@@ -114,7 +114,7 @@ def test_one_layer_is_never_left_in_float() -> None:
 
 
 def test_settings_that_cannot_be_quantized_say_why() -> None:
-    with pytest.raises(OptimizationError, match="^no"):
+    with pytest.raises(OptimizationError, match=r"^no"):
         reach(Fake(3, lambda floats: True), ["broken"], words)
 
 

@@ -571,7 +571,7 @@ def test_nothing_to_quantize(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [StaticConfig(calibration="entropy"), StaticConfig(weight_bits="4"), DynamicConfig(weight_bits="16")]
+    "config", [StaticConfig(calibration="median"), StaticConfig(weight_bits="4"), DynamicConfig(weight_bits="16")]
 )
 def test_impossible_options(tmp_path: Path, config: StepConfig) -> None:
     assert "expected" in refused(tmp_path, matmuls(), config, {"x": normal(4, 16)})
@@ -596,3 +596,57 @@ def test_no_handler_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     run(tmp_path, matmuls(), DynamicConfig())
     assert logging.getLogger().handlers == []
+
+
+def calibrated(tmp_path: Path, rows: slice, name: str, **config: Any) -> StepResult:
+    """Quantize the residual net with part of its data."""
+    data = normal_rows[rows]
+    path, out = tmp_path / f"{name}.npz", tmp_path / f"{name}-made"
+    out.mkdir()
+    np.savez(path, x=data)
+    model = tmp_path / "model.onnx"
+    onnx.save(SHARDED, model)
+    return optimize(
+        model, StaticConfig(batch_size=4, **config), out / "model.onnx",
+        check=lambda _: None, open_model=lambda p: open_session(p).run, data=Dataset.open(path),
+    )  # fmt: skip
+
+
+SHARDED = residual()
+normal_rows = np.random.default_rng(5).normal(size=(24, 3, 8, 8)).astype(np.float32)
+
+
+def made_scales(tmp_path: Path, name: str) -> dict[str, Any]:
+    model = onnx.load(tmp_path / f"{name}-made" / "model.onnx")
+    return {w.name: numpy_helper.to_array(w).tolist() for w in model.graph.initializer if w.name.endswith("_scale")}
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse", "auto"])
+def test_shards_give_the_scales_of_one_run(tmp_path: Path, method: str) -> None:
+    calibrated(tmp_path, slice(0, 24), "whole", calibration=method)
+    state = str(tmp_path / "first.calibration")
+    calibrated(tmp_path, slice(0, 8), "first", calibration=method, save_calibration=state)
+    result = calibrated(tmp_path, slice(8, 24), "rest", calibration=method, merge=(state,))
+    assert made_scales(tmp_path, "rest") == made_scales(tmp_path, "whole")
+    assert made_scales(tmp_path, "first") != made_scales(tmp_path, "whole")
+    assert result.params["samples"] == 24 and result.params["merged"] == [state]
+
+
+def test_calibrations_of_another_model_are_refused(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    calibrated(tmp_path, slice(0, 8), "first", save_calibration=state)
+    path, out = tmp_path / "d.npz", tmp_path / "other.onnx"
+    np.savez(path, x=normal(8, 16))
+    onnx.save(matmuls(), tmp_path / "matmuls.onnx")
+    with pytest.raises(DataError, match="another graph"):
+        optimize(
+            tmp_path / "matmuls.onnx", StaticConfig(merge=(state,)), out,
+            check=lambda _: None, open_model=lambda p: open_session(p).run, data=Dataset.open(path),
+        )  # fmt: skip
+    assert not out.exists()
+
+
+def test_calibrations_do_not_go_with_activations_that_their_data_change(tmp_path: Path) -> None:
+    with pytest.raises(OptimizationError, match="smooth"):
+        calibrated(tmp_path, slice(0, 8), "first", save_calibration=str(tmp_path / "state"), smooth="auto")
+    assert not (tmp_path / "state").exists()

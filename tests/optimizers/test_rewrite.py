@@ -100,7 +100,7 @@ def run(model, given, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
 def rewritten(model):
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    notes = rewrite(copy)
+    notes = rewrite(copy) + rewrite(copy, last=True)
     onnx.checker.check_model(copy, full_check=True)
     return copy, notes
 

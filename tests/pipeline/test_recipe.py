@@ -18,6 +18,8 @@ from deploykit.recipe import Recipe, dump
         ("[export]\nsource='x'\n[benchmark]\n[simplify]\nmodel='benchmark'\n", "benchmark"),
         ("['../up']\nstep='export'\nsource='x'\n", "step name"),
         ("[export]\nsource='x'\n[benchmark]\nrounds=1\n", "rounds"),
+        ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nsmooth=2.0\n", "smooth"),
+        ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nbias_correction='slow'\n", "bias_correction"),
     ],
 )
 def test_errors_say_what_to_mend(tmp_path, text, word):
