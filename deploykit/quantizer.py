@@ -135,11 +135,16 @@ class Quantizer:
         config = with_floats(found.config, found.floats)
         self.score = sha256_of(place), found.score
         notes = [f"{found.score.describe(self.goal)} on {self.judge.data.source}; {found.evaluations} models judged"]
-        layers = [{"nodes": list(f.nodes), "sqnr_db": _finite(f.sqnr_db)} for f in found.floats]
+        layers = [
+            {"nodes": list(f.nodes), "sqnr_db": _finite(f.sqnr_db), "feeders": list(f.feeders)} for f in found.floats
+        ]
         for layer in found.floats:
             reason = f"chosen by target: SQNR {layer.sqnr_db:.1f} dB"
-            self.reasons |= {name: reason for name in layer.nodes if name not in self.reasons}
+            self.reasons |= dict.fromkeys(layer.nodes, reason)
             notes.append(f"{layer.name} stays in float, {reason}")
+        for layer in found.floats:
+            feeds = f"feeds {layer.name}, which was chosen by target"
+            self.reasons |= {name: feeds for name in layer.feeders if name not in self.reasons}
         extra: dict[str, Any] = {
             "target": self.goal.describe(), "evaluations": found.evaluations,
             "ranked_layers": found.ranked, "float_by_target": layers,
@@ -261,7 +266,7 @@ def with_floats(config: Config, floats: Sequence[LayerError]) -> Config:
 
 
 def _names(floats: Sequence[LayerError]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for layer in floats for name in layer.nodes))
+    return tuple(dict.fromkeys(name for layer in floats for name in (*layer.nodes, *layer.feeders)))
 
 
 def _opener(device: Device) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 
 from deploykit.errors import ModelError
 from deploykit.nodes import is_quantized_op
+from deploykit.runtimes.base import is_compute
 from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel, open_light, write_light
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 _PREFIX = "deploykit_rank_"
 _EPSILON = 1e-30
+# Powers of: the float result, all of the error, and the error where only the inputs are rounded.
+_KINDS = ("signal", "error", "inputs")
+# A step of this share of another's is the same outlier, handed on.
+_AS_COARSE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,13 @@ class LayerError:
         nodes: Names of the float graph's nodes that are quantized as one; more than one where an activation is part of
             the layer before it.
         sqnr_db: Signal power over error power, over all data; inf where there is no error.
+        feeders: Names of the nodes before it that have to stay in float with it, because most of its error comes from
+            how its inputs are rounded, and whoever writes a tensor in integers rounds it.
     """
 
     nodes: tuple[str, ...]
     sqnr_db: float
+    feeders: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,12 +57,16 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Nodes of the float graph, and the nodes of the quantized graph that give the same tensor."""
+    """Nodes of the float graph, and the nodes of the quantized graph that give the same tensor.
+
+    `rounded` holds, by float tensor that it reads: the tensor's 8-bit copy, and the scale of that.
+    """
 
     nodes: tuple[str, ...]
     output: str
     cone: tuple[int, ...]
     result: str
+    rounded: dict[str, tuple[str, float]]
 
 
 def rank_layers(
@@ -90,14 +102,33 @@ def rank_layers(
     target = folder / "both.onnx"
     write_light(LightModel(both, light.folder), target)
     run = open_model(target)
-    signal, error = np.zeros(len(parts)), np.zeros(len(parts))
+    powers = np.zeros((len(parts), len(_KINDS)))
     for feeds in batches:
         outputs = run(feeds)
         for i in range(len(parts)):
-            signal[i] += _power(outputs[f"{_PREFIX}{i}_signal"])
-            error[i] += _power(outputs[f"{_PREFIX}{i}_error"])
-    ratios = [LayerError(part.nodes, _ratio_db(s, e)) for part, s, e in zip(parts, signal, error, strict=True)]
+            powers[i] += [_power(outputs[f"{_PREFIX}{i}_{k}"]) if f"{_PREFIX}{i}_{k}" in outputs else 0 for k in _KINDS]
+    ratios = [
+        LayerError(part.nodes, _ratio_db(s, e), _feeders(part, parts, light.proto) if inputs > e / 2 > 0 else ())
+        for part, (s, e, inputs) in zip(parts, powers, strict=True)
+    ]
     return sorted(ratios, key=lambda layer: layer.sqnr_db)
+
+
+def _feeders(part: _Part, parts: list[_Part], model: onnx.ModelProto) -> tuple[str, ...]:
+    """Nodes whose results the part's inputs are, further back where a node hands on a tensor of as coarse a scale."""
+    makers = {p.output: p for p in parts}
+    computes = {n.name for n in model.graph.node if is_compute(n.op_type)}
+    found: dict[str, None] = {}
+    waiting = [(name, scale) for name, (_, scale) in part.rounded.items()]
+    while waiting:
+        name, coarse = waiting.pop()
+        maker = makers.get(name)
+        if maker is None or maker.nodes[0] in found:
+            continue
+        found |= dict.fromkeys(maker.nodes)
+        if not computes.intersection(maker.nodes):
+            waiting += [(n, coarse) for n, (_, scale) in maker.rounded.items() if scale > _AS_COARSE * coarse]
+    return tuple(name for name in found if name not in part.nodes)
 
 
 def _power(value: Array) -> float:
@@ -131,7 +162,8 @@ def _parts(floating: onnx.ModelProto, quantized: onnx.ModelProto) -> list[_Part]
         if output in pairs:  # what the next layer reads
             result = pairs[output][1]
             cone |= {*pairs[output][0]}
-        parts.append(_Part(names, output, tuple(sorted(cone)), result))
+        inner = tuple(sorted(cone))
+        parts.append(_Part(names, output, inner, result, _rounded(quantized, inner, known - {output})))
     return parts
 
 
@@ -168,6 +200,19 @@ def _pairs(model: onnx.ModelProto) -> dict[str, tuple[tuple[int, int], str]]:
         n.input[0]: ((i, behind[n.output[0]]), model.graph.node[behind[n.output[0]]].output[0])
         for i, n in enumerate(model.graph.node)
         if n.op_type == "QuantizeLinear" and n.output[0] in behind
+    }
+
+
+def _rounded(model: onnx.ModelProto, cone: tuple[int, ...], known: set[str]) -> dict[str, tuple[str, float]]:
+    from onnx import numpy_helper
+
+    nodes = [model.graph.node[i] for i in cone]
+    copies = {n.input[0]: n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    scales = {t.name: t for t in model.graph.initializer}
+    return {
+        n.input[0]: (copies[n.output[0]], float(numpy_helper.to_array(scales[n.input[1]]).max()))
+        for n in nodes
+        if n.op_type == "QuantizeLinear" and n.input[0] in known and n.output[0] in copies and n.input[1] in scales
     }
 
 
@@ -210,9 +255,14 @@ def _join(both: onnx.ModelProto, other: LightModel, parts: list[_Part]) -> None:
             for place, name in enumerate(node.output):
                 node.output[place] = mark + name if name else ""
             both.graph.node.append(node)
-        difference, value = mark + "difference", mark + part.result
-        both.graph.node.append(helper.make_node("Sub", [part.output, value], [difference], name=difference))
-        for kind, tensor in (("signal", part.output), ("error", difference)):
+        values = {"error": mark + part.result}
+        if part.rounded:
+            values["inputs"] = _with_rounded_inputs(both, part, mark)
+        for kind, value in values.items():
+            difference = f"{mark}{kind}_difference"
+            both.graph.node.append(helper.make_node("Sub", [part.output, value], [difference], name=difference))
+            values[kind] = difference
+        for kind, tensor in (("signal", part.output), *values.items()):
             both.graph.node.append(
                 helper.make_node("ReduceSumSquare", [tensor], [mark + kind], name=mark + kind, keepdims=0)
             )
@@ -225,6 +275,24 @@ def _join(both: onnx.ModelProto, other: LightModel, parts: list[_Part]) -> None:
             if entry.key == "location":  # relative to the other model's folder
                 entry.value = str((other.folder / entry.value).resolve())
         both.graph.initializer.append(copy)
+
+
+def _with_rounded_inputs(both: onnx.ModelProto, part: _Part, mark: str) -> str:
+    """Append the float nodes of a part once more, reading 8-bit copies of its inputs; the name of what they give."""
+    import onnx
+
+    copies = {name: mark + copy for name, (copy, _) in part.rounded.items()}
+    for node in [n for n in both.graph.node if n.name in part.nodes]:
+        made = onnx.NodeProto()
+        made.CopyFrom(node)
+        made.name = f"{mark}inputs_{node.name}"
+        for place, name in enumerate(made.input):
+            made.input[place] = copies.get(name, name)
+        for place, name in enumerate(made.output):
+            if name:
+                copies[name] = made.output[place] = f"{mark}inputs_{name}"
+        both.graph.node.append(made)
+    return copies[part.output]
 
 
 def _take_opsets(both: onnx.ModelProto, source: onnx.ModelProto) -> None:
