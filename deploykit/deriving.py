@@ -1,12 +1,13 @@
-"""The verbs that make an artifact out of another: simplify, quantize, repair."""
+"""What the verbs that make an artifact out of another share: run, compare, and only then commit. And `simplify`."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord
 from deploykit.benchmarks.parity import (
@@ -22,24 +23,17 @@ from deploykit.machine import free_memory
 from deploykit.modelfile import model_bytes
 from deploykit.models import LoadedModel, load_model
 from deploykit.nodes import bounded_outputs
-from deploykit.optimizers import (
-    DynamicConfig,
-    RepairConfig,
-    SimplifierProcess,
-    SimplifyConfig,
-    StaticConfig,
-    StepConfig,
-    optimize,
-)
+from deploykit.optimizers import SimplifierProcess, SimplifyConfig, StepResult, optimize
+from deploykit.optimizers.base import Check
 from deploykit.progress import Progress
 from deploykit.reference import run_parent
-from deploykit.runtimes import Device, default_devices, open_session
+from deploykit.runtimes import Device, default_devices
 from deploykit.staging import ArtifactWriter, check_free
 
 if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
 
-from deploykit.comparing import MIN_COSINE, compare_outputs, integer_kernels, not_same_bits, outputs_of
+from deploykit.comparing import compare_outputs, outputs_of
 
 _MODEL = "model.onnx"
 # Measured: 2.0 times the weights in floating point, 3.3 times those before dynamic quantization, which it undoes.
@@ -74,125 +68,73 @@ def simplify(
         ParityError: The result differs from its parent.
         ContractError: The result, or the model itself, breaks the contract.
     """
-    config = SimplifyConfig(timeout_s)
-    return _derive("simplify", model, output, config, data, dims, None, contract, progress, process=process)
+    return derive(
+        "simplify", model, output, _Simplifier(SimplifyConfig(timeout_s), process), data=data, dims=dims,
+        min_cosine=None, contract=contract, progress=progress,
+    )  # fmt: skip
 
 
-def quantize_dynamic(
-    model: str | Path,
-    output: str | Path,
-    *,
-    config: DynamicConfig | None = None,
-    data: str | Path | None = None,
-    dims: Mapping[str, int] | None = None,
-    min_cosine: float = MIN_COSINE,
-    contract: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Artifact:
-    """Quantize weights to int8; activations are quantized while the model runs.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a step is given.
 
-    Args:
-        model: Artifact or `.onnx` file, in floating point.
-        output: Where the artifact will stand.
-        config: What to quantize.
-        data: Real inputs for the comparison with the parent.
+    Attributes:
+        parent: The model to start from.
+        folder: Where scratch files may go; removed before the artifact is committed.
+        data: Real inputs, or None.
+        feeds: Inputs of the comparison, one mapping a case.
         dims: Sizes of dynamic dimensions where inputs are made up.
-        min_cosine: Smallest accepted cosine between an output and the parent's.
-        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
-        progress: Told about steps and notes.
-
-    Raises:
-        OptimizationError: Nothing to quantize, or the quantizer failed.
-        ParityError: The outputs are too far from the parent's.
-        ContractError: The result breaks the contract.
+        origin: Where the inputs of the comparison come from: "generated", "golden" or a dataset's name.
+        device: Where inference is done on the way.
+        told: Steps and notes.
+        check: Says why a candidate is not acceptable.
     """
-    return _derive(
-        "quantize-dynamic", model, output, config or DynamicConfig(), data, dims, min_cosine, contract, progress
-    )
+
+    parent: LoadedModel
+    folder: Path
+    data: Dataset | None
+    feeds: Sequence[Feeds]
+    dims: Mapping[str, int]
+    origin: str
+    device: Device
+    told: Progress
+    check: Check
 
 
-def quantize_static(
-    model: str | Path,
-    output: str | Path,
-    *,
-    data: str | Path,
-    config: StaticConfig | None = None,
-    min_cosine: float = MIN_COSINE,
-    contract: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Artifact:
-    """Quantize weights and activations to 8 bits, with ranges from calibration data.
+class Maker(Protocol):
+    """A step: makes a model out of another, and says what was measured of it once it is known to be right.
 
-    Args:
-        model: Artifact or `.onnx` file, in floating point.
-        output: Where the artifact will stand.
-        data: Calibration data, anything that `Dataset.open` reads.
-        config: How to quantize.
-        min_cosine: Smallest accepted cosine between an output and the parent's.
-        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
-        progress: Told about steps and notes.
-
-    Raises:
-        DataError: The data cannot be read, or do not fit the model.
-        OptimizationError: Nothing to quantize, or the quantizer failed.
-        ParityError: The outputs are too far from the parent's.
-        ContractError: The result breaks the contract.
+    Attributes:
+        cure: What to do where the result is too far from its parent.
     """
-    return _derive(
-        "quantize-static", model, output, config or StaticConfig(), data, None, min_cosine, contract, progress
-    )
+
+    @property
+    def cure(self) -> str | None: ...
+
+    def make(self, work: Work, target: Path) -> StepResult:
+        """Write the model."""
+
+    def prove(self, work: Work, target: Path) -> Evidence:
+        """Measure the model that will be committed, without its parity.
+
+        Raises:
+            DeploykitError: It is not what was asked for; nothing is committed.
+        """
 
 
-def quantize_repair(
-    model: str | Path,
-    output: str | Path,
-    *,
-    config: RepairConfig | None = None,
-    data: str | Path | None = None,
-    dims: Mapping[str, int] | None = None,
-    min_cosine: float = MIN_COSINE,
-    contract: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> Artifact:
-    """Bring a model that another tool quantized with Q/DQ pairs into the form that runtimes run in integer kernels.
-
-    What changes no bit is proven bit for bit, by running both graphs without fusions; the whole is compared with the
-    model as it came, with fusions. How many products ran on integers before and after is counted in each runtime.
-
-    Args:
-        model: Artifact or `.onnx` file with Q/DQ pairs.
-        output: Where the artifact will stand.
-        config: How far to go.
-        data: Real inputs for the comparison with the parent.
-        dims: Sizes of dynamic dimensions where inputs are made up.
-        min_cosine: Smallest accepted cosine between an output and the parent's.
-        contract: Runtimes that have to be able to run it, beside those that the parent was made for.
-        progress: Told about steps and notes.
-
-    Raises:
-        OptimizationError: It is not quantized, or not with Q/DQ pairs.
-        ParityError: The outputs are too far from the parent's.
-        ContractError: The result breaks the contract.
-    """
-    return _derive(
-        "quantize-repair", model, output, config or RepairConfig(), data, dims, min_cosine, contract, progress
-    )
-
-
-def _derive(
+def derive(
     step: str,
     model: str | Path,
     output: str | Path,
-    config: StepConfig,
+    maker: Maker,
+    *,
     data: str | Path | None,
     dims: Mapping[str, int] | None,
     min_cosine: float | None,
     contract: Sequence[str],
     progress: Progress | None,
-    *,
-    process: SimplifierProcess | None = None,
 ) -> Artifact:
-    """Apply one optimizer, compare with the parent on every default device, write the artifact."""
+    """Apply one step, compare with the parent on every default device, write the artifact."""
     told = progress or Progress()
     check_free(Path(output))
     targets, started = default_devices(), time.monotonic()
@@ -204,8 +146,6 @@ def _derive(
     feeds, expected, origin = reference.feeds, reference.outputs, reference.origin
     for note in reference.notes:
         told.note(note)
-    if min_cosine is not None and origin == "generated":
-        told.note("checked on made-up inputs only, which prove no accuracy; give real ones with --data")
     vacuous = check_vacuity(expected)
     if vacuous and not parent.unverifiable:
         raise UnverifiableError(
@@ -226,26 +166,22 @@ def _derive(
                 f"its outputs differ: {result.reason}" if result.verdict is Verdict.FAILED else why_not(candidate, held)
             )
 
+        scratch = writer.dir / ".work"
+        scratch.mkdir()
+        work = Work(parent, scratch, dataset, feeds, dims or {}, origin, targets[0], told, check)
         with told.step(f"{step} {model}"):
-            done = optimize(
-                parent.path,
-                config,
-                target,
-                check=check,
-                open_model=lambda p: open_session(p, targets[0]).run,
-                data=dataset,
-                process=process,
-                progress=told,
-                same_bits=lambda p: not_same_bits(parent.path, p, feeds),
-            )
+            done = maker.make(work, target)
         for note in (*done.notes, *conform(target, held)):
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
-            records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told, config)
+            records = _compare_with_parent(
+                parent, target, targets, feeds, expected, origin, min_cosine, told, maker.cure
+            )
         if vacuous:
             records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
             told.note(f"unverifiable: {vacuous}")
-        placement = _count_kernels(parent, target, targets, feeds, told) if isinstance(config, RepairConfig) else []
+        evidence = maker.prove(work, target)
+        shutil.rmtree(scratch)
         _copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
@@ -259,9 +195,25 @@ def _derive(
             model=_MODEL,
             signature=parent.signature,
             lineage=[*parent.lineage, record],
-            evidence=Evidence(parity=records, placement=placement),
+            evidence=evidence.model_copy(update={"parity": records}),
             ranges=parent.ranges,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Simplifier:
+    config: SimplifyConfig
+    process: SimplifierProcess | None
+
+    @property
+    def cure(self) -> None:
+        return None
+
+    def make(self, work: Work, target: Path) -> StepResult:
+        return optimize(work.parent.path, self.config, target, check=work.check, process=self.process)
+
+    def prove(self, work: Work, target: Path) -> Evidence:
+        return Evidence()
 
 
 def _compare_with_parent(
@@ -273,11 +225,11 @@ def _compare_with_parent(
     origin: str,
     min_cosine: float | None,
     told: Progress,
-    config: StepConfig,
+    cure: str | None,
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, device in enumerate(targets):
-        short = _memory_short(device, parent, target) if number else ""
+        short = memory_short(device, parent, target) if number else ""
         if short:
             told.note(f"not compared in {device}: {short}")
             records.append(
@@ -296,7 +248,7 @@ def _compare_with_parent(
         if result.verdict is Verdict.FAILED:
             text = f"in {device} the result is not its parent: {result.reason}"
             if number == 0:
-                raise ParityError(text, hint=_cure(config))
+                raise ParityError(text, hint=cure)
             told.note(text)
         agreement = top1_agreement(expected, outputs) if min_cosine is not None else None
         extra = {} if agreement is None else {"top1_agreement": agreement}
@@ -304,37 +256,7 @@ def _compare_with_parent(
     return records
 
 
-def _cure(config: StepConfig) -> str | None:
-    """What to do where a result is too far from its parent."""
-    if isinstance(config, RepairConfig):
-        return "keep to what changes no bit: --exact"
-    if isinstance(config, SimplifyConfig):
-        return None
-    return "give more calibration data, or leave layers out with --exclude"
-
-
-def _count_kernels(
-    parent: LoadedModel, target: Path, targets: Sequence[Device], feeds: Sequence[Feeds], told: Progress
-) -> list[dict[str, Any]]:
-    """How many convolutions and products ran on integers before and after, in each runtime."""
-    records = []
-    for number, device in enumerate(targets):
-        if number and _memory_short(device, parent, target):
-            continue
-        try:
-            before, after = (integer_kernels(path, device, feeds[0]) for path in (parent.path, target))
-        except DeploykitError as exc:
-            told.note(f"kernels not counted in {device}: {exc.what}")
-            continue
-        told.note(
-            f"{device}: {before['integer']} of {before['all']} convolutions and products ran on integers before, "
-            f"{after['integer']} of {after['all']} now"
-        )
-        records.append({"device": str(device), "before": before, "after": after})
-    return records
-
-
-def _memory_short(device: Device, parent: LoadedModel, target: Path) -> str:
+def memory_short(device: Device, parent: LoadedModel, target: Path) -> str:
     """Why a device that does not decide is not tried: it would be killed for memory, and the whole step with it."""
     if device.runtime != "openvino":
         return ""

@@ -13,10 +13,12 @@ DeploykitError
 │   └── TimeLimitError          a way to ONNX took longer than it may
 ├── ContractError               a model does not fit the runtime that it is for, or nothing is known about that runtime
 ├── ParityError                 the outputs differ from the reference
-│   └── UnverifiableError       the outputs do not react to the inputs, so that equality proves nothing
+│   ├── UnverifiableError       the outputs do not react to the inputs, so that equality proves nothing
+│   └── AccuracyError           a quantized model misses the accuracy that was asked for, or collapsed
 ├── DeviceError                 a runtime, provider or device is unknown or cannot be had
 ├── InferenceError              a runtime failed while it loaded or ran a model
 ├── OptimizationError           a step could not be applied
+├── SpeedError                  a quantized model is not faster than its parent
 ├── BenchmarkError              a measurement could not be made
 └── RecipeError                 a recipe does not say what to do
 
@@ -126,6 +128,10 @@ class UnverifiableError(ParityError):
     """Outputs do not react to inputs, so that equal outputs prove nothing."""
 
 
+class AccuracyError(ParityError):
+    """A quantized model misses the accuracy that was asked for, or does not decide by its inputs any more."""
+
+
 class DeviceError(DeploykitError):
     """A runtime, provider or device is unknown or cannot be had."""
 
@@ -136,6 +142,10 @@ class InferenceError(DeploykitError):
 
 class OptimizationError(DeploykitError):
     """An optimization step could not be applied."""
+
+
+class SpeedError(DeploykitError):
+    """A quantized model is not faster than its parent where it was asked to be."""
 
 
 class BenchmarkError(DeploykitError):

@@ -54,15 +54,14 @@ def random_ops(model: onnx.ModelProto) -> list[str]:
     )
 
 
+def is_quantized_op(op: str) -> bool:
+    """Whether an operator works on quantized values, or makes them."""
+    return op in _QUANTIZED_OPS or op.startswith(_QUANTIZED_PREFIXES)
+
+
 def quantized_ops(model: onnx.ModelProto) -> list[str]:
     """Operators of a model that work on quantized values, or make them."""
-    return sorted(
-        {
-            n.op_type
-            for n in all_nodes(model)
-            if n.op_type in _QUANTIZED_OPS or n.op_type.startswith(_QUANTIZED_PREFIXES)
-        }
-    )
+    return sorted({n.op_type for n in all_nodes(model) if is_quantized_op(n.op_type)})
 
 
 _MOVES = ("Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Cast", "Slice", "Split", "Concat")

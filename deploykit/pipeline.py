@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from deploykit.recipe import Recipe
 
 from deploykit.comparing import MIN_COSINE, find_targets
-from deploykit.deriving import quantize_dynamic, quantize_repair, quantize_static, simplify
+from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
+from deploykit.quantizing import quantize_dynamic, quantize_static
+from deploykit.repairing import quantize_repair
 from deploykit.verifying import verify
 
 __all__ = [

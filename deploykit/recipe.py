@@ -67,7 +67,22 @@ class SimplifyStep(_Step):
     contract: list[str] = []
 
 
-class DynamicStep(_Step):
+class _QuantizeStep(_Step):
+    """What both kinds of quantization are held to."""
+
+    eval_data: str | None = None
+    metric: Literal["accuracy", "f1", "precision", "recall"] | None = None
+    max_drop: float | str | None = None
+    min_sqnr: float | None = Field(default=None, allow_inf_nan=False)
+    min_agreement: float | None = Field(default=None, ge=0, le=1)
+    output_name: str | None = None
+    escalate: bool = True
+    devices: list[str] = []
+    allow_slower: bool = False
+    gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+
+
+class DynamicStep(_QuantizeStep):
     """`deploykit quantize dynamic`."""
 
     step: Literal["quantize-dynamic"] = "quantize-dynamic"
@@ -81,7 +96,7 @@ class DynamicStep(_Step):
     contract: list[str] = []
 
 
-class StaticStep(_Step):
+class StaticStep(_QuantizeStep):
     """`deploykit quantize static`."""
 
     step: Literal["quantize-static"] = "quantize-static"

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from deploykit.recipe import (
 from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
-_PATHS = ("data", "source", "model")
+_PATHS = ("data", "eval_data", "source", "model")
+_CONFIG = tuple(field.name for field in fields(StaticConfig))
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress) -> dict[str, Artifact | Report]:
@@ -192,19 +194,10 @@ def _repair(model: str, target: Path, *, exact: bool, **rest: Any) -> Artifact:
     return pipeline.quantize_repair(model, target, config=RepairConfig(exact=exact), **rest)
 
 
-def _static(
-    model: str, target: Path, *, min_cosine: float, data: str, contract: list[str], progress: Progress, **config: Any
-) -> Artifact:
+def _static(model: str, target: Path, **params: Any) -> Artifact:
+    config = {key: params.pop(key) for key in _CONFIG}
     config |= {"exclude": tuple(config["exclude"]), "merge": tuple(config["merge"])}
-    return pipeline.quantize_static(
-        model,
-        target,
-        data=data,
-        config=StaticConfig(**config),
-        min_cosine=min_cosine,
-        contract=contract,
-        progress=progress,
-    )
+    return pipeline.quantize_static(model, target, config=StaticConfig(**config), **params)
 
 
 def _located(text: str, recipe: Recipe, output: Path, *, is_model: bool) -> str:

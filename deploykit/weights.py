@@ -99,6 +99,15 @@ def write_light(light: LightModel, target: Path) -> None:
     onnx.save(proto, str(target))
 
 
+def write_copy(light: LightModel, target: Path) -> None:
+    """Write a model that is still needed: `write_light` without its effects on what it is given."""
+    import onnx
+
+    proto = onnx.ModelProto()
+    proto.CopyFrom(light.proto)
+    write_light(LightModel(proto, light.folder), target)
+
+
 def set_aside(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Turn external weights into inputs of the graph, in place, so that tools that want all values can work on it.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.errors import OptimizationError, first_line
+from deploykit.optimizers.islands import shield_floats
 from deploykit.optimizers.lazy_weights import lazy_weights
 from deploykit.optimizers.quantize_config import StaticConfig, no_advice
 from deploykit.optimizers.ranges import Ranges
@@ -55,6 +56,7 @@ def insert_pairs(
         with no_advice(), lazy_weights(light.folder):
             quantizer.quantize_model()
         _keep_floats(quantizer.model.model, frozenset(nodes))
+        shield_floats(quantizer.model.model, frozenset(nodes))
         quantizer.model.topological_sort()  # ONNX wants it; the pairs were appended at the end
         made: onnx.ModelProto = quantizer.model.model
     except Exception as exc:

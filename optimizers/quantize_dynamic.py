@@ -14,14 +14,20 @@ from deploykit.optimizers.lazy_weights import lazy_weights
 from deploykit.optimizers.prepare import prepare
 from deploykit.optimizers.quantize_config import DynamicConfig, no_advice, tools, weight_bits
 from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes
-from deploykit.weights import LightModel, open_light, write_light
+from deploykit.weights import LightModel, open_light, write_copy, write_light
 
 if TYPE_CHECKING:
     import onnx
 
 
-def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepResult:
+def quantize_dynamic(model: Path, config: DynamicConfig, target: Path, keep_float: Path | None = None) -> StepResult:
     """Quantize weights of matrix products, recurrences and embeddings.
+
+    Args:
+        model: Floating-point ONNX file.
+        config: What to quantize.
+        target: Where the result goes.
+        keep_float: Where the graph goes as it is before it is quantized.
 
     Raises:
         OptimizationError: Nothing to quantize, or the quantizer failed.
@@ -35,6 +41,8 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path) -> StepRe
         nodes, other = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
         if not nodes:
             raise _nothing_dynamic(prepared, config.ops, other)
+        if keep_float is not None:
+            write_copy(LightModel(prepared, light.folder), keep_float)
         made = _dynamic(LightModel(prepared, light.folder), config, nodes, bits)
         quantized = sum(
             n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in made.graph.node

@@ -37,7 +37,7 @@ from deploykit.optimizers.select_nodes import check_excluded, select_nodes, stan
 from deploykit.optimizers.thresholds import check_method
 from deploykit.progress import Progress
 from deploykit.specs import Array, Signature, fit_feeds
-from deploykit.weights import LightModel, open_light, write_light
+from deploykit.weights import LightModel, open_light, write_copy, write_light
 
 if TYPE_CHECKING:
     import onnx
@@ -50,6 +50,7 @@ def quantize_static(
     open_model: Opener | None,
     data: Dataset | None,
     progress: Progress | None = None,
+    keep_float: Path | None = None,
 ) -> StepResult:
     """Insert Q/DQ pairs with ranges from calibration data.
 
@@ -60,6 +61,7 @@ def quantize_static(
         open_model: Runs a model file.
         data: Calibration data; labels are ignored.
         progress: Told how far the accuracy algorithms are.
+        keep_float: Where the graph goes as it is before pairs are inserted.
 
     Raises:
         OptimizationError: Nothing to quantize, unusable options, or the quantizer failed.
@@ -113,6 +115,8 @@ def quantize_static(
             raise OptimizationError(
                 "nothing to quantize: no chosen node has a finite range", hint="check the calibration data"
             )
+        if keep_float is not None:
+            write_copy(light, keep_float)
         notes += after_ranges(light, usable, ranges, config, bits, data_again, told)
         notes += rewrite(prepared, last=True)
         total = len(prepared.graph.node)

@@ -28,6 +28,7 @@ def optimize(
     process: SimplifierProcess | None = None,
     progress: Progress | None = None,
     same_bits: Check | None = None,
+    keep_float: Path | None = None,
 ) -> StepResult:
     """Apply one step.
 
@@ -41,6 +42,8 @@ def optimize(
         process: Where simplifiers run; whoever simplifies many models keeps one.
         progress: Told how far a step is that takes long.
         same_bits: Says why a file does not give the model's very bits without fusions; `RepairConfig` asks it.
+        keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
+            who compares the two layer by layer.
 
     Raises:
         OptimizationError: The step cannot be applied.
@@ -48,7 +51,7 @@ def optimize(
     if isinstance(config, SimplifyConfig):
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
-        return quantize_dynamic(model, config, target)
+        return quantize_dynamic(model, config, target, keep_float)
     if isinstance(config, RepairConfig):
         return repair(model, config, target, same_bits)
-    return quantize_static(model, config, target, open_model, data, progress)
+    return quantize_static(model, config, target, open_model, data, progress, keep_float)

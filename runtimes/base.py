@@ -100,6 +100,23 @@ class NodePlacement:
 
 
 @dataclass(frozen=True, slots=True)
+class ExecutedNode:
+    """One node of the graph that a runtime made of a file, and what of the file went into it.
+
+    Attributes:
+        name: The runtime's name for it, the same as in `NodePlacement`.
+        op: Operator type after fusion.
+        precision: Element type that its kernel computes in ("int8", "float32"), "" where unknown.
+        sources: Names of the file's nodes, tensors and weights that it holds, without the runtime's suffixes.
+    """
+
+    name: str
+    op: str
+    precision: str
+    sources: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """What really ran where."""
 
@@ -187,8 +204,12 @@ class Session(ABC):
             self._diagnose(feeds, exc)
             raise self._translate(exc) from exc
 
-    def placement(self, feeds: Feeds) -> Placement:
+    def placement(self, feeds: Feeds, *, runs: int = 1) -> Placement:
         """Run with the runtime's profiler and say which nodes ran where, and in which precision.
+
+        Args:
+            feeds: As for `run`.
+            runs: How many, after one to warm up; a node's time is the median over them.
 
         Raises:
             DataError: A name, dtype or shape does not fit.
@@ -196,7 +217,18 @@ class Session(ABC):
         """
         self.run(feeds)  # with feeds that do not fit, it says so
         try:
-            return self._placement(feeds)
+            return self._placement(feeds, runs)
+        except Exception as exc:
+            raise self._translate(exc) from exc
+
+    def executed(self) -> tuple[ExecutedNode, ...]:
+        """The graph that the runtime made of the file: fused, placed, each node with its precision.
+
+        Raises:
+            InferenceError: The runtime does not show it.
+        """
+        try:
+            return self._executed()
         except Exception as exc:
             raise self._translate(exc) from exc
 
@@ -224,7 +256,10 @@ class Session(ABC):
         """Turn the runtime's exception into one of ours."""
 
     @abstractmethod
-    def _placement(self, feeds: Feeds) -> Placement: ...
+    def _placement(self, feeds: Feeds, runs: int) -> Placement: ...
+
+    @abstractmethod
+    def _executed(self) -> tuple[ExecutedNode, ...]: ...
 
     @abstractmethod
     def close(self) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import require
-from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, SessionOptions
+from deploykit.runtimes.base import Device, ExecutedNode, NodePlacement, Placement, Session, SessionOptions
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
 _CPU = "CPUExecutionProvider"
@@ -30,6 +33,8 @@ _TYPES = {
 }  # fmt: skip
 # Kernels that compute on integers whatever the type of their first input says.
 _INT8_OPS = ("QLinear", "Integer", "QGemm", "QAttention", "DynamicQuantize", "QMoE")
+# What ONNX Runtime appends to names when it changes a layout, makes a name its own, or fuses.
+_SUFFIXES = re.compile(r"(_nchwc|_token_\d+|/MatmulTransposeFusion/)+$")
 
 
 def check_provider(device: Device) -> None:
@@ -133,25 +138,55 @@ class OrtSession(Session):
     def _translate(self, exc: Exception) -> Exception:
         return InferenceError(f"ONNX Runtime failed while it ran {self._path} ({_clean(exc)})")
 
-    def _placement(self, feeds: Feeds) -> Placement:
-        """Profile one run (after one to warm up) in a session of its own; every executed node, with its provider."""
+    def _placement(self, feeds: Feeds, runs: int) -> Placement:
+        """Profile runs (after one to warm up) in a session of its own; every executed node, with its provider."""
         with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
             made = self._session_options()
             made.enable_profiling = True
             made.profile_file_prefix = str(Path(folder) / "profile")
             session = self._create(made)
-            session.run(None, dict(feeds))
-            session.run(None, dict(feeds))
+            for _ in range(runs + 1):
+                session.run(None, dict(feeds))
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        # Two runs: of each node keep the last, which no allocation disturbed.
-        nodes = {
-            e["name"]: _node(e) for e in events if e.get("cat") == "Node" and e.get("name", "").endswith("_kernel_time")
-        }
-        return Placement(self.device.target, tuple(nodes.values()))
+        seen: dict[str, list[NodePlacement]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
+                seen.setdefault(event["name"], []).append(_node(event))
+        # The first run allocates; a node of a loop's body runs several times in each.
+        nodes = [replace(n[-1], time_us=median(m.time_us for m in n[len(n) // (runs + 1) :])) for n in seen.values()]
+        return Placement(self.device.target, tuple(nodes))
+
+    def _executed(self) -> tuple[ExecutedNode, ...]:
+        """Read the graph that ONNX Runtime saves once it has optimized it; weights go beside it."""
+        with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
+            saved = Path(folder) / "optimized.onnx"
+            made = self._session_options()
+            made.optimized_model_filepath = str(saved)
+            # Weights are not looked at: in a file of their own they need not be parsed.
+            made.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
+            made.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+            self._create(made)
+            return _read_optimized(saved)
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def _read_optimized(path: Path) -> tuple[ExecutedNode, ...]:
+    onnx = require("onnx", extra="ort")
+    graph = onnx.load(str(path), load_external_data=False).graph
+    types = {t.name: onnx.TensorProto.DataType.Name(t.data_type).lower() for t in graph.initializer}
+    found = []
+    for node in graph.node:
+        kinds = [_TYPES.get(types[name], types[name]) for name in node.input if name in types]
+        floats = [kind for kind in kinds if "float" in kind]
+        precision = "int8" if any(mark in node.op_type for mark in _INT8_OPS) else floats[0] if floats else ""
+        names = {node.name, *node.output, *(name for name in node.input if name in types)} - {""}
+        found.append(
+            ExecutedNode(node.name, node.op_type, precision, frozenset(_SUFFIXES.sub("", name) for name in names))
+        )
+    return tuple(found)
 
 
 def _node(event: dict[str, Any]) -> NodePlacement:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import require
-from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, SessionOptions
+from deploykit.runtimes.base import Device, ExecutedNode, NodePlacement, Placement, Session, SessionOptions
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
 _TYPES = {
@@ -111,13 +112,17 @@ class OpenVinoSession(Session):
     def _translate(self, exc: Exception) -> Exception:
         return InferenceError(f"OpenVINO failed while it ran {self._path} ({_clean(exc)})")
 
-    def _placement(self, feeds: Feeds) -> Placement:
+    def _placement(self, feeds: Feeds, runs: int) -> Placement:
         """Compile once more with performance counters and read every executed node's precision and time."""
         compiled = self._compile(self._ov.Core(), self.settings | {"PERF_COUNT": True})
         request = compiled.create_infer_request()
         arrays = {self._ports[name]: array for name, array in feeds.items()}
         request.infer(arrays)
-        request.infer(arrays)
+        times: dict[str, list[float]] = {}
+        for _ in range(runs):
+            request.infer(arrays)
+            for info in request.profiling_info:
+                times.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e6)
         precisions = _runtime_precisions(compiled)
         devices = compiled.get_property("EXECUTION_DEVICES")
         on = devices[0] if devices else self.device.target
@@ -135,9 +140,23 @@ class OpenVinoSession(Session):
                 continue
             raw = precisions.get(info.node_name, info.exec_type.rpartition("_")[2])
             precision = "int8" if raw.lower() in _INTEGER else _TYPES.get(raw.lower(), raw)
-            micros = info.real_time.total_seconds() * 1e6
+            micros = median(times[info.node_name])
             nodes.append(NodePlacement(info.node_name, info.node_type, on, precision, micros))
         return Placement(asked, tuple(nodes))
+
+    def _executed(self) -> tuple[ExecutedNode, ...]:
+        """Read the plugin's own graph: every node names the layers that were fused into it."""
+        found = []
+        for node in self._compiled.get_runtime_model().get_ops():
+            info = {key: str(value.value) for key, value in node.get_rt_info().items() if hasattr(value, "value")}
+            op, name = info.get("layerType", node.get_type_name()), node.get_friendly_name()
+            if op in ("Const", "Input", "Output"):
+                continue
+            names = {part for part in (name, *info.get("originalLayersNames", "").split(",")) if part}
+            raw = info.get("runtimePrecision", "").lower()
+            precision = "int8" if raw in _INTEGER else _TYPES.get(raw, raw)
+            found.append(ExecutedNode(name, op, precision, frozenset(_layer_name(n) for n in names)))
+        return tuple(found)
 
     def close(self) -> None:
         """Free the compiled model."""
@@ -151,6 +170,13 @@ def _runtime_precisions(compiled: Any) -> dict[str, str]:
         if "runtimePrecision" in info:
             found[node.get_friendly_name()] = str(info["runtimePrecision"].value)
     return found
+
+
+def _layer_name(name: str) -> str:
+    """An ONNX node's or tensor's name, without what the front end and the fusions put behind it."""
+    for mark in ("/WithoutBiases", "/Dequantization", "/transpose_b"):
+        name = name.split(mark)[0]
+    return name.removesuffix("_original")
 
 
 def _check_external_data(path: Path) -> None:

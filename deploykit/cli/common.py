@@ -139,6 +139,16 @@ def show_artifact(artifact: Any, *, as_json: bool) -> None:
         click.echo(f"  output  {spec}")
     for record in manifest.evidence.parity:
         click.echo(f"  parity  {parity_line(record)}")
+    for title, text in evidence_lines(json.loads(manifest.evidence.model_dump_json())):
+        click.echo(f"  {title:7} {text}")
+
+
+def evidence_lines(evidence: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured of a quantized model: accuracy, layers that run in int8, speed; a title and a line each."""
+    lines = [("quality", record["summary"]) for record in evidence["accuracy"]]
+    for title, kind in (("int8", "placement"), ("speed", "benchmark")):
+        lines += [(title, f"{record['device']} {record['summary']}") for record in evidence[kind]]
+    return lines
 
 
 def parity_line(record: dict[str, Any]) -> str:

@@ -96,6 +96,8 @@ def show(found: Mapping[str, Any]) -> None:
                 _line("", f"note: {note}")
         for record in found["artifact"]["evidence"]["parity"]:
             _line("parity", common.parity_line(record))
+        for title, text in common.evidence_lines(found["artifact"]["evidence"]):
+            _line(title, text)
 
 
 def _show_graph(found: Mapping[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from deploykit.cli import common
+from deploykit.cli.quantize_options import goal_arguments, goal_options
 from deploykit.cli.quantize_repair import repair
 
 _bits: common.Decorator = click.option(
@@ -61,6 +64,7 @@ command.add_command(repair)
 @_bits
 @_per_tensor
 @_cosine
+@goal_options
 @common.contract_option
 @common.json_option
 @common.dry_run_option
@@ -76,6 +80,7 @@ def dynamic(
     contract: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
+    **goal: Any,
 ) -> None:
     """int8 weights; activations are quantized while the model runs. Needs no data. For transformers and LSTMs."""
     sizes = common.parse_dims(dims)
@@ -83,6 +88,7 @@ def dynamic(
         params = {
             "model": model, "data": data, "dims": sizes, "exclude": list(exclude), "weight_bits": weight_bits,
             "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
+            **goal_arguments(goal),
         }  # fmt: skip
         common.show_recipe("quantize-dynamic", params)
         return
@@ -92,7 +98,7 @@ def dynamic(
     config = DynamicConfig(per_channel=not per_tensor, exclude=exclude, weight_bits=weight_bits)
     artifact = quantize_dynamic(
         model, output, config=config, data=data, dims=sizes, min_cosine=min_cosine, contract=contract,
-        progress=common.progress(),
+        progress=common.progress(), **goal_arguments(goal),
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)
 
@@ -151,6 +157,7 @@ def dynamic(
 @_bits
 @_per_tensor
 @_cosine
+@goal_options
 @common.contract_option
 @common.json_option
 @common.dry_run_option
@@ -175,6 +182,7 @@ def static(
     contract: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
+    **goal: Any,
 ) -> None:
     """uint8 activations and int8 weights, ranges from calibration data. For convolutional nets and transformers."""
     if dry_run:
@@ -184,6 +192,7 @@ def static(
             "max_samples": max_samples, "smooth": smooth, "equalize": equalize, "bias_correction": bias_correction,
             "rounding": rounding, "exclude": list(exclude), "weight_bits": weight_bits,
             "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
+            **goal_arguments(goal),
         }  # fmt: skip
         common.show_recipe("quantize-static", params)
         return
@@ -197,6 +206,7 @@ def static(
         bias_correction=bias_correction, rounding=rounding,
     )  # fmt: skip
     artifact = quantize_static(
-        model, output, data=data, config=config, min_cosine=min_cosine, contract=contract, progress=common.progress()
-    )
+        model, output, data=data, config=config, min_cosine=min_cosine, contract=contract,
+        progress=common.progress(), **goal_arguments(goal),
+    )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)

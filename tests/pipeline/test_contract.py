@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit import deriving
+from deploykit import quantizer
 from deploykit.artifact import Artifact
 from deploykit.errors import ContractError
 from deploykit.optimizers import StepConfig, StepResult
@@ -90,7 +90,7 @@ def test_an_optimizer_that_breaks_the_contract_is_caught(
         onnx.save(proto, str(target))
         return StepResult(changed=True)
 
-    monkeypatch.setattr(deriving, "optimize", fuse)
+    monkeypatch.setattr(quantizer, "optimize", fuse)
     with pytest.raises(ContractError, match="QGemm" if domain == "com.microsoft" else "first.*my.company"):
         quantize_dynamic(exported.path, tmp_path / "b")
     assert not (tmp_path / "b").exists()

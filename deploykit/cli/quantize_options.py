@@ -1,0 +1,56 @@
+"""Options of `deploykit quantize` that say what a quantized model has to keep, and how fast it has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from deploykit.cli import common
+
+_OPTIONS: tuple[common.Decorator, ...] = (
+    click.option(
+        "--eval", "eval_data", metavar="DATA",
+        help="Real inputs, with 'labels' for a metric: FILE.npz, a directory of .npy, or module:function.",
+    ),
+    click.option(
+        "--metric", type=click.Choice(["accuracy", "f1", "precision", "recall"]),
+        help="What may drop by --max-drop on --eval. accuracy, where no other target is given.",
+    ),
+    click.option(
+        "--max-drop", metavar="DROP", help="0.01: in the metric's units (the default); 1%: of the parent's value."
+    ),
+    click.option(
+        "--min-sqnr", type=float, metavar="DB",
+        help="Smallest ratio of signal to error of the output, in dB, on --eval or --data; needs no labels.",
+    ),
+    click.option(
+        "--min-agreement", type=click.FloatRange(0, 1), metavar="SHARE",
+        help="Smallest share of samples whose class is the parent's; needs no labels.",
+    ),
+    click.option("--output-name", metavar="NAME", help="The output that is judged; the first [batch, classes]."),
+    click.option(
+        "--no-escalation", is_flag=True,
+        help="Where a target is missed, leave layers in float at once, without trying other settings before.",
+    ),
+    common.device_option,
+    click.option("--allow-slower", is_flag=True, help="Accept a model that is not faster than its parent."),
+    click.option(
+        "--gate-seconds", type=click.FloatRange(0), default=6.0, show_default=True,
+        help="Timed seconds in all, against the parent on each --device; 0: no timing.",
+    ),
+)  # fmt: skip
+
+
+def goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options for accuracy and speed to a command, which gets them as keyword arguments."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def goal_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The options as arguments of the verb and as keys of the recipe."""
+    rest = {key: value for key, value in given.items() if key != "no_escalation"}
+    return {**rest, "escalate": not given["no_escalation"], "devices": list(given["devices"])}

@@ -1,0 +1,282 @@
+"""Makes a quantized model that keeps what is asked, gains speed, and is proven to run in int8."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deploykit import optimizers
+from deploykit.artifact import Evidence, sha256_of
+from deploykit.data import Dataset
+from deploykit.deriving import Work, memory_short
+from deploykit.errors import AccuracyError, DataError, DeploykitError
+from deploykit.gating import (
+    SMALLEST_MS,
+    Gate,
+    check_speed,
+    faster_as_a_whole,
+    quick_ms,
+    slow_layers,
+    time_against_parent,
+)
+from deploykit.goals import Goal, Judge, Score
+from deploykit.models import benchmark_feeds
+from deploykit.optimizers import DynamicConfig, StaticConfig, StepResult, optimize
+from deploykit.proof import prove_placement
+from deploykit.ranking import LayerError, rank_layers
+from deploykit.runtimes import Device, open_session
+from deploykit.targeting import reach
+from deploykit.weights import WHOLE_LIMIT_BYTES
+
+Config = DynamicConfig | StaticConfig
+# Rows that rank layers, and rows that show whether a model collapsed where no target was given.
+_RANKED_ROWS, _CHECKED_ROWS = 64, 256
+_SLOW_ROUNDS = 2
+NOT_CERTIFIED = "not certified: made-up inputs"
+
+
+def escalate(model: Path, config: Config) -> Iterator[Config]:
+    """Settings to try, from cheap to costly: what the user asked for, then what keeps more of the numbers."""
+    yield config
+    if not config.per_channel:
+        config = replace(config, per_channel=True)
+        yield config
+    if isinstance(config, StaticConfig):
+        yield from (other for other in optimizers.escalation(model, config) if other != config)
+
+
+@dataclass(slots=True)
+class Quantizer:
+    """Makes a quantized model and proves it; what `derive` asks for.
+
+    Attributes:
+        config: How to quantize.
+        goal: What it has to keep.
+        further: Whether other settings are tried before layers stay in float.
+        eval_data: What that is judged on; the step's own data where it is None.
+        gate: What its speed is held to.
+        reasons: Why layers stay in float, by node or operator type.
+        judge: Holds the parent's outputs, where there are real data.
+        score: Of the model of this digest.
+    """
+
+    config: Config
+    goal: Goal
+    further: bool
+    eval_data: str | Path | None
+    gate: Gate
+    reasons: dict[str, str] = field(default_factory=dict)
+    judge: Judge | None = None
+    score: tuple[str, Score] | None = None
+    _trials: int = 0
+
+    @property
+    def cure(self) -> str:
+        """What to do where the result is too far from its parent."""
+        return "give more calibration data, or leave layers out with --exclude"
+
+    def make(self, work: Work, target: Path) -> StepResult:
+        """Quantize until the target is met, then give back to float what int8 slows down."""
+        self.reasons = dict.fromkeys(self.config.exclude, "excluded")
+        self._open_judge(work)
+        config, notes, extra = self.config, list[str](), dict[str, Any]()
+        if self.goal.asked:
+            place, made, config, notes, extra = self._reach(work)
+        else:
+            place, made = self._quantize(work, config)
+        place, made, config, slower = self._give_back_slow(work, place, made, config)
+        for file in sorted(place.parent.iterdir()):
+            if file.name.startswith(place.name):  # with its external data
+                shutil.move(file, target.parent / file.name)
+        params = {**made.params, **extra, **({"float_because_slower": slower} if slower else {})}
+        return replace(made, notes=(*made.notes, *notes), params=params)
+
+    def _open_judge(self, work: Work) -> None:
+        data = Dataset.open(self.eval_data) if self.eval_data is not None else work.data
+        if data is None:
+            if self.goal.asked:
+                raise DataError(
+                    "an accuracy target needs real data: made-up inputs certify no quantized model",
+                    hint="add --eval DATA",
+                )
+            if work.origin == "generated":
+                work.told.note(f"{NOT_CERTIFIED}, which prove no accuracy; give real ones with --data or --eval")
+            return
+        if self.goal.asked and self.eval_data is None:
+            work.told.note("judged on the calibration data, which flatters the result; give others with --eval")
+        folder = work.folder / "parent"
+        folder.mkdir()
+        limit = None if self.goal.asked else _CHECKED_ROWS
+        with work.told.step(f"run the parent on {data.source}"):
+            self.judge = Judge(
+                work.parent.path, work.parent.signature, work.device, data, self.goal, folder, limit=limit
+            )
+
+    def _quantize(self, work: Work, config: Config, keep_float: str | None = None) -> tuple[Path, StepResult]:
+        """One quantization in a folder of its own."""
+        self._trials += 1
+        if self._trials > 1 and isinstance(config, StaticConfig):
+            config = replace(config, save_calibration=None)  # kept once; nothing is overwritten
+        folder = work.folder / f"trial-{self._trials}"
+        folder.mkdir()
+        place = folder / "model.onnx"
+        made = optimize(
+            work.parent.path, config, place, check=work.check, open_model=_opener(work.device), data=work.data,
+            progress=work.told, keep_float=folder / keep_float if keep_float else None,
+        )  # fmt: skip
+        return place, made
+
+    def _reach(self, work: Work) -> tuple[Path, StepResult, Config, list[str], dict[str, Any]]:
+        assert self.judge is not None
+        bench = _Bench(self, work, self.judge)
+        with work.told.step(f"reach {self.goal.describe()}"):
+            configs = escalate(work.parent.path, self.config) if self.further else (self.config,)
+            found = reach(bench, configs, lambda s: s.describe(self.goal))
+        place, made = bench.kept(found.config, found.floats)
+        config = with_floats(found.config, found.floats)
+        self.score = sha256_of(place), found.score
+        notes = [f"{found.score.describe(self.goal)} on {self.judge.data.source}; {found.evaluations} models judged"]
+        layers = [
+            {"nodes": list(f.nodes), "sqnr_db": _finite(f.sqnr_db), "feeders": list(f.feeders)} for f in found.floats
+        ]
+        for layer in found.floats:
+            reason = f"chosen by target: SQNR {layer.sqnr_db:.1f} dB"
+            self.reasons |= dict.fromkeys(layer.nodes, reason)
+            notes.append(f"{layer.name} stays in float, {reason}")
+        for layer in found.floats:
+            feeds = f"feeds {layer.name}, which was chosen by target"
+            self.reasons |= {name: feeds for name in layer.feeders if name not in self.reasons}
+        extra: dict[str, Any] = {
+            "target": self.goal.describe(), "evaluations": found.evaluations,
+            "ranked_layers": found.ranked, "float_by_target": layers,
+        }  # fmt: skip
+        return place, made, config, notes, extra
+
+    def _give_back_slow(
+        self, work: Work, place: Path, made: StepResult, config: Config
+    ) -> tuple[Path, StepResult, Config, list[str]]:
+        """Layers whose int8 kernel is slower return to float, as long as the whole gains by it."""
+        device = next((d for d in self.gate.devices if d.runtime == "ort"), None)
+        given: list[str] = []
+        if device is None or self.gate.seconds <= 0 or work.parent.size_bytes > WHOLE_LIMIT_BYTES:
+            return place, made, config, given
+        feeds, _, _ = benchmark_feeds(work.parent, work.data, 1, work.dims)
+        with suppress(DeploykitError):  # whoever cannot run it here is told by the comparison
+            if quick_ms(work.parent.path, device, feeds) < SMALLEST_MS:
+                return place, made, config, given
+            for _ in range(_SLOW_ROUNDS):
+                slow = slow_layers(work.parent.path, place, device, feeds[0])
+                if not slow:
+                    break
+                other = replace(config, exclude=(*config.exclude, *(s.name for s in slow)))
+                after, result = self._quantize(work, other)
+                if not faster_as_a_whole(place, after, self.gate.devices, feeds):
+                    break
+                place, made, config = after, result, other
+                self.reasons |= {s.name: s.reason for s in slow}
+                given += [s.name for s in slow]
+        return place, made, config, given
+
+    def prove(self, work: Work, target: Path) -> Evidence:
+        """Judge, time and look into the model that will be committed.
+
+        Raises:
+            AccuracyError: It misses the target, or collapsed.
+            SpeedError: It is not faster.
+        """
+        accuracy = self._certify(work, target)
+        feeds, origin, _ = benchmark_feeds(work.parent, work.data, 1, work.dims)
+        short = {d: why for d in self.gate.devices if (why := memory_short(d, work.parent, target))}
+        gate = replace(self.gate, devices=tuple(d for d in self.gate.devices if d not in short))
+        with work.told.step(f"time against the parent in {', '.join(map(str, gate.devices))}"):
+            speed = time_against_parent(work.parent, target, gate, feeds, origin)
+        speed += [
+            {"device": str(d), "verdict": "not timed", "summary": f"not timed: {why}"} for d, why in short.items()
+        ]
+        allowed = check_speed(speed, gate)
+        for note in ([allowed] if allowed else []) + [
+            f"{r['device']} {r['summary']}" for r in speed if r["verdict"] == "not timed"
+        ]:
+            work.told.note(note)
+        placement = [prove_placement(target, device, self.reasons) for device in gate.devices]
+        return Evidence(accuracy=accuracy, placement=placement, benchmark=speed)
+
+    def _certify(self, work: Work, target: Path) -> list[dict[str, Any]]:
+        if self.judge is None:
+            made_up = work.origin == "generated"
+            reason = NOT_CERTIFIED if made_up else "not certified: no evaluation data"
+            return [{"certified": False, "summary": reason}]
+        digest = sha256_of(target)
+        score = self.score[1] if self.score and self.score[0] == digest else self.judge.judge(target)
+        if not score.met:
+            what = score.collapsed or f"the target ({self.goal.describe()}) is missed"
+            raise AccuracyError(
+                f"{what}: {score.describe(self.goal)} on {self.judge.data.source}",
+                hint="give more calibration data, or set a target that keeps layers in float: --eval DATA",
+            )
+        return [self.judge.record(score)]
+
+
+class _Bench:
+    """What `reach` asks for, with files: keeps the models that may still be wanted."""
+
+    def __init__(self, quantizer: Quantizer, work: Work, judge: Judge) -> None:
+        self._quantizer = quantizer
+        self._work = work
+        self._judge = judge
+        self._made: dict[tuple[Config, tuple[str, ...]], tuple[Path, StepResult, Score]] = {}
+
+    def judge(self, config: Config, floats: Sequence[LayerError]) -> Score:
+        place, made = self._quantizer._quantize(
+            self._work, with_floats(config, floats), None if floats else "float.onnx"
+        )
+        score = self._judge.judge(place)
+        self._made[config, _names(floats)] = place, made, score
+        self._work.told.advance(len(self._made), None, "models judged")
+        self._forget()
+        return score
+
+    def rank(self, config: Config) -> list[LayerError]:
+        place, _, _ = self._made[config, ()]
+        folder = place.parent / "ranking"
+        folder.mkdir()
+        try:
+            return rank_layers(
+                place.parent / "float.onnx", place, self._judge.batches(_RANKED_ROWS), _opener(self._work.device),
+                folder,
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(folder)
+
+    def kept(self, config: Config, floats: Sequence[LayerError]) -> tuple[Path, StepResult]:
+        place, made, _ = self._made[config, _names(floats)]
+        return place, made
+
+    def _forget(self) -> None:
+        """Remove what can be no result any more: of those with float layers, all but the smallest that reach it."""
+        chosen = [key for key, (_, _, score) in self._made.items() if key[1] and score.met]
+        smallest = min(chosen, key=lambda key: len(key[1]), default=None)
+        for key, (place, _, score) in self._made.items():
+            if key[1] and key != smallest and (not score.met or smallest is not None):
+                shutil.rmtree(place.parent, ignore_errors=True)
+
+
+def with_floats(config: Config, floats: Sequence[LayerError]) -> Config:
+    """Settings that leave some layers out."""
+    return replace(config, exclude=tuple(dict.fromkeys((*config.exclude, *_names(floats)))))
+
+
+def _names(floats: Sequence[LayerError]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for layer in floats for name in (*layer.nodes, *layer.feeders)))
+
+
+def _opener(device: Device) -> Any:
+    return lambda path: open_session(path, device).run
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 2) if abs(value) < float("inf") else None
