@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploykit.artifact import Artifact, Evidence
 from deploykit.comparing import MIN_COSINE, integer_kernels, not_same_bits
@@ -72,7 +73,7 @@ class _Repairer:
 
     def prove(self, work: Work, target: Path) -> Evidence:
         """Count how many convolutions and products ran on integers before and after, in each runtime."""
-        records = []
+        records: list[dict[str, Any]] = []
         for number, device in enumerate(default_devices()):
             if number and memory_short(device, work.parent, target):
                 continue

@@ -6,7 +6,7 @@ reads it. Each function changes a graph in place and returns how often it applie
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -183,8 +183,9 @@ def unsign_positive(graph: PairEditor) -> int:
             continue  # a bias would leave the range of int32
         for member, _ in both:
             graph.set_params(member, finer)
-        for reader, (codes, scale) in biases:
-            store_bias(graph, reader, codes, scale)
+        for reader, made in biases:
+            if made:  # all of them, as was looked at before anything was changed
+                store_bias(graph, reader, *made)
         count += 1
     return count
 
@@ -225,7 +226,7 @@ def store_bias(graph: PairEditor, node: onnx.NodeProto, codes: Array, scale: Arr
     scale = scale.reshape(()) if scale.size == 1 else scale
     stored = graph.add_constant(f"{node.output[0]}_bias", codes)
     zero = graph.store(f"{node.output[0]}_bias_zero_point", np.zeros(scale.shape, np.int32))
-    extra = {"axis": 0} if scale.size > 1 else {}
+    extra: dict[str, Any] = {"axis": 0} if scale.size > 1 else {}
     inputs = [stored, graph.store(f"{node.output[0]}_bias_scale", scale), zero]
     graph.set_input(node, 2, graph.add(DEQUANTIZE, inputs, f"{node.output[0]}_bias_dequantized", **extra))
 
