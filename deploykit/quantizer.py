@@ -198,8 +198,9 @@ class Quantizer:
             {"device": str(d), "verdict": "not timed", "summary": f"not timed: {why}"} for d, why in short.items()
         ]
         allowed = check_speed(speed, gate)
+        silent = [id(r) for r in gate.decisive(speed) if r["verdict"] != "not timed"]
         for note in ([allowed] if allowed else []) + [
-            f"{r['device']} {r['summary']}" for r in speed if r["verdict"] == "not timed"
+            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent
         ]:
             work.told.note(note)
         placement = [prove_placement(target, device, self.reasons) for device in gate.devices]
