@@ -21,7 +21,8 @@ def main(runtime: str, path: str) -> None:
         def load() -> None:
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     else:
-        sys.modules["openvino_telemetry"] = None  # it would report this import, from a process that may hang
+        # It would report this import, from a process that may hang.
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         import openvino
 
         version = openvino.__version__.split("-")[0]
