@@ -136,6 +136,7 @@ def compare(
     tolerance: Tolerance | None = None,
     *,
     bounded: Collection[str] = (),
+    slack: Sequence[Outputs] | None = None,
 ) -> Parity:
     """Compare outputs case by case.
 
@@ -145,11 +146,13 @@ def compare(
         tolerance: None for the default of each output's dtype.
         bounded: Outputs that the graph makes by Sigmoid or Softmax: they may differ by `FLOOR`, as long as the outputs
             for one input would still not pass as those for another.
+        slack: What each value may differ by where few differ, one mapping a case; see `conditioning.slack_of`.
     """
     if bounded and check_vacuity(expected, tolerance, bounded):
         bounded = ()
     diffs = tuple(
-        _diff_output(name, expected, actual, tolerance, FLOOR if name in bounded else 0.0) for name in expected[0]
+        _diff_output(name, expected, actual, tolerance, FLOOR if name in bounded else 0.0, slack)
+        for name in expected[0]
     )
     shapes = tuple({name: list(a.shape) for name, a in case.items()} for case in expected)
     dtypes = [np.asarray(a).dtype.name for a in expected[0].values()]
@@ -164,7 +167,12 @@ def _judge(diffs: Sequence[OutputDiff]) -> tuple[Verdict, str]:
 
 
 def _diff_output(
-    name: str, expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None, floor: float
+    name: str,
+    expected: Sequence[Outputs],
+    actual: Sequence[Outputs],
+    tolerance: Tolerance | None,
+    floor: float,
+    slack: Sequence[Outputs] | None,
 ) -> OutputDiff:
     inf = float("inf")
     worst = OutputDiff(name, True, 0.0, 0.0, 1.0, inf)
@@ -173,7 +181,8 @@ def _diff_output(
             return OutputDiff(name, False, inf, inf, 0.0, 0.0, "is missing", number)
         x, y = np.asarray(have[name]), np.asarray(want[name])
         chosen = replace(tolerance or Tolerance.for_dtype(y.dtype.name), floor=floor)
-        worst = _worse(worst, diff_arrays(x, y, chosen), number, y)
+        room = None if slack is None else slack[number].get(name)
+        worst = _worse(worst, diff_arrays(x, y, chosen, room), number, y)
     return replace(worst, top1=_top1(name, expected, actual))
 
 

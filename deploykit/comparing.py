@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from deploykit.benchmarks.bisect_graph import load_graph
-from deploykit.benchmarks.parity import Parity, Verdict, compare, compare_lossy, without_padding
+from deploykit.benchmarks.conditioning import slack_of
+from deploykit.benchmarks.parity import Parity, Tolerance, Verdict, compare, compare_lossy, without_padding
 from deploykit.benchmarks.ties import Choices, GraphChoices, has_choices, relax
 from deploykit.runtimes import Device, default_devices, open_session, require_device
 
@@ -74,6 +77,43 @@ def compare_outputs(
     if min_cosine is None:
         return compare(expected, outputs, bounded=bounded)
     return compare_lossy(without_padding(expected, feeds), without_padding(outputs, feeds), min_cosine)
+
+
+def within_rounding(
+    failed: Parity,
+    feeds: Sequence[Feeds],
+    expected: Sequence[Mapping[str, Array]],
+    outputs: Sequence[Mapping[str, Array]],
+    run: Callable[[Feeds], Mapping[str, Array] | None],
+    tolerance: Tolerance | None,
+    bounded: Collection[str],
+) -> tuple[Parity, set[int]]:
+    """Judge a failed comparison again, where a few values differ by no more than the source's own rounding moves them.
+
+    Args:
+        failed: The comparison; returned as it is unless it failed by a tolerance, and not in every case.
+        feeds: Inputs, one mapping a case.
+        expected: The source's outputs.
+        outputs: The candidate's.
+        run: Runs the source; None where it cannot be asked.
+        tolerance: As for `compare`.
+        bounded: As for `compare`.
+
+    Returns:
+        The verdict, and the numbers of the cases that are right in that sense only.
+    """
+    if failed.verdict is not Verdict.FAILED or not all(np.isfinite(o.max_abs) for o in failed.outputs):
+        return failed, set()
+    alone = [compare([want], [have], tolerance, bounded=bounded) for want, have in zip(expected, outputs, strict=True)]
+    loose = {number for number, one in enumerate(alone) if one.verdict is Verdict.FAILED}
+    slack = slack_of(feeds, expected, run) if len(loose) < len(alone) else None
+    if slack is None:
+        return failed, set()
+    again = compare(expected, outputs, tolerance, bounded=bounded, slack=slack)
+    if again.verdict is Verdict.FAILED:
+        return failed, set()
+    text = "the source moves these values as far when its inputs move by their rounding"
+    return replace(again, relaxed=tuple(f"{o.name}: {o.reason}; {text}" for o in failed.outputs if not o.equal)), loose
 
 
 def graph_choices(model: Path, device: Device) -> Callable[[Path], Choices]:

@@ -19,6 +19,8 @@ from deploykit.specs import TensorSpec, terms
 if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
 
+_REPEATS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -120,7 +122,8 @@ def _refuse_random(parent: LoadedModel, session: Session, feeds: Feeds, outputs:
     if parent.path.suffix != ".onnx":
         return
     ops = random_ops(read_model(parent.path, weights=False))
-    if ops and compare([outputs], [session.run(feeds)]).verdict is Verdict.FAILED:
+    # Few random bits may well be the same twice.
+    if ops and any(compare([outputs], [session.run(feeds)]).verdict is Verdict.FAILED for _ in range(_REPEATS)):
         raise ModelError(
             f"{parent.path} gives other outputs each time for the same inputs (it has {', '.join(ops)})",
             expected="a deterministic model",
