@@ -226,6 +226,9 @@ def _derive(
                 f"its outputs differ: {result.reason}" if result.verdict is Verdict.FAILED else why_not(candidate, held)
             )
 
+        def compare_bits(candidate: Path) -> str | None:
+            return not_same_bits(parent.path, candidate, feeds)
+
         with told.step(f"{step} {model}"):
             done = optimize(
                 parent.path,
@@ -235,7 +238,7 @@ def _derive(
                 open_model=lambda p: open_session(p, targets[0]).run,
                 data=dataset,
                 process=process,
-                same_bits=lambda p: not_same_bits(parent.path, p, feeds),
+                same_bits=compare_bits if targets[0].runtime == "ort" else None,
             )
         for note in (*done.notes, *conform(target, held)):
             told.note(note)

@@ -50,7 +50,7 @@ def int32_biases(graph: PairEditor) -> int:
         if not weight[1].per_tensor and weight[1].axis != (0 if turned else 1):
             continue
         made = bias_codes(bias, source[2], weight[1])
-        if made:
+        if made is not None:
             store_bias(graph, node, *made)
             count += 1
     return count

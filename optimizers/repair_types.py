@@ -7,7 +7,7 @@ bits when nothing is fused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def quantized(values: Array, params: Params) -> Array:
     low, high = params.limits
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         codes = np.rint(values / scale) + zero.astype(np.float32)
-    return np.clip(codes, low, high).astype(params.zero.dtype)
+    return np.asarray(np.clip(codes, low, high), params.zero.dtype)
 
 
 def spread(values: Array, axis: int, rank: int) -> Array:
@@ -112,7 +112,7 @@ def dequantize_constant(graph: PairEditor, codes: str, params: Params) -> str:
         The name of the result.
     """
     inputs = [codes, graph.store(f"{codes}_scale", params.scale), graph.store(f"{codes}_zero_point", params.zero)]
-    extra = {} if params.per_tensor else {"axis": params.axis}
+    extra: dict[str, Any] = {} if params.per_tensor else {"axis": params.axis}
     return graph.add(DEQUANTIZE, inputs, f"{codes}_dequantized", **extra)
 
 
