@@ -113,6 +113,8 @@ def repair(model: Path, config: RepairConfig, target: Path, same_bits: Check | N
         notes.append(
             "without fusions the whole gives " + ("other bits" if other_bits else "the very bits of the model")
         )
+    if changed and same_bits is None:
+        notes.append("bits were not compared: ONNX Runtime is not installed")
     params: dict[str, Any] = {
         "exact_only": config.exact,
         "bit_exact": {text: count for text, count in exact.items()},
