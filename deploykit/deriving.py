@@ -309,7 +309,9 @@ def _compare_with_parent(
 def _cure(config: StepConfig) -> str | None:
     """What to do where a result is too far from its parent."""
     if isinstance(config, RepairConfig):
-        return "keep to what changes no bit: --exact"
+        return (
+            "keep to what changes no bit: --exact; or accept the distance from a badly quantized parent: --min-cosine X"
+        )
     if isinstance(config, SimplifyConfig):
         return None
     return "give more calibration data, or leave layers out with --exclude"
