@@ -42,15 +42,14 @@ def not_same_bits(parent: Path, candidate: Path, feeds: Sequence[Feeds]) -> str 
         DeviceError: ONNX Runtime is not installed.
         InferenceError: One of them does not run.
     """
-    with (
-        open_session(parent, "ort:cpu", optimize=False) as one,
-        open_session(candidate, "ort:cpu", optimize=False) as other,
-    ):
-        for number, case in enumerate(feeds):
-            expected, made = one.run(case), other.run(case)
-            for name, array in expected.items():
-                if array.dtype != made[name].dtype or array.tobytes() != made[name].tobytes():
-                    return f"output {name!r} of case {number} has other bits"
+    found: list[list[dict[str, Array]]] = []
+    for model in (parent, candidate):  # one after the other: both may be large
+        with open_session(model, "ort:cpu", optimize=False) as session:
+            found.append([session.run(case) for case in feeds])
+    for number, (expected, made) in enumerate(zip(*found, strict=True)):
+        for name, array in expected.items():
+            if array.dtype != made[name].dtype or array.tobytes() != made[name].tobytes():
+                return f"output {name!r} of case {number} has other bits"
     return None
 
 

@@ -18,7 +18,7 @@ from deploykit.benchmarks.parity import (
 )
 from deploykit.contract import conform, contract_of, why_not
 from deploykit.data import Dataset
-from deploykit.errors import DeploykitError, OptimizationError, ParityError, UnverifiableError
+from deploykit.errors import DeploykitError, InferenceError, OptimizationError, ParityError, UnverifiableError
 from deploykit.machine import free_memory
 from deploykit.modelfile import model_bytes
 from deploykit.models import LoadedModel, load_model
@@ -26,7 +26,7 @@ from deploykit.nodes import bounded_outputs
 from deploykit.optimizers import SimplifierProcess, SimplifyConfig, StepResult, optimize
 from deploykit.optimizers.base import Check
 from deploykit.progress import Progress
-from deploykit.reference import run_parent
+from deploykit.reference import Reference, run_parent
 from deploykit.runtimes import Device, default_devices
 from deploykit.staging import ArtifactWriter, check_free
 
@@ -106,10 +106,14 @@ class Maker(Protocol):
 
     Attributes:
         cure: What to do where the result is too far from its parent.
+        unfused: Whether a parent that does not run otherwise may run without fusions.
     """
 
     @property
     def cure(self) -> str | None: ...
+
+    @property
+    def unfused(self) -> bool: ...
 
     def make(self, work: Work, target: Path) -> StepResult:
         """Write the model."""
@@ -142,7 +146,7 @@ def derive(
     parent = load_model(model)
     held = contract_of(parent.lineage, contract)
     dataset = Dataset.open(data) if data else None
-    reference = run_parent(parent, targets[0], dataset, dims or {})
+    reference = _reference(parent, targets[0], dataset, dims or {}, told, unfused=maker.unfused)
     feeds, expected, origin = reference.feeds, reference.outputs, reference.origin
     for note in reference.notes:
         told.note(note)
@@ -209,11 +213,41 @@ class _Simplifier:
     def cure(self) -> None:
         return None
 
+    @property
+    def unfused(self) -> bool:
+        return False
+
     def make(self, work: Work, target: Path) -> StepResult:
         return optimize(work.parent.path, self.config, target, check=work.check, process=self.process)
 
     def prove(self, work: Work, target: Path) -> Evidence:
         return Evidence()
+
+
+def _reference(
+    parent: LoadedModel,
+    device: Device,
+    data: Dataset | None,
+    dims: Mapping[str, int],
+    told: Progress,
+    *,
+    unfused: bool,
+) -> Reference:
+    """What the parent gives; without fusions where it may, and does not run with them.
+
+    ONNX Runtime fuses a convolution with a quantizer of several scales, and fails when it runs that.
+
+    Raises:
+        InferenceError: It does not run.
+    """
+    try:
+        return run_parent(parent, device, data, dims)
+    except InferenceError as exc:
+        if not unfused or device.runtime != "ort":
+            raise
+        found = run_parent(parent, device, data, dims, optimize=False)
+        told.note(f"the model runs without fusions only ({exc.what}); compared with that")
+        return found
 
 
 def _compare_with_parent(

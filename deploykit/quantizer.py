@@ -79,6 +79,11 @@ class Quantizer:
         """What to do where the result is too far from its parent."""
         return "give more calibration data, or leave layers out with --exclude"
 
+    @property
+    def unfused(self) -> bool:
+        """A parent has to run as it will be served."""
+        return False
+
     def make(self, work: Work, target: Path) -> StepResult:
         """Quantize until the target is met, then give back to float what int8 slows down."""
         self.reasons = dict.fromkeys(self.config.exclude, "excluded")

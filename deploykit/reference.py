@@ -39,11 +39,20 @@ class Reference:
     notes: tuple[str, ...] = ()
 
 
-def run_parent(parent: LoadedModel, device: Device, data: Dataset | None, dims: Mapping[str, int]) -> Reference:
+def run_parent(
+    parent: LoadedModel, device: Device, data: Dataset | None, dims: Mapping[str, int], *, optimize: bool = True
+) -> Reference:
     """Run a parent on real, golden or made-up inputs.
 
     Made-up ones vary every dynamic dimension, because a step may have fixed any of them; what the parent itself does
     not run at is left out.
+
+    Args:
+        parent: The model.
+        device: Where it runs.
+        data: Real inputs.
+        dims: Sizes of dynamic dimensions where inputs are made up.
+        optimize: Whether the runtime may fuse operators.
 
     Raises:
         InferenceError: It runs at no shape.
@@ -51,7 +60,7 @@ def run_parent(parent: LoadedModel, device: Device, data: Dataset | None, dims: 
     """
     feeds, origin = probe_feeds(parent, data, dims)
     notes: list[str] = []
-    with open_session(parent.path, device) as session:
+    with open_session(parent.path, device, optimize=optimize) as session:
         if origin == "generated" and not _is_golden(parent, feeds, dims):
             feeds, outputs, notes = _runnable(session, [*feeds, *_other_shapes(parent, feeds, dims)])
             for case in _other_values(parent, feeds):

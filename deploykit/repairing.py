@@ -60,16 +60,20 @@ class _Repairer:
 
     @property
     def cure(self) -> str:
-        return "keep to what changes no bit: --exact"
+        return (
+            "keep to what changes no bit: --exact; or accept the distance from a badly quantized parent: --min-cosine X"
+        )
+
+    @property
+    def unfused(self) -> bool:
+        return True
 
     def make(self, work: Work, target: Path) -> StepResult:
-        return optimize(
-            work.parent.path,
-            self.config,
-            target,
-            check=work.check,
-            same_bits=lambda path: not_same_bits(work.parent.path, path, work.feeds),
-        )
+        def compare_bits(candidate: Path) -> str | None:
+            return not_same_bits(work.parent.path, candidate, work.feeds)
+
+        same_bits = compare_bits if work.device.runtime == "ort" else None
+        return optimize(work.parent.path, self.config, target, check=work.check, same_bits=same_bits)
 
     def prove(self, work: Work, target: Path) -> Evidence:
         """Count how many convolutions and products ran on integers before and after, in each runtime."""
@@ -78,13 +82,15 @@ class _Repairer:
             if number and memory_short(device, work.parent, target):
                 continue
             try:
-                before, after = (integer_kernels(path, device, work.feeds[0]) for path in (work.parent.path, target))
+                after = integer_kernels(target, device, work.feeds[0])
             except DeploykitError as exc:
                 work.told.note(f"kernels not counted in {device}: {exc.what}")
                 continue
-            work.told.note(
-                f"{device}: {before['integer']} of {before['all']} convolutions and products ran on integers before, "
-                f"{after['integer']} of {after['all']} now"
-            )
+            try:
+                before = integer_kernels(work.parent.path, device, work.feeds[0])
+                had = f"{before['integer']} of {before['all']} convolutions and products ran on integers before"
+            except DeploykitError as exc:
+                before, had = {"failed": exc.what}, "the model did not run before"
+            work.told.note(f"{device}: {had}, {after['integer']} of {after['all']} now")
             records.append({"device": str(device), "before": before, "after": after})
         return Evidence(placement=records)

@@ -89,6 +89,10 @@ class PairEditor(GraphEditor):
         self.folder = folder
         self._stored: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
+    def stored(self, name: str) -> bool:
+        """Whether a tensor is a constant, in memory or on disk."""
+        return name in self._weights
+
     def values(self, name: str) -> Array | None:
         """A constant's value, from disk where it lies there."""
         weight = self._weights.get(name)

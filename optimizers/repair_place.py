@@ -178,46 +178,46 @@ def unsign_positive(graph: PairEditor) -> int:
             0,
         )
         readers = [r for m, _ in both if is_op(m, DEQUANTIZE) for r in graph.readers(m.output[0])]
-        biases = [(r, made) for r in readers if (made := _fitting_bias(graph, r, finer)) is not None]
-        if any(len(b) == 0 for _, b in biases):
+        biases = [(r, _bias_for(graph, r, finer)) for r in readers if _has_codes_as_bias(graph, r)]
+        fitting = [(r, found) for r, found in biases if found is not None]
+        if len(fitting) < len(biases):
             continue  # a bias would leave the range of int32
         for member, _ in both:
             graph.set_params(member, finer)
-        for reader, made in biases:
-            if made:  # all of them, as was looked at before anything was changed
-                store_bias(graph, reader, *made)
+        for reader, (codes, scale) in fitting:
+            store_bias(graph, reader, codes, scale)
         count += 1
     return count
 
 
-def _fitting_bias(graph: PairEditor, node: onnx.NodeProto, params: Params) -> tuple[Array, Array] | tuple[()] | None:
-    """An int32 bias in the units that a product with another input scale has.
-
-    Returns:
-        Codes and scale; nothing where they do not fit into int32; None where a node has no such bias.
-    """
+def _has_codes_as_bias(graph: PairEditor, node: onnx.NodeProto) -> bool:
+    """Whether a product reads an int32 bias, whose scale kernels take to be the input's times the weight's."""
     if not is_op(node, "Conv", "ConvTranspose", "Gemm") or len(node.input) < 3 or not node.input[2]:
-        return None
+        return False
+    found = graph.weight(node.input[2])
+    return found is not None and found[1].zero.dtype == np.int32
+
+
+def _bias_for(graph: PairEditor, node: onnx.NodeProto, params: Params) -> tuple[Array, Array] | None:
+    """The int32 bias of a product in the units that another input scale makes."""
     found, weight = graph.weight(node.input[2]), graph.weight(node.input[1])
-    if found is None or weight is None or found[1].zero.dtype != np.int32:
+    codes = graph.values(found[0].input[0]) if found else None
+    if found is None or weight is None or codes is None:
         return None
-    codes = graph.values(found[0].input[0])
-    if codes is None:
-        return ()
-    return bias_codes(codes * found[1].scale.astype(np.float64).reshape(-1), params, weight[1])
+    return bias_codes(np.asarray(codes * found[1].scale.astype(np.float64).reshape(-1)), params, weight[1])
 
 
-def bias_codes(bias: Array, params: Params, weight: Params) -> tuple[Array, Array] | tuple[()]:
+def bias_codes(bias: Array, params: Params, weight: Params) -> tuple[Array, Array] | None:
     """A bias as int32 with the scale that integer kernels imply: the input's times the weight's.
 
     Returns:
-        Codes and scale; nothing where they do not fit into int32.
+        Codes and scale; None where they do not fit into int32.
     """
-    scale = (params.scale * weight.scale.reshape(-1)).astype(np.float32)
+    scale = np.asarray(params.scale * weight.scale.reshape(-1), np.float32)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         codes = np.rint(bias.reshape(-1).astype(np.float64) / scale.astype(np.float64))
     if not np.all(np.abs(codes) <= _INT32_LIMIT):
-        return ()
+        return None
     return codes.astype(np.int32), scale
 
 

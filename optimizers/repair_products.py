@@ -50,7 +50,7 @@ def int32_biases(graph: PairEditor) -> int:
         if not weight[1].per_tensor and weight[1].axis != (0 if turned else 1):
             continue
         made = bias_codes(bias, source[2], weight[1])
-        if made:
+        if made is not None:
             store_bias(graph, node, *made)
             count += 1
     return count
@@ -60,7 +60,7 @@ def float_attention(graph: PairEditor) -> int:
     """Products of two activations are computed in float: their integer kernels are no faster, and round twice."""
     count = 0
     for node in graph.nodes:
-        if not is_op(node, "MatMul") or any(graph.weight(n) or graph.values(n) is not None for n in node.input):
+        if not is_op(node, "MatMul") or any(graph.weight(n) or graph.stored(n) for n in node.input):
             continue
         for index in (0, 1):
             reader, name = _first_reader(graph, node, index)

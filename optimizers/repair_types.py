@@ -75,8 +75,7 @@ def quantized(values: Array, params: Params) -> Array:
     low, high = params.limits
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         codes = np.rint(values / scale) + zero.astype(np.float32)
-    saturated: Array = np.clip(codes, low, high).astype(params.zero.dtype)
-    return saturated
+    return np.asarray(np.clip(codes, low, high), params.zero.dtype)
 
 
 def spread(values: Array, axis: int, rank: int) -> Array:

@@ -107,3 +107,29 @@ def test_too_far_is_no_result(theirs, tmp_path, monkeypatch):
     with pytest.raises(ParityError, match="--exact"):
         deploykit.quantize_repair(theirs, tmp_path / "made", data=tmp_path / "calib.npz")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_model_that_onnxruntime_fuses_and_cannot_run(tmp_path):
+    """NNCF's scales a channel, directly behind a convolution: onnxruntime makes a QLinearConv that fails."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "s": np.float32(0.03), "z": np.uint8(128), "ws": np.full(8, 0.01, np.float32), "wz": np.zeros(8, np.int8),
+        "cs": np.linspace(0.02, 0.05, 8).astype(np.float32), "cz": np.full(8, 128, np.uint8),
+        "w": rng.integers(-127, 128, (8, 3, 1, 1)).astype(np.int8),
+        "d": rng.integers(-127, 128, (8, 1, 3, 3)).astype(np.int8), "ys": np.float32(0.05),
+    }  # fmt: skip
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 17]> g (float[n,3,8,8] x) => (float[n,8,6,6] y) {
+        q = QuantizeLinear(x, s, z)  f = DequantizeLinear(q, s, z)
+        wf = DequantizeLinear<axis = 0>(w, ws, wz)  df = DequantizeLinear<axis = 0>(d, ws, wz)
+        c = Conv(f, wf)  cq = QuantizeLinear<axis = 1>(c, cs, cz)  cf = DequantizeLinear<axis = 1>(cq, cs, cz)
+        h = Conv<group = 8>(cf, df)  hq = QuantizeLinear(h, ys, z)  y = DequantizeLinear(hq, ys, z) }"""
+    )
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items())
+    onnx.save(model, tmp_path / "m.onnx")
+    made = deploykit.quantize_repair(tmp_path / "m.onnx", tmp_path / "made")
+    step = made.manifest.lineage[-1]
+    assert any("runs without fusions only" in note for note in step.notes)
+    placed = {record["device"]: record for record in made.manifest.evidence.placement}
+    assert "failed" in placed["ort:cpu"]["before"]
+    assert placed["ort:cpu"]["after"]["integer"] == 2

@@ -448,3 +448,22 @@ def test_what_has_no_pairs_is_refused(tmp_path):
 def test_other_bits_fail_the_step(tmp_path):
     with pytest.raises(OptimizationError, match="changed the result"):
         repair(mobile_net(), tmp_path, same_bits=lambda _: "output 'y' has other bits")
+
+
+def test_large_weights_stay_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("deploykit.weights.WHOLE_LIMIT_BYTES", 0)
+    monkeypatch.setattr("deploykit.weights.LARGE_BYTES", 1024)
+    g = Graph()
+    w = g.add(
+        "DequantizeLinear", RNG.integers(1, 255, (64, 64)).astype(np.uint8), np.full(64, 0.01, np.float32),
+        np.full(64, 128, np.uint8), axis=1,
+    )  # fmt: skip
+    table = g.add("DequantizeLinear", RNG.integers(-9, 9, (64, 32)).astype(np.int8), np.float32(0.1), np.int8(0))
+    x = g.add("MatMul", g.pair("x", 0.03, np.int8(2)), w)
+    y = g.add("Neg", g.add("Gather", table, g.add("Cast", x, to=TensorProto.INT64)))
+    source, target, done = repair(g.model([x, y], [5, 64]), tmp_path, exact=True)
+    assert len(done.params["bit_exact"]) == 3
+    assert (tmp_path / "target.onnx.data").stat().st_size == 64 * 32
+    old, new = run(source, feed := {"x": np.zeros((5, 64), np.float32)}), run(target, feed)
+    assert [a.tobytes() for a in old] == [a.tobytes() for a in new]
+    assert same_bits(source, target, {"x": np.full((5, 64), 0.01, np.float32)})
