@@ -52,7 +52,8 @@ def shield_floats(model: onnx.ModelProto, quantized: Set[str]) -> int:
         model.graph.node.extend(added)
         limits = np.finfo(np.float32)
         model.graph.initializer.extend(
-            numpy_helper.from_array(np.float32(v), n) for n, v in zip(_BOUNDS, (limits.min, limits.max), strict=True)
+            numpy_helper.from_array(np.asarray(v, np.float32), n)
+            for n, v in zip(_BOUNDS, (limits.min, limits.max), strict=True)
         )
     return len(added)
 
