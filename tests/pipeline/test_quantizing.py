@@ -202,6 +202,24 @@ def test_slower_or_not_faster_is_refused_with_the_figures(
     assert any(n.startswith("allowed, though it is") for n in last(made).notes)
 
 
+def test_noise_gets_more_rounds_before_it_is_called_a_tie(
+    digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = []
+
+    def time_pair(parent: Any, model: Any, feeds: Any, settings: Any) -> dict[str, Any]:
+        rounds.append(settings.rounds)
+        verdict = "tie" if len(rounds) == 1 else "faster"
+        return {"verdict": verdict, "ratio": 2.0, "low": 0.9, "high": 4.0, "parent_ms": 1.0, "ms": 0.5}
+
+    digits.write(tmp_path)
+    monkeypatch.setattr(gating, "SMALLEST_MS", 0.0)
+    monkeypatch.setattr(gating, "time_pair", time_pair)
+    made = static(tmp_path, devices=["ort:cpu"])
+    assert made.manifest.evidence.benchmark[0]["verdict"] == "faster"
+    assert rounds == [3, 9]
+
+
 def test_only_the_named_device_decides(timed: Any) -> None:
     made = timed({"ort:cpu": "faster"}, devices=["ort:cpu"])
     assert [r["device"] for r in made.manifest.evidence.benchmark] == ["ort:cpu"]
