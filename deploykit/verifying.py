@@ -227,8 +227,9 @@ def _fixed_sizes(theirs: Signature, mine: Signature) -> dict[str, int]:
     for spec in theirs.inputs:
         own = shapes.get(spec.name) or ()
         if len(own) == len(spec.shape or ()):
-            pairs = zip(spec.shape or (), own, strict=True)
-            fixed |= {d: size for d, size in pairs if isinstance(d, str) and isinstance(size, int) and len(terms(d)) == 1}
+            for dim, size in zip(spec.shape or (), own, strict=True):
+                if isinstance(dim, str) and isinstance(size, int) and len(terms(dim)) == 1:
+                    fixed[dim] = size
     return fixed
 
 
