@@ -13,7 +13,7 @@ from deploykit.specs import Array
 Outputs = Mapping[str, Array]
 
 # Beyond this a value is a mask constant; squares of smaller ones do not overflow.
-_MASK_MAGNITUDE = 1e30
+MASK_MAGNITUDE = 1e30
 _INF = float("inf")
 
 
@@ -37,18 +37,22 @@ class Tolerance:
         rtol: Relative to each element.
         norm: Relative to the output's Euclidean norm.
         floor: Absolute; 0 unless the graph says that the output is a probability, see `FLOOR`.
+        column: Relative to the norm of one column, see `columns.find_wrong_column`.
+        rounding: What a column may differ by at most beside larger ones, in units of the output's root mean square.
     """
 
     atol: float = 1e-3
     rtol: float = 1e-3
     norm: float = 1e-4
     floor: float = 0.0
+    column: float = 1e-3
+    rounding: float = 1e-5
 
     @classmethod
     def for_dtype(cls, dtype: str) -> Tolerance:
         """Tolerances for floating-point graphs of one precision, summed in another order."""
         if dtype in ("float16", "bfloat16"):
-            return cls(5e-2, 5e-2, 2e-2)
+            return cls(5e-2, 5e-2, 2e-2, column=2e-1, rounding=1e-2)
         return cls()
 
     def as_dict(self) -> dict[str, float]:
@@ -119,7 +123,7 @@ def diff_arrays(have: Array, want: Array, tol: Tolerance, slack: Array | None = 
     places = np.flatnonzero(np.isfinite(y))
     x, y, room = x[places], y[places], room[places]
     # Mask constants (-3.4e38) are compared one by one: in the scale, they would wave everything else through.
-    mask = (np.abs(x) >= _MASK_MAGNITUDE) | (np.abs(y) >= _MASK_MAGNITUDE)
+    mask = (np.abs(x) >= MASK_MAGNITUDE) | (np.abs(y) >= MASK_MAGNITUDE)
     off = mask & ~np.isclose(x, y, rtol=tol.rtol, atol=0)
     if off.any():
         first = int(np.flatnonzero(off)[0])

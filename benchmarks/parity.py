@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.benchmarks.columns import find_wrong_column
 from deploykit.benchmarks.differences import FLOOR, Difference, Outputs, Tolerance, diff_arrays
 from deploykit.benchmarks.vacuity import check_vacuity
 from deploykit.specs import Array
@@ -176,6 +177,7 @@ def _diff_output(
 ) -> OutputDiff:
     inf = float("inf")
     worst = OutputDiff(name, True, 0.0, 0.0, 1.0, inf)
+    chosen = tolerance or Tolerance()
     for number, (want, have) in enumerate(zip(expected, actual, strict=True)):
         if name not in have:
             return OutputDiff(name, False, inf, inf, 0.0, 0.0, "is missing", number)
@@ -183,6 +185,12 @@ def _diff_output(
         chosen = replace(tolerance or Tolerance.for_dtype(y.dtype.name), floor=floor)
         room = None if slack is None else slack[number].get(name)
         worst = _worse(worst, diff_arrays(x, y, chosen, room), number, y)
+    if worst.equal:
+        sides = [[np.asarray(case[name]) for case in cases] for cases in (actual, expected)]
+        wrong = find_wrong_column(sides[0], sides[1], chosen)
+        if wrong is not None:
+            reason = f"case {wrong.case}, shape {list(sides[1][wrong.case].shape)}: {wrong.reason}"
+            worst = replace(worst, equal=False, reason=reason, case=wrong.case, index=wrong.index)
     return replace(worst, top1=_top1(name, expected, actual))
 
 
