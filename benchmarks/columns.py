@@ -94,9 +94,10 @@ def _described(have: Sequence[Array], want: Sequence[Array], axis: int, column: 
     sides = [(np.take(x, column, axis), np.take(y, column, axis)) for x, y in zip(have, want, strict=True)]
     differences = [_comparable(x, y)[0] for x, y in sides]
     case = max(range(len(sides)), key=lambda i: float(np.abs(differences[i]).max(initial=0.0)))
-    rest = np.unravel_index(int(np.abs(differences[case]).argmax()), differences[case].shape)
+    place = np.unravel_index(int(np.abs(differences[case]).argmax()), differences[case].shape)
+    rest = tuple(int(i) for i in place)
     x, y = (side[rest] for side in sides[case])
-    index = tuple(int(i) for i in (*rest[:axis], column, *rest[axis:]))
+    index = (*rest[:axis], column, *rest[axis:])
     norm = float(np.sqrt(sum(np.square(_comparable(*side)[1]).sum() for side in sides)))
     noise = float(np.sqrt(sum(np.square(d).sum() for d in differences)))
     share = f"{noise / norm:.1e} of its own norm" if norm else "all of it"
