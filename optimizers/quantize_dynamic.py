@@ -11,8 +11,9 @@ from deploykit.errors import OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.lazy_weights import lazy_weights
-from deploykit.optimizers.prepare import prepare
+from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import DynamicConfig, no_advice, tools, weight_bits
+from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes
 from deploykit.weights import LightModel, open_light, write_copy, write_light
 
@@ -37,6 +38,8 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path, keep_floa
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+        notes += rewrite(prepared) + rewrite(prepared, last=True)
+        prepared = infer_shapes(prepared)
         check_excluded(prepared, config.exclude)
         nodes, other = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
         if not nodes:

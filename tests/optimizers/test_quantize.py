@@ -661,3 +661,13 @@ def test_calibrations_do_not_go_with_activations_that_their_data_change(tmp_path
     with pytest.raises(OptimizationError, match="smooth"):
         calibrated(tmp_path, slice(0, 8), "first", save_calibration=str(tmp_path / "state"), smooth=0.5)
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("config", [DynamicConfig(), StaticConfig()])
+def test_both_kinds_rewrite_the_graph_before(tmp_path: Path, config: StepConfig) -> None:
+    mask = np.ones((20, 1, 6), np.float32)
+    mask[:, :, 4:] = 0
+    made, result = run(tmp_path, attention(), config, {"x": normal(20, 6, 16), "mask": mask})
+    assert any("kept out of the denormal numbers" in note for note in result.notes), result.notes
+    soft = next(n for n in made.graph.node if n.op_type == "Softmax")
+    assert next(n.op_type for n in made.graph.node if soft.input[0] in n.output) == "Max"
