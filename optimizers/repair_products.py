@@ -60,7 +60,7 @@ def float_attention(graph: PairEditor) -> int:
     """Products of two activations are computed in float: their integer kernels are no faster, and round twice."""
     count = 0
     for node in graph.nodes:
-        if not is_op(node, "MatMul") or any(graph.weight(n) or graph.stored(n) for n in node.input):
+        if not is_op(node, "MatMul") or any(graph.stored(n) for n in node.input):
             continue
         for index in (0, 1):
             reader, name = _first_reader(graph, node, index)
