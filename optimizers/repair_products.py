@@ -102,7 +102,7 @@ def drop_idle_pairs(graph: PairEditor) -> int:
     if not any(is_op(n, "LayerNormalization", "Erf", "Gelu") for n in graph.nodes):
         return 0
     count = 0
-    for node in graph.nodes:
+    for node in reversed(graph.nodes):  # what a pair is good for may be another one behind it
         if not is_op(node, QUANTIZE) or graph.kept(node.output[0]):
             continue
         params, maker = graph.params(node), graph.maker(node.input[0])
