@@ -57,7 +57,7 @@ _MOVED: Sequence[_Repair] = (
     (products.fold_factors, "{} factors folded into layer normalizations"),
 )
 
-_ROUNDS = 20  # a bound; files of onnxruntime need six
+_ROUNDS = 20  # a bound; a transformer by the defaults of onnxruntime needed more than five
 
 
 @dataclass(frozen=True, slots=True)
