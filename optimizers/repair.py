@@ -57,6 +57,8 @@ _MOVED: Sequence[_Repair] = (
     (products.fold_factors, "{} factors folded into layer normalizations"),
 )
 
+_ROUNDS = 20  # a bound; a transformer by the defaults of onnxruntime needed more than five
+
 
 @dataclass(frozen=True, slots=True)
 class RepairConfig:
@@ -97,9 +99,7 @@ def repair(model: Path, config: RepairConfig, target: Path, same_bits: Check | N
         moved: dict[str, int] = {}
         rewritten: list[str] = []
         if not config.exact:
-            moved = _apply(_MOVED, made, light.folder)
-            rewritten = rewrite(made)
-            made = infer_shapes(made)
+            moved, rewritten, made = _move(made, light.folder)
         masks, lopsided = _left(made, light.folder)
         changed = bool(exact or moved or rewritten)
         if not changed:
@@ -114,7 +114,7 @@ def repair(model: Path, config: RepairConfig, target: Path, same_bits: Check | N
             "without fusions the whole gives " + ("other bits" if other_bits else "the very bits of the model")
         )
     if changed and same_bits is None:
-        notes.append("bits were not compared: ONNX Runtime is not installed")
+        notes.append("bits were not compared: that needs ONNX Runtime")
     params: dict[str, Any] = {
         "exact_only": config.exact,
         "bit_exact": {text: count for text, count in exact.items()},
@@ -149,15 +149,35 @@ def _refuse(model: onnx.ModelProto) -> None:
     )
 
 
+def _move(model: onnx.ModelProto, folder: Path) -> tuple[dict[str, int], list[str], onnx.ModelProto]:
+    """Apply what changes numbers until nothing is left to do, since one repair may clear the way for another."""
+    total: Counter[str] = Counter()
+    rewritten: list[str] = []
+    for _ in range(_ROUNDS):
+        done = _count(_MOVED, model, folder)
+        notes = rewrite(model)
+        model = infer_shapes(model)
+        total.update(done)
+        rewritten += notes
+        if not done and not notes:
+            break
+    return {text.format(count): count for text, count in total.items()}, rewritten, model
+
+
 def _apply(repairs: Sequence[_Repair], model: onnx.ModelProto, folder: Path) -> dict[str, int]:
-    """Apply repairs in order, in place; what each did, by its text."""
+    """Apply repairs in order, in place; what each did, by its note."""
+    return {text.format(count): count for text, count in _count(repairs, model, folder).items()}
+
+
+def _count(repairs: Sequence[_Repair], model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+    """Apply repairs in order, in place; how often each applied, by its text."""
     done: dict[str, int] = {}
     for function, text in repairs:
         graph = PairEditor(model, folder)
         count = function(graph)
         if count:
             graph.finish()
-            done[text.format(count)] = count
+            done[text] = count
     return done
 
 

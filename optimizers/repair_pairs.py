@@ -90,8 +90,9 @@ class PairEditor(GraphEditor):
         self._stored: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def stored(self, name: str) -> bool:
-        """Whether a tensor is a constant, in memory or on disk."""
-        return name in self._weights
+        """Whether a tensor is a constant, in memory or on disk, or dequantized from one."""
+        node = self.maker(name, DEQUANTIZE)
+        return (node.input[0] if node is not None else name) in self._weights
 
     def values(self, name: str) -> Array | None:
         """A constant's value, from disk where it lies there."""

@@ -60,7 +60,7 @@ def float_attention(graph: PairEditor) -> int:
     """Products of two activations are computed in float: their integer kernels are no faster, and round twice."""
     count = 0
     for node in graph.nodes:
-        if not is_op(node, "MatMul") or any(graph.weight(n) or graph.stored(n) for n in node.input):
+        if not is_op(node, "MatMul") or any(graph.stored(n) for n in node.input):
             continue
         for index in (0, 1):
             reader, name = _first_reader(graph, node, index)
@@ -102,7 +102,7 @@ def drop_idle_pairs(graph: PairEditor) -> int:
     if not any(is_op(n, "LayerNormalization", "Erf", "Gelu") for n in graph.nodes):
         return 0
     count = 0
-    for node in graph.nodes:
+    for node in reversed(graph.nodes):  # what a pair is good for may be another one behind it
         if not is_op(node, QUANTIZE) or graph.kept(node.output[0]):
             continue
         params, maker = graph.params(node), graph.maker(node.input[0])

@@ -157,7 +157,7 @@ def activations_to_uint8(graph: PairEditor) -> int:
         if is_op(node, QUANTIZE) and node.output[0] not in done:
             found = family(graph, node)
             done |= {n.output[0] for n in found}
-            if not found or not _turns(graph, found):
+            if not found or not _turns(graph, found) or _for_activations(graph, found):
                 continue
             # All before any: a DQ node may have its type from the Q node.
             shifted = [(m, p.shifted()) for m in found if (p := graph.params(m)) is not None]
@@ -169,6 +169,30 @@ def activations_to_uint8(graph: PairEditor) -> int:
                         graph.retype(name, UINT8)
                 count += member.op_type == QUANTIZE
     return count
+
+
+def _for_activations(graph: PairEditor, family: list[onnx.NodeProto]) -> bool:
+    """Whether all that read the codes are products of two activations, and zero is zero.
+
+    OpenVINO computes those on integers without a zero point only; ONNX Runtime takes both.
+    """
+    ends = [n for n in family if is_op(n, DEQUANTIZE)]
+    if any((p := graph.params(n)) is None or p.zero.any() for n in ends):
+        return False
+    return bool(ends) and all(_only_products(graph, n.output[0]) for n in ends)
+
+
+def _only_products(graph: PairEditor, name: str) -> bool:
+    readers = graph.readers(name)
+    if not readers or graph.kept(name):
+        return False
+    for reader in readers:
+        if is_op(reader, *MOVES):
+            if not all(_only_products(graph, o) for o in reader.output):
+                return False
+        elif not is_op(reader, "MatMul") or any(graph.stored(i) for i in reader.input):
+            return False
+    return True
 
 
 def _turns(graph: PairEditor, family: list[onnx.NodeProto]) -> bool:

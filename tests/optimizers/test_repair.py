@@ -314,6 +314,10 @@ def test_transformers(tmp_path):
     feed = {"x": RNG.integers(0, 20, (2, 5))}
     source, target, _ = repair(encoder(), tmp_path, exact=True)
     assert same_bits(source, target, feed)
+    made = onnx.load(target)
+    zeros = {w.name: w.data_type for w in made.graph.initializer}
+    kinds = Counter(zeros[n.input[2]] for n in made.graph.node if n.op_type == "QuantizeLinear")
+    assert kinds == {TensorProto.UINT8: 3, TensorProto.INT8: 3}  # products of activations keep theirs in OpenVINO
     tables = [n for n in onnx.load(target).graph.node if n.op_type == "DequantizeLinear" and n.input[0].startswith("c")]
     assert all(n.op_type != "Gather" for n in tables)
     before = kernels(source, tmp_path)
