@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
 from deploykit.benchmarks.bisect_probe import TensorSource, in_chunks
+from deploykit.benchmarks.columns import find_wrong_column
 from deploykit.benchmarks.differences import EQUAL, Difference, Tolerance, as_real, diff_arrays
 from deploykit.specs import Array
 
@@ -61,9 +62,11 @@ class Judge:
     Attributes:
         max_error: Largest norm of the difference over the norm of the reference, for quantized candidates; None for
             the strict tolerance of the dtype.
+        columns: Whether the strict tolerance holds for every column too, however few its values.
     """
 
     max_error: float | None = None
+    columns: bool = False
 
     def compare(self, have: Array, want: Array, *, any_layout: bool = False) -> Difference:
         """The difference, with a reason where they are not the same; precisions may differ, and layouts where allowed.
@@ -99,7 +102,9 @@ class Judge:
         else:
             tolerance = Tolerance.for_dtype(want.dtype.name)
         if self.max_error is None or want.dtype.kind in "biuOUS":
-            return diff_arrays(have, want, tolerance)
+            found = diff_arrays(have, want, tolerance)
+            wrong = find_wrong_column([have], [want], tolerance, least=1) if self.columns and not found.reason else None
+            return found if wrong is None else replace(found, reason=wrong.reason, index=wrong.index)
         return diff_arrays(have, want, Tolerance(_UNLIMITED, _UNLIMITED, self.max_error))
 
 

@@ -153,6 +153,9 @@ def _bisect(
         judge = Judge()
         failing = _failing(probe, wanted, judge)
         notes.append(f"no output has an error above {max_error:.0%}; the strict tolerance was taken")
+    if not failing and max_error is None:
+        judge = Judge(columns=True)
+        failing = _failing(probe, wanted, judge)
     if not failing:
         return None
     finding = _search(_Hunt(probe, reference, judge, failing, budget_bytes), ())

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.benchmarks.columns import find_wrong_column
 from deploykit.benchmarks.differences import FLOOR, Difference, Outputs, Tolerance, diff_arrays
 from deploykit.benchmarks.vacuity import check_vacuity
 from deploykit.specs import Array
@@ -136,6 +137,7 @@ def compare(
     tolerance: Tolerance | None = None,
     *,
     bounded: Collection[str] = (),
+    slack: Sequence[Outputs] | None = None,
 ) -> Parity:
     """Compare outputs case by case.
 
@@ -145,11 +147,13 @@ def compare(
         tolerance: None for the default of each output's dtype.
         bounded: Outputs that the graph makes by Sigmoid or Softmax: they may differ by `FLOOR`, as long as the outputs
             for one input would still not pass as those for another.
+        slack: What each value may differ by where few differ, one mapping a case; see `conditioning.slack_of`.
     """
     if bounded and check_vacuity(expected, tolerance, bounded):
         bounded = ()
     diffs = tuple(
-        _diff_output(name, expected, actual, tolerance, FLOOR if name in bounded else 0.0) for name in expected[0]
+        _diff_output(name, expected, actual, tolerance, FLOOR if name in bounded else 0.0, slack)
+        for name in expected[0]
     )
     shapes = tuple({name: list(a.shape) for name, a in case.items()} for case in expected)
     dtypes = [np.asarray(a).dtype.name for a in expected[0].values()]
@@ -164,16 +168,29 @@ def _judge(diffs: Sequence[OutputDiff]) -> tuple[Verdict, str]:
 
 
 def _diff_output(
-    name: str, expected: Sequence[Outputs], actual: Sequence[Outputs], tolerance: Tolerance | None, floor: float
+    name: str,
+    expected: Sequence[Outputs],
+    actual: Sequence[Outputs],
+    tolerance: Tolerance | None,
+    floor: float,
+    slack: Sequence[Outputs] | None,
 ) -> OutputDiff:
     inf = float("inf")
     worst = OutputDiff(name, True, 0.0, 0.0, 1.0, inf)
+    chosen = tolerance or Tolerance()
     for number, (want, have) in enumerate(zip(expected, actual, strict=True)):
         if name not in have:
             return OutputDiff(name, False, inf, inf, 0.0, 0.0, "is missing", number)
         x, y = np.asarray(have[name]), np.asarray(want[name])
         chosen = replace(tolerance or Tolerance.for_dtype(y.dtype.name), floor=floor)
-        worst = _worse(worst, diff_arrays(x, y, chosen), number, y)
+        room = None if slack is None else slack[number].get(name)
+        worst = _worse(worst, diff_arrays(x, y, chosen, room), number, y)
+    if worst.equal:
+        sides = [[np.asarray(case[name]) for case in cases] for cases in (actual, expected)]
+        wrong = find_wrong_column(sides[0], sides[1], chosen)
+        if wrong is not None:
+            reason = f"case {wrong.case}, shape {list(sides[1][wrong.case].shape)}: {wrong.reason}"
+            worst = replace(worst, equal=False, reason=reason, case=wrong.case, index=wrong.index)
     return replace(worst, top1=_top1(name, expected, actual))
 
 

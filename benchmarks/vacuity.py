@@ -17,8 +17,8 @@ def check_vacuity(
 
     A test is vacuous where the outputs for one input would pass as the outputs for another: then a graph that ignored
     its inputs would pass as well. Ten times the tolerance is taken, for a margin. An output that is the same to the bit
-    in all cases (a table of anchors) is a constant and no objection, as long as another output reacts. Of a single case
-    the rows are compared.
+    in all cases (a table of anchors), or in all rows that the cases have in common (positions, for every row of the
+    batch), is a constant and no objection, as long as another output reacts. Of a single case the rows are compared.
 
     Args:
         expected: Outputs, one mapping a case.
@@ -31,7 +31,7 @@ def check_vacuity(
     for name in expected[0]:
         arrays = [np.asarray(case[name]) for case in expected]
         pairs = [(a, b) for i, a in enumerate(arrays) for b in arrays[i + 1 :]]
-        if all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs):
+        if all(_is_same(a, b) for a, b in pairs):
             continue
         floor = FLOOR if name in bounded else 0.0
         if any(_reacts(a, b, tolerance, floor) for a, b in pairs):
@@ -51,12 +51,25 @@ def _rows(outputs: Outputs) -> list[dict[str, Array]]:
     return [{n: a[i : i + 1] if a.ndim else a for n, a in outputs.items()} for i in range(min(max(rows, 1), 8))]
 
 
+def _common(a: Array, b: Array) -> tuple[Array, Array]:
+    """What two arrays of one rank both have places for."""
+    common = tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
+    return a[common], b[common]
+
+
+def _is_same(a: Array, b: Array) -> bool:
+    """Whether two outputs are one constant, to the bit; nothing in common proves nothing."""
+    if a.ndim != b.ndim or a.dtype != b.dtype:
+        return False
+    x, y = _common(a, b)
+    return (x.size > 0 or a.size == b.size == 0) and x.tobytes() == y.tobytes()
+
+
 def _reacts(a: Array, b: Array, tolerance: Tolerance | None, floor: float) -> bool:
     """Whether two outputs for different inputs differ by far more than the tolerance; rows in common are compared."""
     if a.ndim != b.ndim:
         return True
-    common = tuple(slice(0, min(m, n)) for m, n in zip(a.shape, b.shape, strict=True))
-    x, y = a[common], b[common]
+    x, y = _common(a, b)
     if x.size == 0:
         return False
     chosen = tolerance or Tolerance.for_dtype(x.dtype.name)

@@ -18,7 +18,7 @@ from deploykit.benchmarks.parity import (
 )
 from deploykit.contract import conform, contract_of, why_not
 from deploykit.data import Dataset
-from deploykit.errors import DeploykitError, OptimizationError, ParityError, UnverifiableError
+from deploykit.errors import DeploykitError, InferenceError, OptimizationError, ParityError, UnverifiableError
 from deploykit.machine import free_memory
 from deploykit.modelfile import model_bytes
 from deploykit.models import LoadedModel, load_model
@@ -26,7 +26,7 @@ from deploykit.nodes import bounded_outputs
 from deploykit.optimizers import SimplifierProcess, SimplifyConfig, StepResult, optimize
 from deploykit.optimizers.base import Check
 from deploykit.progress import Progress
-from deploykit.reference import run_parent
+from deploykit.reference import Reference, run_parent
 from deploykit.runtimes import Device, default_devices
 from deploykit.staging import ArtifactWriter, check_free
 
@@ -82,6 +82,7 @@ class Work:
         parent: The model to start from.
         folder: Where scratch files may go; removed before the artifact is committed.
         data: Real inputs, or None.
+        feeds: Inputs of the comparison, one mapping a case.
         dims: Sizes of dynamic dimensions where inputs are made up.
         origin: Where the inputs of the comparison come from: "generated", "golden" or a dataset's name.
         device: Where inference is done on the way.
@@ -92,6 +93,7 @@ class Work:
     parent: LoadedModel
     folder: Path
     data: Dataset | None
+    feeds: Sequence[Feeds]
     dims: Mapping[str, int]
     origin: str
     device: Device
@@ -100,7 +102,18 @@ class Work:
 
 
 class Maker(Protocol):
-    """A step: makes a model out of another, and says what was measured of it once it is known to be right."""
+    """A step: makes a model out of another, and says what was measured of it once it is known to be right.
+
+    Attributes:
+        cure: What to do where the result is too far from its parent.
+        unfused: Whether a parent that does not run otherwise may run without fusions.
+    """
+
+    @property
+    def cure(self) -> str | None: ...
+
+    @property
+    def unfused(self) -> bool: ...
 
     def make(self, work: Work, target: Path) -> StepResult:
         """Write the model."""
@@ -133,7 +146,7 @@ def derive(
     parent = load_model(model)
     held = contract_of(parent.lineage, contract)
     dataset = Dataset.open(data) if data else None
-    reference = run_parent(parent, targets[0], dataset, dims or {})
+    reference = _reference(parent, targets[0], dataset, dims or {}, told, unfused=maker.unfused)
     feeds, expected, origin = reference.feeds, reference.outputs, reference.origin
     for note in reference.notes:
         told.note(note)
@@ -159,13 +172,15 @@ def derive(
 
         scratch = writer.dir / ".work"
         scratch.mkdir()
-        work = Work(parent, scratch, dataset, dims or {}, origin, targets[0], told, check)
+        work = Work(parent, scratch, dataset, feeds, dims or {}, origin, targets[0], told, check)
         with told.step(f"{step} {model}"):
             done = maker.make(work, target)
         for note in (*done.notes, *conform(target, held)):
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
-            records = _compare_with_parent(parent, target, targets, feeds, expected, origin, min_cosine, told)
+            records = _compare_with_parent(
+                parent, target, targets, feeds, expected, origin, min_cosine, told, maker.cure
+            )
         if vacuous:
             records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
             told.note(f"unverifiable: {vacuous}")
@@ -194,11 +209,45 @@ class _Simplifier:
     config: SimplifyConfig
     process: SimplifierProcess | None
 
+    @property
+    def cure(self) -> None:
+        return None
+
+    @property
+    def unfused(self) -> bool:
+        return False
+
     def make(self, work: Work, target: Path) -> StepResult:
         return optimize(work.parent.path, self.config, target, check=work.check, process=self.process)
 
     def prove(self, work: Work, target: Path) -> Evidence:
         return Evidence()
+
+
+def _reference(
+    parent: LoadedModel,
+    device: Device,
+    data: Dataset | None,
+    dims: Mapping[str, int],
+    told: Progress,
+    *,
+    unfused: bool,
+) -> Reference:
+    """What the parent gives; without fusions where it may, and does not run with them.
+
+    ONNX Runtime fuses a convolution with a quantizer of several scales, and fails when it runs that.
+
+    Raises:
+        InferenceError: It does not run.
+    """
+    try:
+        return run_parent(parent, device, data, dims)
+    except InferenceError as exc:
+        if not unfused or device.runtime != "ort":
+            raise
+        found = run_parent(parent, device, data, dims, optimize=False)
+        told.note(f"the model runs without fusions only ({exc.what}); compared with that")
+        return found
 
 
 def _compare_with_parent(
@@ -210,6 +259,7 @@ def _compare_with_parent(
     origin: str,
     min_cosine: float | None,
     told: Progress,
+    cure: str | None,
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, device in enumerate(targets):
@@ -232,10 +282,7 @@ def _compare_with_parent(
         if result.verdict is Verdict.FAILED:
             text = f"in {device} the result is not its parent: {result.reason}"
             if number == 0:
-                hint = (
-                    "give more calibration data, or leave layers out with --exclude" if min_cosine is not None else None
-                )
-                raise ParityError(text, hint=hint)
+                raise ParityError(text, hint=cure)
             told.note(text)
         agreement = top1_agreement(expected, outputs) if min_cosine is not None else None
         extra = {} if agreement is None else {"top1_agreement": agreement}

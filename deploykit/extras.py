@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from deploykit.errors import MissingDependencyError, first_line
 
 DISTRIBUTION = "deploykit-ml"
+# Packages that bring a package of theirs, NAME_telemetry, and do without it.
+_REPORTING = frozenset({"openvino"})
 
 
 def install_command(extra: str) -> str:
@@ -27,7 +32,8 @@ def require(name: str, *, extra: str | None = None) -> ModuleType:
         MissingDependencyError: It is not installed, or is installed and does not load.
     """
     try:
-        return importlib.import_module(name)
+        with _no_telemetry(name.partition(".")[0]):
+            return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         top = name.partition(".")[0]
         if exc.name is not None and exc.name.partition(".")[0] != top:
@@ -42,6 +48,24 @@ def require(name: str, *, extra: str | None = None) -> ModuleType:
             f"{name} is installed but does not load ({first_line(exc)})",
             hint=f"reinstall it: pip install --force-reinstall {name.partition('.')[0]}",
         ) from exc
+
+
+@contextmanager
+def _no_telemetry(package: str) -> Iterator[None]:
+    """Keep a package from reporting its import to its maker.
+
+    OpenVINO does so unless its telemetry cannot be imported: from a process that it forks while its threads run, which
+    may never end, and which Python waits for when it exits.
+    """
+    name = f"{package}_telemetry"
+    if package not in _REPORTING or package in sys.modules or name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def available(name: str) -> bool:

@@ -48,14 +48,20 @@ class Gate:
     Attributes:
         devices: Where.
         named: Whether the user named them: then the result has to run on each.
+        first_only: Whether the first device alone decides where the user named none; the others are recorded.
         allow_slower: Record a model that is not faster instead of refusing it.
         seconds: Timed seconds in all, for the first rounds; 0 for no timing.
     """
 
     devices: tuple[Device, ...]
     named: bool = False
+    first_only: bool = False
     allow_slower: bool = False
     seconds: float = DEFAULT_SECONDS
+
+    def decisive(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Those of the records that decide."""
+        return records[:1] if self.first_only and not self.named else records
 
 
 def quick_ms(path: Path, device: Device, feeds: Sequence[Feeds]) -> float:
@@ -155,7 +161,7 @@ def _in_words(record: Mapping[str, Any]) -> str:
 def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate) -> str:
     """Refuse a model that is slower somewhere, or faster nowhere.
 
-    It has to be faster in at least one of the devices, and slower in none; a tie is not faster.
+    It has to be faster in at least one of the devices that decide, and slower in none; a tie is not faster.
 
     Returns:
         What to say where it is accepted all the same; empty where it is faster.
@@ -163,7 +169,7 @@ def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate) -> str:
     Raises:
         SpeedError: It is not, and that was not allowed.
     """
-    counted = [r for r in records if "ratio" in r or (r["verdict"] == "failed" and gate.named)]
+    counted = [r for r in gate.decisive(records) if "ratio" in r or (r["verdict"] == "failed" and gate.named)]
     slower = [r for r in counted if r["verdict"] in ("slower", "failed")]
     if not counted or (not slower and any(r["verdict"] == "faster" for r in counted)):
         return ""

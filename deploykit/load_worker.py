@@ -21,6 +21,8 @@ def main(runtime: str, path: str) -> None:
         def load() -> None:
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     else:
+        # It would report this import, from a process that may hang.
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         import openvino
 
         version = openvino.__version__.split("-")[0]

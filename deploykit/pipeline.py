@@ -20,9 +20,20 @@ from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.quantizing import quantize_dynamic, quantize_static
+from deploykit.repairing import quantize_repair
 from deploykit.verifying import verify
 
-__all__ = ["benchmark", "export", "export_parts", "quantize_dynamic", "quantize_static", "run", "simplify", "verify"]
+__all__ = [
+    "benchmark",
+    "export",
+    "export_parts",
+    "quantize_dynamic",
+    "quantize_repair",
+    "quantize_static",
+    "run",
+    "simplify",
+    "verify",
+]
 
 
 def benchmark(

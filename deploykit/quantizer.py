@@ -74,6 +74,16 @@ class Quantizer:
     score: tuple[str, Score] | None = None
     _trials: int = 0
 
+    @property
+    def cure(self) -> str:
+        """What to do where the result is too far from its parent."""
+        return "give more calibration data, or leave layers out with --exclude"
+
+    @property
+    def unfused(self) -> bool:
+        """A parent has to run as it will be served."""
+        return False
+
     def make(self, work: Work, target: Path) -> StepResult:
         """Quantize until the target is met, then give back to float what int8 slows down."""
         self.reasons = dict.fromkeys(self.config.exclude, "excluded")
@@ -193,8 +203,9 @@ class Quantizer:
             {"device": str(d), "verdict": "not timed", "summary": f"not timed: {why}"} for d, why in short.items()
         ]
         allowed = check_speed(speed, gate)
+        silent = [id(r) for r in gate.decisive(speed) if r["verdict"] != "not timed"]
         for note in ([allowed] if allowed else []) + [
-            f"{r['device']} {r['summary']}" for r in speed if r["verdict"] == "not timed"
+            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent
         ]:
             work.told.note(note)
         placement = [prove_placement(target, device, self.reasons) for device in gate.devices]

@@ -111,10 +111,22 @@ class StaticStep(_QuantizeStep):
     exclude: list[str] = []
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
-    smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "off"
+    smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     equalize: bool = False
     bias_correction: Literal["off", "fast", "full"] = "off"
     rounding: Literal["nearest", "adaround"] = "nearest"
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    contract: list[str] = []
+
+
+class RepairStep(_Step):
+    """`deploykit quantize repair`."""
+
+    step: Literal["quantize-repair"] = "quantize-repair"
+    model: str | None = None
+    exact: bool = False
+    data: str | None = None
+    dims: dict[str, int] = {}
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
     contract: list[str] = []
 
@@ -138,12 +150,13 @@ class BenchmarkStep(_Step):
     seed: int = 0
 
 
-Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | BenchmarkStep
+Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | RepairStep | BenchmarkStep
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "simplify": SimplifyStep,
     "quantize-dynamic": DynamicStep,
     "quantize-static": StaticStep,
+    "quantize-repair": RepairStep,
     "benchmark": BenchmarkStep,
 }
 

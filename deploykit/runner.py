@@ -14,9 +14,18 @@ from deploykit import pipeline
 from deploykit.artifact import Artifact, is_artifact, sha256_of
 from deploykit.benchmarks import Report
 from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
-from deploykit.optimizers import DynamicConfig, StaticConfig
+from deploykit.optimizers import DynamicConfig, RepairConfig, StaticConfig
 from deploykit.progress import Progress
-from deploykit.recipe import BenchmarkStep, DynamicStep, ExportStep, Recipe, SimplifyStep, StaticStep, Step
+from deploykit.recipe import (
+    BenchmarkStep,
+    DynamicStep,
+    ExportStep,
+    Recipe,
+    RepairStep,
+    SimplifyStep,
+    StaticStep,
+    Step,
+)
 from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
@@ -169,6 +178,7 @@ def _run_step(
         SimplifyStep: pipeline.simplify,
         DynamicStep: _dynamic,
         StaticStep: _static,
+        RepairStep: _repair,
     }
     return verbs[type(step)](model, target, progress=progress, **params)
 
@@ -178,6 +188,10 @@ def _dynamic(
 ) -> Artifact:
     config = DynamicConfig(exclude=tuple(exclude), weight_bits=weight_bits, per_channel=per_channel)
     return pipeline.quantize_dynamic(model, target, config=config, **rest)
+
+
+def _repair(model: str, target: Path, *, exact: bool, **rest: Any) -> Artifact:
+    return pipeline.quantize_repair(model, target, config=RepairConfig(exact=exact), **rest)
 
 
 def _static(model: str, target: Path, **params: Any) -> Artifact:

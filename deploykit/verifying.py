@@ -19,7 +19,9 @@ from deploykit.exporters import KINDS, ExportOptions, Source, open_source
 from deploykit.models import LoadedModel, load_model, probe_feeds
 from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
+from deploykit.reference import run_parent
 from deploykit.runtimes import Device, default_devices, open_session
+from deploykit.specs import fit_feeds, terms
 from deploykit.staging import check_free
 
 if TYPE_CHECKING:
@@ -104,10 +106,13 @@ def verify(
     else:
         other = _load_reference(against)
         _check_inputs(str(against), other.signature, candidate)
-        feeds, origin = probe_feeds(other, dataset, dims or {})
+        sizes = {**_fixed_sizes(other.signature, candidate.signature), **(dims or {})}
         with told.step(f"run {against} in {targets[0]}"):
-            expected = _run(other.path, targets[0], feeds)
-        reference = _Reference(str(against), other.digest, other, None, expected, targets[0])
+            made = run_parent(other, targets[0], dataset, sizes)
+        for note in made.notes:
+            told.note(note)
+        feeds, origin = made.feeds, made.origin
+        reference = _Reference(str(against), other.digest, other, None, made.outputs, targets[0])
     return _compare(candidate, reference, targets, feeds, origin, min_cosine, bisect, report, told, named=named)
 
 
@@ -215,6 +220,19 @@ def _check_inputs(label: str, theirs: Signature, candidate: LoadedModel, *, ever
         )
 
 
+def _fixed_sizes(theirs: Signature, mine: Signature) -> dict[str, int]:
+    """Sizes of the reference's dimensions that the candidate holds fixed: it can be compared at those only."""
+    fixed: dict[str, int] = {}
+    shapes = {s.name: s.shape for s in mine.inputs}
+    for spec in theirs.inputs:
+        own = shapes.get(spec.name) or ()
+        if len(own) == len(spec.shape or ()):
+            for dim, size in zip(spec.shape or (), own, strict=True):
+                if isinstance(dim, str) and isinstance(size, int) and len(terms(dim)) == 1:
+                    fixed[dim] = size
+    return fixed
+
+
 def _source_cases(
     source: Source, candidate: LoadedModel, dataset: Dataset | None, dims: Mapping[str, int]
 ) -> tuple[list[dict[str, Array]], str, list[dict[str, Array]]]:
@@ -223,8 +241,18 @@ def _source_cases(
     feeds, origin = probe_feeds(candidate, dataset, dims)
     expected = [found for case in feeds if (found := source.run(case)) is not None]
     if len(expected) == len(feeds):
-        return feeds, origin, expected
+        # What is made up has sizes that were guessed; the source's own cases have those that it was checked at.
+        more = [c for c in source.cases if origin == "generated" and _accepts(candidate.signature, c.feeds)]
+        return [*feeds, *(dict(c.feeds) for c in more)], origin, [*expected, *(dict(c.outputs) for c in more)]
     return [dict(c.feeds) for c in source.cases], source.data, [dict(c.outputs) for c in source.cases]
+
+
+def _accepts(signature: Signature, feeds: Feeds) -> bool:
+    try:
+        fit_feeds(signature, feeds)
+    except DataError:
+        return False
+    return True
 
 
 def _run(path: Path, device: Device, feeds: Sequence[Feeds]) -> list[dict[str, Array]]:

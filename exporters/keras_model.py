@@ -7,6 +7,7 @@ recurrent layers are Python loops there, so that their length is fixed.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import zipfile
@@ -19,6 +20,7 @@ import numpy as np
 from deploykit.data import ValueRange, generate
 from deploykit.errors import SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source
+from deploykit.exporters.shapes import plan_inputs
 from deploykit.exporters.tensorflow_graph import import_tensorflow
 from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, declared
 from deploykit.extras import available, require
@@ -72,20 +74,18 @@ def open_keras_model(model: Any, options: ExportOptions, label: str, example: An
     """A built model.
 
     Args:
-        model: A Functional, Sequential or subclassed model that was called once.
+        model: A Functional or built Sequential model; with an example, any other.
         options: What the user asked for.
         label: What the user called the source.
         example: An array, or several in the order or by the names of the inputs; None to make some up.
 
     Raises:
-        SourceError: Not built, string inputs, or another backend.
+        SourceError: Not built and without an example, string inputs, or another backend.
     """
     keras = _import_keras()
-    flat = keras.tree.flatten(model.inputs) if getattr(model, "inputs", None) else []
-    if not flat:
-        raise SourceError(
-            f"{label}: the Keras model has no inputs yet", hint="call it once, or build it with keras.Input"
-        )
+    if not getattr(model, "inputs", None):
+        model = _with_inputs(keras, model, options, label, example)
+    flat = keras.tree.flatten(model.inputs)
     inputs = tuple(declared(t.name, keras.backend.standardize_dtype(t.dtype), t.shape, label) for t in flat)
     if len({s.name for s in inputs}) < len(inputs):
         inputs = tuple(TensorSpec(f"{s.name}_{i}", s.dtype, s.shape) for i, s in enumerate(inputs))
@@ -104,6 +104,51 @@ def open_keras_model(model: Any, options: ExportOptions, label: str, example: An
     if backend == "torch":
         return _torch_source(model, inputs, _output_names(model, keras), call, ranges, options, label, feeds)
     raise SourceError(f"{label}: Keras runs on {backend}", expected="KERAS_BACKEND=tensorflow or torch")
+
+
+def _with_inputs(keras: Any, model: Any, options: ExportOptions, label: str, example: Any) -> Any:
+    """A model of one layer, the given model, with the inputs that the example shows.
+
+    A subclassed model knows no inputs, not even after it was called.
+
+    Raises:
+        SourceError: There is no example, or Keras cannot follow `call` with symbolic inputs.
+    """
+    if example is None:
+        raise SourceError(
+            f"{label}: the Keras model has no inputs yet",
+            hint="let the factory return (model, example), or build the model with keras.Input",
+        )
+    takes = [p for p in inspect.signature(model.call).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p.name for p in takes] or ["input"]
+    needed = [p.name for p in takes if p.default is p.empty]
+    values = example if isinstance(example, tuple | list | Mapping) else [example]
+    # Several arrays are several arguments where `call` cannot do with one, else one argument that holds them.
+    if isinstance(example, Mapping):
+        arrays = {str(name): value for name, value in example.items()}
+        spread = set(needed) <= set(arrays) <= set(named)
+    else:
+        spread = len(values) == 1 or 1 < len(needed) <= len(values) <= len(named)
+        base = named if spread else [f"{named[0]}_{i}" for i in range(len(values))]
+        arrays = dict(zip(base, values, strict=False))
+    given = {n: np.asarray(v.detach().cpu() if hasattr(v, "detach") else v) for n, v in arrays.items()}
+    real = keras.config.floatx()
+    symbols = {
+        s.name: keras.Input(
+            batch_shape=[None if isinstance(d, str) else d for d in s.shape or ()],
+            dtype=real if s.dtype == "float64" else s.dtype,
+            name=s.name,
+        )
+        for s in plan_inputs(given, options)
+    }
+    held = symbols if isinstance(example, Mapping) else list(symbols.values())
+    try:
+        return keras.Model(held, model(**symbols) if spread else model(held))
+    except Exception as exc:
+        raise SourceError(
+            f"{label}: Keras cannot follow the model's call with symbolic inputs ({first_line(exc)})",
+            hint="use keras.ops in it, or build the model with keras.Input",
+        ) from exc
 
 
 def _by_name(example: Any, inputs: tuple[TensorSpec, ...], label: str) -> dict[str, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -228,20 +228,53 @@ def sizes_to_check(
     return found
 
 
-def vary(example: Array, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+def one_by_one(known: Mapping[str, int], wanted: Mapping[str, int]) -> list[dict[str, int]]:
+    """The known sizes with one of the wanted ones, for each that differs."""
+    return [{**known, symbol: size} for symbol, size in wanted.items() if size != known[symbol]]
+
+
+def vary(
+    example: Array, shape: tuple[int, ...], rng: np.random.Generator, axes: Collection[int] | None = None
+) -> Array:
     """An input like ``example``, of another shape and with other values.
 
     Reals are the example, tiled, plus noise of half its spread, so that no two rows are equal; integers, booleans
     and strings are drawn from the values that occur in the example, so that they stay legal.
+
+    Args:
+        example: An input that the source accepts.
+        shape: The shape to make.
+        rng: Where chance comes from.
+        axes: Draw everything, reals as well, from the example's values, and only from those that stand at other places
+            along these axes: an input of reals may hold ids, and one input the ids of two tables side by side.
     """
     if example.size == 0:
         return np.zeros(shape, example.dtype)
+    if axes is not None:
+        places = [np.arange(n).reshape([-1 if i == a else 1 for i in range(len(shape))]) for a, n in enumerate(shape)]
+        return np.asarray(
+            example[tuple(rng.integers(0, example.shape[a], shape) if a in axes else at for a, at in enumerate(places))]
+        )
     if example.dtype.kind not in "fc":
         return rng.choice(example.ravel(), size=shape).astype(example.dtype)
     tiled = np.tile(example, [-(-want // max(have, 1)) for want, have in zip(shape, example.shape, strict=True)])
     tiled = tiled[tuple(slice(0, want) for want in shape)]
     spread = float(example.std()) or 1.0
     return np.asarray(tiled + rng.standard_normal(shape) * spread / 2).astype(example.dtype)
+
+
+def _variations(
+    specs: Sequence[TensorSpec], examples: Feeds, wanted: Mapping[str, int], rng: np.random.Generator
+) -> Iterator[dict[str, Array]]:
+    """Inputs for some sizes: new values first, then those of the example, ever nearer to where they were."""
+    yield {s.name: vary(examples[s.name], s.concrete(wanted), rng) for s in specs}
+    ranks = {s.name: examples[s.name].ndim for s in specs}
+    free = {s.name: {axis for axis, dim in enumerate(s.shape or ()) if isinstance(dim, str)} for s in specs}
+    for also in (range, lambda rank: {rank - 1}, lambda rank: {0}, lambda rank: ()):
+        axes = {name: free[name] | set(also(rank)) for name, rank in ranks.items()}
+        found = {s.name: vary(examples[s.name], s.concrete(wanted), rng, axes[s.name]) for s in specs}
+        if any(not np.array_equal(found[name], examples[name]) for name in found):
+            yield found
 
 
 def make_cases(
@@ -273,11 +306,6 @@ def make_cases(
     """
     sizes = example_sizes(specs, examples)
     rng = np.random.default_rng(0)
-
-    def default_draw(wanted: dict[str, int]) -> dict[str, Array]:
-        return {s.name: vary(examples[s.name], s.concrete(wanted), rng) for s in specs}
-
-    make = draw or default_draw
     cases = [Case(sizes, dict(examples), reference(examples))]
     notes: list[str] = []
     batch = {str(s.shape[0]) for s in specs if s.shape} | {"batch"}
@@ -286,14 +314,21 @@ def make_cases(
     for number, wanted in enumerate(plans):
         if sizes and (wanted == sizes or wanted in plans[:number]):
             continue
-        feeds = make(wanted)
-        try:
-            cases.append(Case(wanted, feeds, reference(feeds)))
-        except Exception as exc:
-            if isinstance(exc, DeploykitError) and not sizes:
-                raise
+        first: Exception | None = None
+        for feeds in [draw(wanted)] if draw else _variations(specs, examples, wanted, rng):
+            try:
+                cases.append(Case(wanted, feeds, reference(feeds)))
+            except Exception as exc:
+                if isinstance(exc, DeploykitError) and not sizes:
+                    raise
+                first = first or exc
+            else:
+                break
+        else:
             text = ", ".join(f"{k}={v}" for k, v in wanted.items())
-            notes.append(f"the source itself does not run at {text} ({first_line(exc, 120)})")
+            where = f"at {text}" if text else "on other values of the example's shape"
+            note = f"the source itself does not run {where} ({first_line(first, 120) if first else ''})"
+            notes += [note] if note not in notes else []
     if sizes and len(cases) < 2:
         raise ExportError(
             f"the source runs at one shape only, {sizes}; {notes[0] if notes else ''}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from deploykit.errors import SourceError, first_line
 from deploykit.exporters.base import ExportOptions, Source
 from deploykit.exporters.tensorflow_graph import import_tensorflow
 from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, declared, refuse_torch_options
+from deploykit.extras import require
 
 _DEFAULT = "serving_default"
 # A graph is a program: these run Python of this process, or touch files.
@@ -31,7 +33,7 @@ def open_saved_model(path: Path, options: ExportOptions, signature: str = "") ->
     refuse_torch_options(options)
     tf = import_tensorflow()
     try:
-        loaded = tf.saved_model.load(str(path))
+        loaded = _load(tf, path)
     except Exception as exc:
         raise SourceError(f"cannot read {path} ({first_line(exc)})", expected="a SavedModel directory") from exc
     label = f"{path}:{signature}" if signature else str(path)
@@ -58,6 +60,32 @@ def open_saved_model(path: Path, options: ExportOptions, signature: str = "") ->
         return [made[name] for name in outputs]
 
     return TensorFlowSource(Callee(inputs, tuple(outputs), call), options, label, "savedmodel")
+
+
+def _load(tf: Any, path: Path) -> Any:
+    """What `tf.saved_model.load` gives, also where an optimizer was saved that this TensorFlow does not know.
+
+    Keras up to 2.10 and TensorFlow 1 saved their optimizers with the model, the moments of the weights (`slots`) among
+    them; to load those takes the optimizer's class, of which Keras 3 registers none. Inference reads no slot: without
+    the entries that make them slots they load as variables.
+    """
+    protos = require("tensorflow.core.protobuf.saved_model_pb2", extra="tensorflow")
+    saved = protos.SavedModel()
+    file = path / "saved_model.pb"
+    if file.is_file():
+        saved.ParseFromString(file.read_bytes())
+    owners = [n for graph in saved.meta_graphs for n in graph.object_graph_def.nodes if n.slot_variables]
+    if not owners:
+        return tf.saved_model.load(str(path))
+    for owner in owners:
+        del owner.slot_variables[:]
+    with tempfile.TemporaryDirectory(prefix="deploykit-saved-model-") as name:
+        copy = Path(name)
+        (copy / file.name).write_bytes(saved.SerializeToString())
+        for other in path.iterdir():
+            if other.name != file.name:
+                (copy / other.name).symlink_to(other.resolve())
+        return tf.saved_model.load(str(copy))
 
 
 def _choose(signatures: dict[str, Any], wanted: str, path: Path) -> Any:

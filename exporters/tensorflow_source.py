@@ -133,6 +133,10 @@ class TensorFlowSource(Source):
         found = self._callee.call(*(tf.constant(feeds[s.name]) for s in self._callee.inputs))
         return {n: np.asarray(v) for n, v in zip(self._callee.outputs, found, strict=True)}
 
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the function."""
+        return self._reference(feeds)
+
     @property
     def ways(self) -> tuple[Way, ...]:
         """With the free dimensions; with fixed ones only where nobody asked for free ones."""

@@ -7,6 +7,7 @@ rounds another way.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from deploykit.exporters.foreign_onnx import finish
 from deploykit.exporters.shapes import observed_outputs
 from deploykit.exporters.tensorflow_graph import import_tensorflow, refuse_foreign_operators, tflite_gelu
 from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, declared
+from deploykit.exporters.tflite_sparse import write_dense
 from deploykit.extras import require, version_of
 from deploykit.specs import Array, Feeds, Signature
 
@@ -79,9 +81,11 @@ class TFLiteSource(TensorFlowSource):
         tf2onnx = require("tf2onnx", extra="tflite")
         try:
             handlers: dict[str, Any] = {"TFL_GELU": (tflite_gelu, [])}
-            model, _ = tf2onnx.convert.from_tflite(
-                str(self._path), opset=opset or DEFAULT_OPSET, custom_op_handlers=handlers
-            )
+            with tempfile.TemporaryDirectory(prefix="deploykit-tflite-") as folder:
+                dense = write_dense(self._path, Path(folder) / "dense.tflite")
+                model, _ = tf2onnx.convert.from_tflite(
+                    str(dense), opset=opset or DEFAULT_OPSET, custom_op_handlers=handlers
+                )
         except Exception as exc:
             raise ExportError(f"tf2onnx failed ({first_line(exc, 240)})", hint="export it from its source") from exc
         refuse_foreign_operators(model)

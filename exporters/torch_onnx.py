@@ -298,6 +298,11 @@ def _by_torchscript(job: Job, target: Path) -> list[str]:
         notes.append(f"forward decides by its inputs' values at {places}; TorchScript compiled it instead of tracing")
     if frozen.checks:
         notes.append(f"checks of the inputs' values are not in the graph: {', '.join(map(str, frozen.checks))}")
+    if frozen.unseen:
+        notes.append(
+            "held as the example decides it, for no inputs that were tried decide it otherwise: "
+            f"{', '.join(map(str, frozen.unseen))}"
+        )
     if frozen.sizes:
         notes.append(
             "sizes depend on the inputs' values, and the trace holds decisions on sizes fixed at "

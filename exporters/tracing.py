@@ -10,17 +10,20 @@ each conversion of such a value is then answered the other way, to see whether t
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import linecache
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import numpy as np
 
 from deploykit.extras import require
 
@@ -41,8 +44,10 @@ class Place:
         return f"{Path(self.file).name}:{self.line}"
 
 
-# A place, and which of `_OTHERS` is tried there.
-_Flip = tuple[Place, int]
+# A place, and what is answered there in place of a value, of which this is the n-th.
+_Flip = tuple[Place, Callable[[Any, int], Any]]
+# Inputs, outputs, and what Python saw at every place.
+_Run = tuple[tuple[Any, ...], tuple[Any, ...], dict[Place, list[Any]]]
 
 
 def user_place(frame: FrameType | None) -> Place | None:
@@ -155,11 +160,14 @@ class Frozen:
         wrong: Decisions on the inputs' values whose other outcome gives other outputs.
         checks: Decisions on the inputs' values that only raise errors.
         sizes: Decisions on a size that depends on the inputs' values.
+        unseen: Decisions on the inputs' values that make no difference for the example, and that went the same way for
+            all other inputs that were tried.
     """
 
     wrong: tuple[Place, ...] = ()
     checks: tuple[Place, ...] = ()
     sizes: tuple[Place, ...] = ()
+    unseen: tuple[Place, ...] = ()
 
 
 def frozen_decisions(module: Any, tensors: tuple[Any, ...], warned: dict[Place, str]) -> Frozen:
@@ -172,27 +180,94 @@ def frozen_decisions(module: Any, tensors: tuple[Any, ...], warned: dict[Place, 
     """
     if not warned:
         return Frozen()
-    expected, seen, data_sizes = _watched(module, tensors, None)
-    wrong, checks = [], []
-    for place in [p for p in seen if p in warned][:_MAX_TRIALS]:
+    expected, watch = _watched(module, tensors, None)
+    found: dict[str, list[Place]] = {"wrong": [], "check": [], "same": [], "unseen": []}
+    elsewhere: list[_Run] | None = None
+    for place in [p for p in watch.seen if p in warned][:_MAX_TRIALS]:
         outcome = _other_outcome(module, tensors, place, expected)
-        if outcome == "wrong":
-            wrong.append(place)
-        elif outcome == "check":
-            checks.append(place)
-    others = [p for p in warned if p not in seen] if data_sizes else []
-    return Frozen(tuple(wrong), tuple(checks), tuple(others))
+        if outcome == "same":
+            # `if mask.all():` skips work that changes nothing where the mask is full, and only there.
+            elsewhere = _runs_elsewhere(module, tensors) if elsewhere is None else elsewhere
+            outcome = _held_elsewhere(module, elsewhere, place, watch.seen[place])
+        found[outcome].append(place)
+    others = [p for p in warned if p not in watch.seen] if watch.data_sizes else []
+    return Frozen(tuple(found["wrong"]), tuple(found["check"]), tuple(others), tuple(found["unseen"]))
+
+
+def _runs_elsewhere(module: Any, tensors: tuple[Any, ...]) -> list[_Run]:
+    """The module on other inputs, as far as it accepts them: what it gave, and what Python saw on the way."""
+    found = []
+    for given in _other_inputs(tensors):
+        with suppress(Exception):  # whatever the user's code says of inputs that may be none
+            outputs, watch = _watched(module, given, None)
+            found.append((given, outputs, watch.seen))
+    return found
+
+
+def _other_inputs(tensors: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Inputs of the same shapes with other values: drawn, all small, and all large."""
+    torch = require("torch", extra="torch")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(tensor: Any) -> Any:
+        if tensor.numel() == 0 or tensor.is_complex():
+            return tensor
+        if tensor.is_floating_point():
+            return tensor + torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        # Integers stay at or below those of the example, which may be indices.
+        low, high = sorted((0, int(tensor.max()))) if tensor.dtype != torch.bool else (0, 1)
+        return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.dtype)
+
+    def small(tensor: Any) -> Any:
+        return torch.zeros_like(tensor)
+
+    def large(tensor: Any) -> Any:
+        if tensor.dtype == torch.bool or tensor.numel() == 0 or tensor.is_complex():
+            return torch.ones_like(tensor)
+        return -1000 * (tensor + 1) if tensor.is_floating_point() else torch.full_like(tensor, int(tensor.max()))
+
+    return [tuple(make(t) for t in tensors) for make in (drawn, drawn, small, large)]
+
+
+def _held_elsewhere(module: Any, runs: Sequence[_Run], place: Place, frozen: Sequence[Any]) -> str:
+    """What the example's answers lead to for inputs that have others: "wrong" outputs, or the "same".
+
+    "unseen" where no inputs have others.
+    """
+    kind = "unseen"
+    for given, expected, seen in runs:
+        if place not in seen or _equal_answers(seen[place], frozen):
+            continue
+        kind = "same"
+        try:
+            outputs, _ = _watched(module, given, (place, lambda _, number: frozen[min(number, len(frozen) - 1)]))
+        except Exception:  # noqa: BLE001 - an answer that does not fit these inputs
+            return "wrong"
+        if not _all_close(outputs, expected):
+            return "wrong"
+    return kind
+
+
+def _equal_answers(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    return len(first) == len(second) and all(
+        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _other_outcome(module: Any, tensors: tuple[Any, ...], place: Place, expected: tuple[Any, ...]) -> str:
     """What other answers lead to: "wrong" outputs, the "same" ones, or a "check" that raises."""
-    found = {_outcome(module, tensors, (place, number), expected) for number in range(len(_OTHERS))}
+    found = {_outcome(module, tensors, (place, _once(change)), expected) for change in _OTHERS}
     return next(kind for kind in ("wrong", "check", "same") if kind in found)
+
+
+def _once(change: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
+    """Change the first answer only."""
+    return lambda value, number: value if number else _another(value, change)
 
 
 def _outcome(module: Any, tensors: tuple[Any, ...], flip: _Flip, expected: tuple[Any, ...]) -> str:
     try:
-        outputs, _, _ = _watched(module, tensors, flip)
+        outputs, _ = _watched(module, tensors, flip)
     except Exception as exc:  # noqa: BLE001 - whatever the user's code raises on a path that it did not take
         step = exc.__traceback__
         while step is not None and step.tb_next is not None:
@@ -219,27 +294,27 @@ def _all_close(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     return True
 
 
-def _watched(module: Any, tensors: tuple[Any, ...], flip: _Flip | None) -> tuple[tuple[Any, ...], list[Place], bool]:
+def _watched(module: Any, tensors: tuple[Any, ...], flip: _Flip | None) -> tuple[tuple[Any, ...], _Watch]:
     """Run the module; tell the outputs, where Python saw values of inputs, and whether sizes depend on such values.
 
     Args:
         module: The flat module.
         tensors: Its inputs.
-        flip: A place whose first answer is changed, and the number of the change in `_OTHERS`.
+        flip: A place whose answers are changed, and how.
     """
     torch = require("torch", extra="torch")
     given = tuple(t.clone() for t in tensors)
     values, calls, watch = _make_watch(given, flip)
     with torch.no_grad(), calls, values:
         outputs = module(*given)
-    return tuple(outputs), list(watch.seen), watch.data_sizes
+    return tuple(outputs), watch
 
 
 class _Watch:
     """What was seen, and the memory that holds values of the inputs."""
 
     def __init__(self, given: tuple[Any, ...], flip: _Flip | None) -> None:
-        self.seen: dict[Place, int] = {}
+        self.seen: dict[Place, list[Any]] = {}
         self.data_sizes = False
         self._flip = flip
         self._marks: dict[int, Any] = {}
@@ -261,11 +336,11 @@ class _Watch:
         place = user_place(sys._getframe(1))
         if place is None:
             return value
-        first = place not in self.seen
-        self.seen[place] = self.seen.get(place, 0) + 1
-        if self._flip is None or place != self._flip[0] or not first:
+        answers = self.seen.setdefault(place, [])
+        answers.append(copy.copy(value))
+        if self._flip is None or place != self._flip[0]:
             return value
-        return _another(value, _OTHERS[self._flip[1]])
+        return self._flip[1](value, len(answers) - 1)
 
 
 def _another(value: Any, change: Callable[[Any], Any]) -> Any:

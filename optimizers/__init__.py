@@ -9,12 +9,14 @@ from __future__ import annotations
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
 from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
+from deploykit.optimizers.repair import RepairConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
 from deploykit.optimizers.steps import StepConfig, optimize
 
 __all__ = [
     "DynamicConfig",
+    "RepairConfig",
     "SimplifierProcess",
     "SimplifyConfig",
     "StaticConfig",

@@ -124,7 +124,7 @@ class GraphEditor:
         from onnx import numpy_helper
 
         name = self._fresh(hint)
-        self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         self._weights[name] = self.model.graph.initializer[-1]
         return name
 

@@ -52,7 +52,7 @@ def shield_floats(model: onnx.ModelProto, quantized: Set[str]) -> int:
         model.graph.node.extend(added)
         limits = np.finfo(np.float32)
         model.graph.initializer.extend(
-            numpy_helper.from_array(np.asarray(v, np.float32), n)
+            numpy_helper.from_array(np.array(v, np.float32), n)
             for n, v in zip(_BOUNDS, (limits.min, limits.max), strict=True)
         )
     return len(added)

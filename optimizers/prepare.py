@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from deploykit.errors import OptimizationError, first_line
+from deploykit.graphs import walk
 from deploykit.nodes import quantized_ops
 from deploykit.weights import put_back, set_aside
 
@@ -19,12 +20,15 @@ _PER_TENSOR_OPSET = 11
 _MIN_IR = 7  # that of opset 13
 
 
-def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.ModelProto, list[str]]:
+def prepare(
+    model: onnx.ModelProto, *, per_channel: bool = True, quantized: bool = False
+) -> tuple[onnx.ModelProto, list[str]]:
     """Make a quantizable copy.
 
     Args:
         model: Left as it is.
         per_channel: Whether the opset has to know one scale an output channel.
+        quantized: Whether it may be quantized already.
 
     Returns:
         The copy, and notes on what was done.
@@ -34,12 +38,12 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     """
     import onnx
 
-    quantized = quantized_ops(model)
-    if quantized:
+    found = quantized_ops(model)
+    if found and not quantized:
         raise OptimizationError(
-            f"the model is quantized already (it has {', '.join(quantized[:3])})",
+            f"the model is quantized already (it has {', '.join(found[:3])})",
             expected="a floating-point model",
-            hint="start from the model before quantization",
+            hint="start from the model before quantization, or repair this one: deploykit quantize repair",
         )
     notes: list[str] = []
     copy = onnx.ModelProto()
@@ -52,6 +56,7 @@ def prepare(model: onnx.ModelProto, *, per_channel: bool = True) -> tuple[onnx.M
     # Before 4, weights had to be listed as inputs; those that quantizers add are not.
     copy.ir_version = max(copy.ir_version, _MIN_IR)
     lifted = _lift_constants(copy)
+    _skip_copies(copy)
     if lifted:
         notes.append(f"{lifted} Constant nodes turned into initializers")
     return infer_shapes(copy), notes
@@ -106,6 +111,28 @@ def _lift_constants(model: onnx.ModelProto) -> int:
         del model.graph.node[:]
         model.graph.node.extend(kept)
     return lifted
+
+
+def _skip_copies(model: onnx.ModelProto) -> None:
+    """Let readers of a weight's Identity read the weight, in place: TorchScript shares equal biases that way.
+
+    A quantizer takes such a bias for an activation, and ONNX Runtime then leaves the convolution in float.
+    """
+    kept = {v.name for v in model.graph.output}
+    kept |= {name for located in walk(model) if located.where for name in located.node.input}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    same: dict[str, str] = {}
+    rest = []
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = same.get(name, name)
+        if node.op_type == "Identity" and node.input[0] in stored and node.output[0] not in kept:
+            same[node.output[0]] = node.input[0]
+        else:
+            rest.append(node)
+    if same:
+        del model.graph.node[:]
+        model.graph.node.extend(rest)
 
 
 def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -49,7 +49,9 @@ class StaticConfig:
         batch_size: Samples in one calibration run.
         max_samples: Calibration samples used at most; None for all.
         weight_bits: As in `DynamicConfig`.
-        smooth: SmoothQuant: "off", "auto" (alpha searched for each activation), or an alpha from 0 to 1.
+        smooth: SmoothQuant of matrix products: "off", "auto" (alpha searched for each activation, off where that is
+            better), or an alpha from 0 to 1. What it changes hangs on the data: "auto" is off beside `merge` and
+            `save_calibration`.
         equalize: Cross-layer equalization of convolutions.
         bias_correction: "off", "fast" (from each layer's own rounding errors) or "full" (from the quantized model's).
         rounding: Of weights: "nearest" or "adaround".
@@ -64,7 +66,7 @@ class StaticConfig:
     batch_size: int = 8
     max_samples: int | None = None
     weight_bits: str = "auto"
-    smooth: str | float = "off"
+    smooth: str | float = "auto"
     equalize: bool = False
     bias_correction: str = "off"
     rounding: str = "nearest"

@@ -70,6 +70,12 @@ def _nothing_dynamic(model: onnx.ModelProto, ops: Sequence[str], other: str | No
         return OptimizationError(
             f"nothing to quantize: the weights are {other}", expected="float32", hint="export the model in float32"
         )
+    if _inside(model.graph, ops):
+        return OptimizationError(
+            f"nothing to quantize: outside the branches of If and the bodies of Loop and Scan there is none of "
+            f"{', '.join(ops)} with constant weights",
+            hint="export the branch that is needed as a model of its own, or keep it in floating point",
+        )
     has = f" (it has {', '.join(kinds[:8])})" if kinds else ""
     convolutions = "convolutional models want: deploykit quantize static --data FILE"
     return OptimizationError(
@@ -78,6 +84,12 @@ def _nothing_dynamic(model: onnx.ModelProto, ops: Sequence[str], other: str | No
         if "Conv" in kinds
         else "simplify it first (deploykit simplify), or keep it in floating point",
     )
+
+
+def _inside(graph: onnx.GraphProto, ops: Sequence[str]) -> bool:
+    """Whether one of these operators stands in a graph that a node holds."""
+    held = [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs)]
+    return any(node.op_type in ops for g in held for node in g.node) or any(_inside(g, ops) for g in held)
 
 
 def _dynamic(light: LightModel, config: DynamicConfig, nodes: list[str], bits: int) -> onnx.ModelProto:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,10 @@ def quantize_static(
     check_method(config.calibration, config.percentile)
     check_accuracy_options(config)
     saved = _saved(config)
+    said = []
+    if (config.merge or config.save_calibration) and config.smooth == "auto":
+        config = replace(config, smooth="off")
+        said = ["SmoothQuant is off: it would change the activations by what this run alone was shown"]
     require("onnxruntime.quantization", extra="ort")
     bits, why = weight_bits(config.weight_bits)
     count, told = _Counter(), progress or Progress()
@@ -139,7 +144,7 @@ def quantize_static(
         "quantized_nodes": len(usable),
         "float_nodes": total - len(usable),
     }
-    return StepResult(True, (*notes, *why), params, tools())
+    return StepResult(True, (*notes, *said, *why), params, tools())
 
 
 def _saved(config: StaticConfig) -> list[Calibration]:
@@ -150,7 +155,7 @@ def _saved(config: StaticConfig) -> list[Calibration]:
         OutputExistsError: The file to be written is there already.
         DataError: One cannot be read.
     """
-    if (config.merge or config.save_calibration) and (config.smooth != "off" or config.equalize):
+    if (config.merge or config.save_calibration) and (isinstance(config.smooth, float | int) or config.equalize):
         raise OptimizationError(
             "a saved calibration does not go with --smooth or --equalize, which change the activations by their data",
             hint="leave one of both out",

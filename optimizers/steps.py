@@ -9,11 +9,12 @@ from deploykit.optimizers.base import Check, Opener, StepResult
 from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
 from deploykit.optimizers.quantize_dynamic import quantize_dynamic
 from deploykit.optimizers.quantize_static import quantize_static
+from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 from deploykit.progress import Progress
 
-StepConfig = SimplifyConfig | DynamicConfig | StaticConfig
+StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | RepairConfig
 
 
 def optimize(
@@ -26,6 +27,7 @@ def optimize(
     data: Dataset | None = None,
     process: SimplifierProcess | None = None,
     progress: Progress | None = None,
+    same_bits: Check | None = None,
     keep_float: Path | None = None,
 ) -> StepResult:
     """Apply one step.
@@ -39,6 +41,7 @@ def optimize(
         data: Calibration data; needed by `StaticConfig`.
         process: Where simplifiers run; whoever simplifies many models keeps one.
         progress: Told how far a step is that takes long.
+        same_bits: Says why a file does not give the model's very bits without fusions; `RepairConfig` asks it.
         keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
             who compares the two layer by layer.
 
@@ -49,4 +52,6 @@ def optimize(
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target, keep_float)
+    if isinstance(config, RepairConfig):
+        return repair(model, config, target, same_bits)
     return quantize_static(model, config, target, open_model, data, progress, keep_float)

@@ -81,7 +81,10 @@ def _judge_exported(
         found["wrong"] = f"verify: {records[0].get('reason')}"
     np.savez(folder / "data.npz", **_samples(made))  # type: ignore[arg-type]
     attempt("quantize dynamic", lambda: quantize_dynamic(made.path, folder / "dynamic", gate_seconds=0))
-    attempt("quantize static", lambda: quantize_static(made.path, folder / "static", data=folder / "data.npz", gate_seconds=0))
+    attempt(
+        "quantize static",
+        lambda: quantize_static(made.path, folder / "static", data=folder / "data.npz", gate_seconds=0),
+    )
 
 
 def _samples(made: Artifact) -> dict[str, Any]:

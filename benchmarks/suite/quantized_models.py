@@ -96,9 +96,11 @@ def make_files(name: str, folder: Path, extra: list[str]) -> tuple[dict[str, Pat
         "onnxruntime static": lambda out: theirs("static", parent, out, calibration),
         "onnxruntime dynamic": lambda out: theirs("dynamic", parent, out, calibration),
         "deploykit static": lambda out: deploykit.quantize_static(
-            fp32, out, data=data, config=StaticConfig(**static), min_cosine=-1, progress=told
+            fp32, out, data=data, config=StaticConfig(**static), min_cosine=-1, gate_seconds=0, progress=told
         ),
-        "deploykit dynamic": lambda out: deploykit.quantize_dynamic(fp32, out, min_cosine=-1, gate_seconds=0, progress=told),
+        "deploykit dynamic": lambda out: deploykit.quantize_dynamic(
+            fp32, out, min_cosine=-1, gate_seconds=0, progress=told
+        ),
     }
     for label, step in steps.items():
         ours = label.startswith("deploykit")

@@ -1,4 +1,4 @@
-"""`deploykit quantize dynamic` and `deploykit quantize static`."""
+"""`deploykit quantize dynamic`, `static` and `repair`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import click
 
 from deploykit.cli import common
 from deploykit.cli.quantize_options import goal_arguments, goal_options
+from deploykit.cli.quantize_repair import repair
 
 _bits: common.Decorator = click.option(
     "--weight-bits", type=click.Choice(["auto", "8", "7"]), default="auto", show_default=True,
@@ -48,7 +49,10 @@ class _Smooth(click.ParamType):  # type: ignore[type-arg]  # generic since click
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Quantize to 8 bits: dynamic or static."""
+    """Quantize to 8 bits: dynamic or static; or repair what another tool quantized."""
+
+
+command.add_command(repair)
 
 
 @command.command("dynamic")
@@ -129,7 +133,7 @@ def dynamic(
 @click.option(
     "--smooth",
     type=_Smooth(),
-    default="off",
+    default="auto",
     show_default=True,
     metavar="off|auto|ALPHA",
     help="SmoothQuant: move outliers of activations into weights; auto searches alpha for each activation.",

@@ -216,6 +216,25 @@ def renamed(model: Model, prefix: str = "v") -> Model:
     return model
 
 
+def test_a_small_column_beside_large_ones_is_traced(tmp_path: Path) -> None:
+    """Large boxes and small scores in one output, which is within the tolerance of the whole."""
+
+    def detector(activation: str) -> Model:
+        rng = np.random.default_rng(0)
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["raw"], name="head"),
+            helper.make_node("Mul", ["raw", "size"], ["boxes"], name="decode"),
+            helper.make_node(activation, ["raw"], ["scores"], name="activation"),
+            helper.make_node("Concat", ["boxes", "scores"], ["y"], name="join", axis=1),
+        ]
+        weights = {"w": rng.standard_normal((8, 4)).astype(np.float32), "size": np.float32(1e4)}
+        return build(nodes, weights, {"y": 2}, {"x": ["batch", 8]})
+
+    given = {"x": np.random.default_rng(1).standard_normal((2, 8)).astype(np.float32)}
+    found = find(tmp_path, detector("HardSigmoid"), detector("Sigmoid"), given)
+    assert (found.kind, found.node) == ("node", "activation")
+
+
 @pytest.mark.parametrize("fault", [scaled, axis, other_op], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("budget", [1 << 28, 40_000], ids=["at once", "in chunks"])
 def test_tensors_of_other_names_are_matched_by_value(

@@ -264,7 +264,7 @@ def test_constant_outputs_prove_nothing() -> None:
 def test_nearly_constant_outputs_prove_nothing(size: float) -> None:
     fixed = noise((2, 500))
     assert "'y' hardly changes" in vacuous(fixed, fixed + noise((2, 500), size, 1))
-    assert "'y' hardly changes" in vacuous(np.full((1, 4), 7.0), np.full((3, 4), 7.0))
+    assert "no output changes" in vacuous(np.full((1, 4), 7.0), np.full((3, 4), 7.0))
 
 
 def test_graph_that_ignores_its_inputs_passes_only_where_it_is_vacuous() -> None:
@@ -289,6 +289,17 @@ def test_table_of_constants_beside_an_output_that_reacts() -> None:
     for i, output in enumerate(outputs):
         output["dull"] = dull + np.float32(i * 1e-6)
     assert "'dull' hardly changes" in check_vacuity(outputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
+def test_constants_of_every_row_beside_an_output_that_reacts(dtype: str) -> None:
+    """Positions, made-up masks and labels of one class have one row a sample, so their shape follows the batch."""
+    row = np.arange(6).astype(dtype)
+    outputs = [case(y=noise((n, 5), seed=n), rows=np.tile(row, (n, 1))) for n in (4, 1, 3, 2)]
+    assert check_vacuity(outputs) == ""
+    assert "no output changes" in check_vacuity([{"rows": o["rows"]} for o in outputs])
+    outputs[1]["rows"] = np.zeros((1, 0), dtype)
+    assert "'rows' hardly changes" in check_vacuity(outputs[:2])
 
 
 def test_shapes_that_change_with_the_input() -> None:
@@ -351,3 +362,57 @@ def test_top1_agreement() -> None:
     assert top1_agreement([case(y=scores), case(y=scores)], [case(y=other), case(y=scores)]) == pytest.approx(5 / 6)
     assert top1_agreement([case(y=scores[:, :1])], [case(y=scores[:, :1])]) is None
     assert top1_agreement([case(b=np.array([1]), y=scores)], [case(b=np.array([2]), y=other)]) == pytest.approx(2 / 3)
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def boxes_and_scores(rows: int, layout: str, seed: int, scale: float = 640.0) -> tuple[Any, Any]:
+    """An output of boxes beside scores, and the same with scores that are 5 % off."""
+    boxes, scores = noise((rows, 20, 4), scale, seed), softmax(noise((rows, 20, 6), seed=seed + 9))
+    right, wrong = (np.concatenate([boxes, s], -1) for s in (scores, scores * np.float32(1.05)))
+    return (right, wrong) if layout == "last" else (right.swapaxes(1, 2), wrong.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("scale", [640.0, 1e4])
+@pytest.mark.parametrize("layout", ["last", "middle"])
+def test_wrong_scores_beside_large_boxes(layout: str, scale: float) -> None:
+    pairs = [boxes_and_scores(n, layout, n, scale) for n in (2, 1, 3)]
+    result = compare([case(y=right) for right, _ in pairs], [case(y=wrong) for _, wrong in pairs])
+    assert result.verdict is Verdict.FAILED
+    assert "is small beside the others, is off by 5.0e-02 of its own norm" in result.reason
+    assert result.outputs[0].case is not None
+    assert len(result.outputs[0].index or ()) == 3
+    want = pairs[0][0]
+    rounded = want + noise(want.shape, scale * 3e-7, 5)
+    assert verdict(want, rounded.astype(np.float32)) is Verdict.PASSED
+
+
+def test_targets_in_other_units() -> None:
+    """Two predictions of one regression: a price and a share."""
+    want = np.stack([3e5 + noise((9,), 1e5), 0.3 + noise((9,), 0.1, 1)], 1).astype(np.float32)
+    have = want.copy()
+    have[:, 1] = 0.8
+    assert verdict(want, have) is Verdict.FAILED
+    assert verdict(want, want * np.float32(1 + 2e-7)) is Verdict.PASSED
+
+
+def test_small_columns_are_rounded_as_the_large_ones_are() -> None:
+    """A Fourier transform in float32: what is nearly 0 at one frequency is a difference of large numbers."""
+    rng = np.random.default_rng(0)
+    tone = np.sin(2 * np.pi * 5 * np.arange(512) / 512 + np.arange(4)[:, None])
+    signal = tone + 1e-5 * rng.standard_normal((4, 512))
+    exact = np.abs(np.fft.rfft(signal))
+    angle = 2 * np.pi * np.outer(np.arange(512), np.arange(257)) / 512
+    real, imaginary = (signal.astype(np.float32) @ f(angle).astype(np.float32) for f in (np.cos, np.sin))
+    assert np.median(exact) < 1e-5 * exact.max()
+    assert verdict(exact.astype(np.float32), np.hypot(real, imaginary)) is Verdict.PASSED
+
+
+def test_mask_constants_and_nan_are_no_columns() -> None:
+    want = noise((6, 4))
+    want[:, 1], want[:, 2] = -np.inf, np.nan
+    half = want.astype(np.float16)
+    assert verdict(half, half.copy()) is Verdict.PASSED
+    want[2, 0] = -3.4e38
+    assert verdict(want, want.copy()) is Verdict.PASSED

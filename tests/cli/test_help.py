@@ -8,8 +8,8 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-    [], ["doctor"], ["export"], ["simplify"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"], ["verify"],
-    ["inspect"], ["benchmark"], ["run"],
+    [], ["doctor"], ["export"], ["simplify"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
+    ["quantize", "repair"], ["verify"], ["inspect"], ["benchmark"], ["run"],
 ]  # fmt: skip
 
 

@@ -228,6 +228,52 @@ def test_a_reference_with_other_inputs(run_cli: Any, conv_model: Path, tmp_path:
         assert "the model takes x: float32[batch, 3, 12, 12]" in error
 
 
+def means(length: float | None, rows: Any = "rows") -> Any:
+    """The mean over the rows of x [batch, rows, 4], or their sum over a length that somebody took for constant."""
+    nodes = [helper.make_node("ReduceSum", ["x", "axis"], ["sum"], keepdims=0)]
+    weights = [numpy_helper.from_array(np.array([1]), "axis")]
+    if length is None:
+        nodes += [
+            helper.make_node("Shape", ["x"], ["count"], start=1, end=2),
+            helper.make_node("Cast", ["count"], ["length"], to=TensorProto.FLOAT),
+        ]
+    else:
+        weights.append(numpy_helper.from_array(np.array([length], np.float32), "length"))
+    nodes.append(helper.make_node("Div", ["sum", "length"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "means",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", rows, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_every_dynamic_dimension_is_varied(run_cli: Any, tmp_path: Path) -> None:
+    """A length frozen at the size that inputs are made up with is right there, and nowhere else."""
+    from deploykit.models import load_model, probe_feeds
+
+    onnx.save(means(None), tmp_path / "right.onnx")
+    feeds, _ = probe_feeds(load_model(tmp_path / "right.onnx"), None, {})
+    size = feeds[0]["x"].shape[1]
+    onnx.save(means(size), tmp_path / "frozen.onnx")
+    done = run_cli("verify", "-m", "frozen.onnx", "--against", "right.onnx", "--device", "ort:cpu")
+    assert done.returncode == 1 and "the first node that diverges is 'y' (Div)" in done.stdout
+    # Who declares one length is compared at that one.
+    onnx.save(means(7, rows=7), tmp_path / "seven.onnx")
+    done = run_cli("verify", "-m", "seven.onnx", "--against", "right.onnx", "--device", "ort:cpu")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sizes_of_the_source_are_checked(run_cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "mean.py").write_text(MEAN, encoding="utf-8")
+    for length, code in ((None, 0), (16, 1)):
+        onnx.save(means(length), tmp_path / "m.onnx")
+        done = run_cli("verify", "-m", "m.onnx", "--against", "mean.py:make", "--device", "ort:cpu")
+        assert done.returncode == code, done.stdout + done.stderr
+
+
 def test_a_reference_that_is_not_there(run_cli: Any, conv_model: Path) -> None:
     done = run_cli("verify", "-m", conv_model, "--against", "nonsense")
     assert done.returncode == 1
@@ -247,4 +293,15 @@ class Words(torch.nn.Module):
 
 def make():
     return Words(), torch.randint(0, 9, (2, 6))
+"""
+
+MEAN = """
+import torch
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return {"y": x.mean(1)}
+
+def make():
+    return Mean(), torch.randn(2, 5, 4)
 """

@@ -115,6 +115,57 @@ def test_unknown_classes_and_unbuilt_models(opened: Any, message: Any, tmp_path:
     assert "string" in message(SourceError, lambda: open_keras_model(text, ExportOptions(), "text"))
 
 
+def test_subclassed_models_take_the_inputs_of_the_example(message: Any, tmp_path: Path) -> None:
+    """They know no inputs, not even after a call; what `call` takes is told by its parameters and the example."""
+    import keras
+
+    class Own(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = keras.layers.Conv2D(4, 3, activation="relu")
+            self.dense = keras.layers.Dense(2)
+
+    class One(Own):
+        def call(self, image: Any, training: bool = False) -> Any:
+            mapped = self.conv(image)
+            return [mapped, self.dense(keras.ops.mean(mapped, axis=(1, 2)))]
+
+    class Two(Own):
+        def call(self, image: Any, weight: Any, training: bool = False) -> Any:
+            return {"scores": self.dense(keras.ops.mean(self.conv(image), axis=(1, 2))) * weight}
+
+    class Held(Own):
+        def call(self, given: Any) -> Any:
+            image, weight = (given["image"], given["weight"]) if isinstance(given, dict) else given
+            return self.dense(keras.ops.mean(self.conv(image), axis=(1, 2))) * weight
+
+    class Odd(keras.Model):  # type: ignore[misc]
+        def call(self, image: Any) -> Any:
+            return np.asarray(image)
+
+    keras.utils.set_random_seed(3)
+    rng = np.random.default_rng(0)
+    image, weight = rng.standard_normal((4, 9, 10, 3)), rng.standard_normal((4, 2)).astype(np.float32)
+    both = {"image": image.astype(np.float32), "weight": weight}
+    for number, (model, example, names) in enumerate([
+        (One(), image, ["image"]),
+        (Two(), (image, weight), ["image", "weight"]),
+        (Two(), both, ["image", "weight"]),
+        (Held(), [image, weight], ["given_0", "given_1"]),
+        (Held(), both, ["image", "weight"]),
+    ]):  # fmt: skip
+        source = open_keras_model(model, ExportOptions(), "own", example)
+        assert [s.name for s in source.signature.inputs] == names
+        assert source.signature.inputs[0].shape == ("batch", 9, 10, 3)
+        assert not _right(source, tmp_path / f"{number}.onnx")
+    free = ExportOptions(dynamic=("image:0=batch,1=rows",))
+    source = open_keras_model(One(), free, "own", image)
+    assert source.signature.inputs[0].shape == ("batch", "rows", 10, 3)
+    assert not _right(source, tmp_path / "free.onnx")
+    assert "symbolic" in message(SourceError, lambda: open_keras_model(Odd(), ExportOptions(), "own", image))
+    assert "(model, example)" in message(SourceError, lambda: open_keras_model(One(), ExportOptions(), "own"))
+
+
 def test_quantization_and_data(build: Any, tmp_path: Path) -> None:
     build.trained.keras_file(tmp_path / "net.keras")
     pixels, labels = build.trained.images()

@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.errors import ExportError, InferenceError, ModelError
-from deploykit.exporters import export
+from deploykit.exporters import Case, export
+from deploykit.exporters.onnx_file import _refuse_random
 
 
 def test_copy_is_byte_for_byte(opened: Any, build: Any, tmp_path: Path) -> None:
@@ -120,6 +121,33 @@ def test_made_up_inputs_that_do_not_fit(opened: Any, message: Any, tmp_path: Pat
     source = opened(tmp_path / "m.onnx", dims={"aa": 3, "bb": 3})
     assert len(source.cases) >= 3
     assert any("one shape only" in note for note in source.notes)
+
+
+def test_random_outputs_that_are_the_same_once(message: Any, tmp_path: Path) -> None:
+    runs = iter([0.0, 0.0, 1.0])
+    case = Case({}, {}, {"y": np.zeros(1, np.float32)})
+
+    def run(_: Any) -> dict[str, Any]:
+        return {"y": np.full(1, next(runs), np.float32)}
+
+    assert "each time" in message(ExportError, lambda: _refuse_random(tmp_path, ["Bernoulli"], run, case))
+
+
+def test_one_fixed_dimension_leaves_the_others_to_be_checked(opened: Any, tmp_path: Path) -> None:
+    """The state in the graph is of one sample, whatever the file declares; the length is free all the same."""
+    graph = helper.make_graph(
+        [helper.make_node("Concat", ["x", "state"], ["both"], axis=1), helper.make_node("Tanh", ["both"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "frames", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", None, 4])],
+        [numpy_helper.from_array(np.ones((1, 2, 4), np.float32), "state")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    source = opened(tmp_path / "m.onnx")
+    assert {case.sizes["batch"] for case in source.cases} == {1}
+    assert len({case.sizes["frames"] for case in source.cases}) >= 3
+    (note,) = source.notes
+    assert note.startswith("checked at batch=1 only, because the source itself does not run at batch=3")
 
 
 def _escape(path: Path) -> None:

@@ -38,6 +38,11 @@ def through(*ops: Any) -> list[Any]:
     return [*ops, helper.make_node("Gather", ["table", "last"], ["y"])]
 
 
+def through_one_hot(*ops: Any) -> list[Any]:
+    wide = helper.make_node("Unsqueeze", ["ids", "two"], ["wide"])
+    return [wide, *ops, helper.make_node("MatMul", ["hot", "table"], ["y"])]
+
+
 GRAPHS = {
     "plain": [helper.make_node("Gather", ["table", "ids"], ["y"])],
     "cast": through(helper.make_node("Cast", ["ids"], ["last"], to=TensorProto.INT32)),
@@ -45,6 +50,11 @@ GRAPHS = {
     "concat": through(helper.make_node("Concat", ["start", "ids"], ["last"], axis=1)),
     "transpose": through(
         helper.make_node("Transpose", ["ids"], ["t"]), helper.make_node("Expand", ["t", "shape"], ["last"])
+    ),
+    "one-hot": through_one_hot(helper.make_node("OneHot", ["wide", "depth", "off_on"], ["hot"])),
+    "compared": through_one_hot(
+        helper.make_node("Equal", ["classes", "wide"], ["same"]),
+        helper.make_node("Cast", ["same"], ["hot"], to=TensorProto.FLOAT),
     ),
     "branch": [helper.make_node("If", ["yes"], ["y"], then_branch=branch("a"), else_branch=branch("b"))],
     "quantized table": [
@@ -64,7 +74,8 @@ def test_ids_stay_inside_their_table(name: str) -> None:
     weights = {
         "zero": np.array([0]), "one": np.array([1]), "start": np.zeros((1, 1), np.int64), "shape": np.array([4, 4]),
         "yes": np.array(True), "small": np.zeros((VOCABULARY, 3), np.int8), "scale": np.float32(1),
-        "g": np.zeros(3, np.float32),
+        "g": np.zeros(3, np.float32), "two": np.array([2]), "depth": np.array([VOCABULARY]),
+        "off_on": np.array([0, 1], np.float32), "classes": np.arange(VOCABULARY).reshape(1, 1, VOCABULARY),
     }  # fmt: skip
     model = ids_model(GRAPHS[name], weights, "com.microsoft" if name == "fused" else "")
     inputs = signature_of(model).inputs
@@ -83,6 +94,13 @@ def test_smallest_table_counts() -> None:
 def test_numbers_that_index_nothing_have_no_range() -> None:
     nodes = [helper.make_node("Cast", ["ids"], ["f"], to=TensorProto.FLOAT), helper.make_node("Relu", ["f"], ["y"])]
     model = ids_model(nodes)
+    assert vocabulary_ranges(model, signature_of(model).inputs) == {}
+
+
+def test_a_number_to_compare_ids_with_is_no_table() -> None:
+    """The id of padding is one of many."""
+    equal = helper.make_node("Equal", ["ids", "pad"], ["same"])
+    model = ids_model([equal, helper.make_node("Cast", ["same"], ["y"], to=TensorProto.FLOAT)], {"pad": np.array(5)})
     assert vocabulary_ranges(model, signature_of(model).inputs) == {}
 
 

@@ -151,6 +151,53 @@ def test_variations_stay_legal_and_differ() -> None:
     assert len(np.unique(reals, axis=0)) == 3
 
 
+def test_values_that_are_legal_in_their_places_only() -> None:
+    """Ids of two tables side by side, in one input; drawn from both, the smaller table has no such row."""
+    small, large = np.arange(5.0), np.arange(100.0)
+
+    def look_up(feeds: Any) -> dict[str, Any]:
+        ids = feeds["ids"].astype(int)
+        return {"y": small[ids[:, 0]] + large[ids[:, 1]]}
+
+    ids = np.array([[[0, 4, 2, 1], [99, 5, 6, 70]], [[3, 3, 1, 0], [8, 50, 98, 7]]])
+    for dtype in (np.int64, np.float32):
+        for shape in (("batch", 2, "length"), (2, 2, "length"), ("batch", 2, 4), (2, 2, 4)):
+            cases, notes = make_cases(
+                [TensorSpec("ids", np.dtype(dtype).name, shape)], {"ids": ids.astype(dtype)}, look_up
+            )
+            assert not notes
+            assert len(cases) >= 4
+            assert len({case.feeds["ids"].tobytes() for case in cases}) == len(cases)
+            assert all(case.feeds["ids"].dtype == dtype for case in cases)
+
+
+def test_ids_of_two_inputs_of_reals() -> None:
+    """A noise about ids is no id: what the source then takes are values that the example holds."""
+    table = np.arange(7.0)
+    example = {"ids": np.array([[0, 6, 3], [1, 2, 2]], np.float32), "x": np.ones((2, 3), np.float32)}
+    specs = [TensorSpec(name, "float32", ("batch", 3)) for name in example]
+
+    def look_up(feeds: Any) -> dict[str, Any]:
+        if not np.isin(feeds["ids"], np.arange(7)).all():
+            raise IndexError("no such row")
+        return {"y": table[feeds["ids"].astype(int)] + feeds["x"]}
+
+    cases, notes = make_cases(specs, example, look_up)
+    assert not notes
+    assert all(set(case.feeds["ids"].ravel()) <= {0, 1, 2, 3, 6} for case in cases[1:])
+
+
+def test_values_that_a_fixed_shape_refuses_are_said_once() -> None:
+    def picky(feeds: Any) -> dict[str, Any]:
+        if not np.array_equal(feeds["x"], [[1.0, 2.0]]):
+            raise ValueError("no")
+        return {"y": feeds["x"]}
+
+    cases, notes = make_cases([TensorSpec("x", "float32", (1, 2))], {"x": np.array([[1, 2]], np.float32)}, picky)
+    assert len(cases) == 1
+    assert notes == ["the source itself does not run on other values of the example's shape (ValueError: no)"]
+
+
 def test_sizes_of_sums_follow() -> None:
     specs = [
         TensorSpec("mask", "int64", ("batch", "past + sequence")),

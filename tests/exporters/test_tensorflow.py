@@ -75,6 +75,39 @@ def test_a_signature_has_to_be_chosen(saved: Path, opened: Any, message: Any) ->
     assert "no signature 'none'" in message(SourceError, lambda: opened(f"{saved}:none"))
 
 
+def test_an_optimizer_that_nobody_knows_any_more(opened: Any, tmp_path: Path) -> None:
+    """Older Keras saves its optimizer's moments with the model, and Keras 3 knows no class to load them into."""
+    import tensorflow as tf
+
+    class Trained(tf.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = tf.Variable(np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3))
+            self.optimizer = tf.compat.v1.train.AdamOptimizer(0.1)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 4], name="x")])
+        def serve(self, x: Any) -> Any:
+            return {"y": tf.tanh(x @ self.weight)}
+
+        @tf.function
+        def learn(self, x: Any) -> None:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(self.serve(x)["y"] ** 2)
+            self.optimizer.apply_gradients([(tape.gradient(loss, self.weight), self.weight)])
+
+    module = Trained()
+    module.learn(tf.ones([2, 4]))
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures=module.serve)
+    with pytest.raises(AttributeError, match="add_slot"):
+        tf.saved_model.load(str(tmp_path / "saved"))
+    source = opened(tmp_path / "saved")
+    export(source, source.ways[0], tmp_path / "m.onnx")
+    feeds = {"x": np.linspace(-1, 1, 20, dtype=np.float32).reshape(5, 4)}
+    with open_session(tmp_path / "m.onnx", "ort:cpu") as session:
+        made = session.run(feeds)["y"]
+    np.testing.assert_allclose(made, np.tanh(feeds["x"] @ module.weight.numpy()), rtol=1e-5)
+
+
 def test_what_is_refused(
     saved: Path, opened: Any, message: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

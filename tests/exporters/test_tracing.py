@@ -66,6 +66,24 @@ def test_a_decision_that_makes_no_difference_is_no_objection(opened: Any, tmp_pa
     assert np.allclose(run(tmp_path / "m.onnx", x=x, mask=np.zeros((3, 4), bool)), np.tanh(x))
 
 
+def test_a_decision_that_makes_no_difference_for_the_example_only(opened: Any, build: Any, tmp_path: Path) -> None:
+    """The example's mask is full, so that skipping it is right: for the example."""
+    source = opened("skips")
+    export(source, SCRIPT, tmp_path / "m.onnx")
+    assert any("TorchScript compiled it" in note for note in source.notes_on(SCRIPT))
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0]], bool)
+    for given in (mask, mask[:1].repeat(3, 0)):
+        assert np.allclose(run(tmp_path / "m.onnx", x=x, mask=given), (np.tanh(x) * given).sum(1), atol=1e-5)
+
+
+def test_a_decision_that_no_inputs_turn_is_said(opened: Any, build: Any, tmp_path: Path) -> None:
+    source = opened("unseen")
+    export(source, SCRIPT, tmp_path / "m.onnx")
+    (note,) = source.notes_on(SCRIPT)
+    assert "held as the example decides it" in note and line_of(build, "x.new_ones") in note
+
+
 def traced(build: Any, factory: str) -> Any:
     import torch
 

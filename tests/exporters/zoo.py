@@ -397,6 +397,31 @@ def shortcut() -> Any:
     return Shortcut(), (torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool))
 
 
+class Skips(nn.Module):
+    """A decision that makes no difference for a full mask, which is what the example has."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        y = x.tanh()
+        if mask.all():
+            return y.sum(1)
+        return y.masked_fill(~mask, 0.0).sum(1)
+
+
+def skips() -> Any:
+    return Skips(), (torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool))
+
+
+class Unseen(nn.Module):
+    """A decision that nothing was found to turn."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.new_ones(()) if (x * 1e-30).abs().max() < 1.0 else x.clamp(-1e9, 1e9)
+
+
+def unseen() -> Any:
+    return Unseen(), torch.randn(2, 4)
+
+
 class Frozen(nn.Module):
     """A branch that no example takes, in code that does not compile."""
 

@@ -125,7 +125,7 @@ def test_smoothing_is_folded_and_keeps_the_function(name: str, tools: Any, tmp_p
     assert len(light.proto.graph.node) == before
     target = save(light, tmp_path / "smooth.onnx")
     np.testing.assert_allclose(tools.outputs_of(target, {"x": x}), want, atol=2e-4 * np.abs(want).max())
-    plain, _ = tools.quantized(source, tmp_path, StaticConfig(weight_bits="8"), {"x": x})
+    plain, _ = tools.quantized(source, tmp_path, StaticConfig(weight_bits="8", smooth="off"), {"x": x})
     better, _ = tools.quantized(source, tmp_path, StaticConfig(weight_bits="8", smooth="auto"), {"x": x})
     gain = tools.sqnr(tools.outputs_of(better, {"x": x}), want) - tools.sqnr(tools.outputs_of(plain, {"x": x}), want)
     assert gain > 2
@@ -234,10 +234,10 @@ def unbalanced(digits: Any, tools: Any, tmp_path_factory: pytest.TempPathFactory
 
 def test_equalization_restores_a_depthwise_net(digits: Any, unbalanced: Path, tools: Any, tmp_path: Path) -> None:
     """One scale a weight: without equalization, the net guesses."""
-    base = StaticConfig(per_channel=False, weight_bits="8")
+    base = StaticConfig(per_channel=False, weight_bits="8", smooth="off")
     plain, _ = tools.quantized(unbalanced, tmp_path, base, digits.calibration)
     assert digits.accuracy(plain) < 0.7
-    config = StaticConfig(per_channel=False, weight_bits="8", equalize=True)
+    config = StaticConfig(per_channel=False, weight_bits="8", smooth="off", equalize=True)
     better, result = tools.quantized(unbalanced, tmp_path, config, digits.calibration)
     assert digits.accuracy(better) > digits.accuracy(digits.path) - 0.01
     assert any(n.startswith("equalization: ") for n in result.notes)
@@ -482,7 +482,7 @@ def turned_on(configs: list[StaticConfig]) -> list[str]:
 
 
 def test_escalation_of_a_convolutional_net(digits: Any) -> None:
-    start = StaticConfig(exclude=("Gemm",), max_samples=9)
+    start = StaticConfig(smooth="off", exclude=("Gemm",), max_samples=9)
     configs = list(escalation(digits.path, start))
     assert configs[0] == start
     assert turned_on(configs) == ["calibration", "equalize", "smooth", "bias_correction", "bias_correction", "rounding"]
@@ -492,7 +492,7 @@ def test_escalation_of_a_convolutional_net(digits: Any) -> None:
 def test_escalation_of_a_transformer(tmp_path: Path) -> None:
     weights = HEADS | SHAPES | {"bv": normal(32)}
     path = save(light_of(ATTENTION, weights, tmp_path), tmp_path / "model.onnx")
-    configs = list(escalation(path, StaticConfig()))
+    configs = list(escalation(path, StaticConfig(smooth="off")))
     assert turned_on(configs) == ["calibration", "smooth", "bias_correction", "bias_correction", "rounding"]
     asked = StaticConfig(calibration="entropy", smooth=0.3, bias_correction="full")
     configs = list(escalation(path, asked))

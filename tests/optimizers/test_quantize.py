@@ -445,6 +445,17 @@ def test_quantized_branches_are_found(tmp_path: Path, config: StepConfig) -> Non
     assert "quantized already" in refused(tmp_path, model, config, ROWS)
 
 
+def test_products_in_branches_only(tmp_path: Path) -> None:
+    """Nothing in a branch is quantized; to simplify such a model once more does not help."""
+    text = """g (float[n,32] x, bool c) => (float[n,4] y) {
+        y = If (c) <then_branch = t () => (float[n,4] a) { a = MatMul(x, w) },
+                    else_branch = e () => (float[n,4] b) { d = Relu(x) b = MatMul(d, w) }>
+    }"""
+    said = refused(tmp_path, parsed(text, {"w": normal(32, 4)}), DynamicConfig())
+    assert "outside the branches of If" in said
+    assert "deploykit simplify" not in said
+
+
 def test_attention_of_the_standard_is_not_that_of_onnxruntime(tmp_path: Path) -> None:
     text = "g (float[n,1,4,8] q) => (float[n,1,4,8] y) { y = Attention(q, k, v) }"
     weights = {"k": normal(1, 1, 4, 8), "v": normal(1, 1, 4, 8)}
@@ -648,5 +659,5 @@ def test_calibrations_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_calibrations_do_not_go_with_activations_that_their_data_change(tmp_path: Path) -> None:
     with pytest.raises(OptimizationError, match="smooth"):
-        calibrated(tmp_path, slice(0, 8), "first", save_calibration=str(tmp_path / "state"), smooth="auto")
+        calibrated(tmp_path, slice(0, 8), "first", save_calibration=str(tmp_path / "state"), smooth=0.5)
     assert not (tmp_path / "state").exists()

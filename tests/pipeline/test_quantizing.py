@@ -250,6 +250,19 @@ def test_a_device_that_cannot_run_it_counts_where_it_was_named() -> None:
         gating.check_speed(records, gating.Gate((), named=True))
 
 
+def test_the_first_device_decides_alone_where_it_should() -> None:
+    records = [
+        {"device": "ort:cpu", "verdict": "faster", "ratio": 2.0, "summary": "faster 2x"},
+        {"device": "openvino:cpu", "verdict": "slower", "ratio": 0.8, "summary": "slower 0.8x"},
+    ]
+    assert gating.check_speed(records, gating.Gate((), first_only=True)) == ""
+    for gate in (gating.Gate(()), gating.Gate((), named=True, first_only=True)):
+        with pytest.raises(SpeedError, match="openvino:cpu slower"):
+            gating.check_speed(records, gate)
+    with pytest.raises(SpeedError, match="ort:cpu slower"):
+        gating.check_speed([records[0] | {"verdict": "slower", "summary": "slower"}], gating.Gate((), first_only=True))
+
+
 def test_it_is_really_timed_in_fresh_processes(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gating, "SMALLEST_MS", 0.0)
     digits.write(tmp_path)
