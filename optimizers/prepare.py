@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from deploykit.errors import OptimizationError, first_line
+from deploykit.graphs import walk
 from deploykit.nodes import quantized_ops
 from deploykit.weights import put_back, set_aside
 
@@ -55,6 +56,7 @@ def prepare(
     # Before 4, weights had to be listed as inputs; those that quantizers add are not.
     copy.ir_version = max(copy.ir_version, _MIN_IR)
     lifted = _lift_constants(copy)
+    _skip_copies(copy)
     if lifted:
         notes.append(f"{lifted} Constant nodes turned into initializers")
     return infer_shapes(copy), notes
@@ -109,6 +111,28 @@ def _lift_constants(model: onnx.ModelProto) -> int:
         del model.graph.node[:]
         model.graph.node.extend(kept)
     return lifted
+
+
+def _skip_copies(model: onnx.ModelProto) -> None:
+    """Let readers of a weight's Identity read the weight, in place: TorchScript shares equal biases that way.
+
+    A quantizer takes such a bias for an activation, and ONNX Runtime then leaves the convolution in float.
+    """
+    kept = {v.name for v in model.graph.output}
+    kept |= {name for located in walk(model) if located.where for name in located.node.input}
+    stored = {tensor.name for tensor in model.graph.initializer}
+    same: dict[str, str] = {}
+    rest = []
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = same.get(name, name)
+        if node.op_type == "Identity" and node.input[0] in stored and node.output[0] not in kept:
+            same[node.output[0]] = node.input[0]
+        else:
+            rest.append(node)
+    if same:
+        del model.graph.node[:]
+        model.graph.node.extend(rest)
 
 
 def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -80,8 +80,11 @@ def _judge_exported(
     if any(r["verdict"] == "failed" for r in records[:1]):
         found["wrong"] = f"verify: {records[0].get('reason')}"
     np.savez(folder / "data.npz", **_samples(made))  # type: ignore[arg-type]
-    attempt("quantize dynamic", lambda: quantize_dynamic(made.path, folder / "dynamic"))
-    attempt("quantize static", lambda: quantize_static(made.path, folder / "static", data=folder / "data.npz"))
+    attempt("quantize dynamic", lambda: quantize_dynamic(made.path, folder / "dynamic", gate_seconds=0))
+    attempt(
+        "quantize static",
+        lambda: quantize_static(made.path, folder / "static", data=folder / "data.npz", gate_seconds=0),
+    )
 
 
 def _samples(made: Artifact) -> dict[str, Any]:

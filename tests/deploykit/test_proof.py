@@ -93,6 +93,18 @@ def test_static_layers_run_in_integers(convolutions: Any, tmp_path: Path, device
     assert proof["summary"] == "3 of 3 Conv int8, 1 of 1 Gemm int8"
 
 
+def test_a_bias_that_is_the_copy_of_another_is_no_activation(convolutions: Any, tmp_path: Path) -> None:
+    """TorchScript shares equal biases through Identity; the convolution has to run in integers all the same."""
+    model = convolutions()
+    model.graph.node.insert(0, helper.make_node("Identity", ["b1"], ["b2"], name="copy"))
+    model.graph.node.insert(1, helper.make_node("Identity", ["b2"], ["b3"], name="copy_of_copy"))
+    for node in model.graph.node:
+        if node.name in ("middle", "end"):
+            node.input.append("b2" if node.name == "middle" else "b3")
+    quantized, _ = quantize(tmp_path, model, StaticConfig())
+    assert prove_placement(quantized, parse_device("ort:cpu"), {})["layers"]["Conv"] == {"int8": 3, "total": 3}
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_float_layer_is_named_with_its_reason(convolutions: Any, tmp_path: Path, device: str) -> None:
     quantized, _ = quantize(tmp_path, convolutions(), StaticConfig(exclude=("middle",)))
