@@ -16,6 +16,7 @@ from deploykit.errors import DeploykitError, ExportError, SourceError, TimeLimit
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
 from deploykit.exporters.binding import Call
+from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import count_modules, has_fast_path, prepare, recurrent_layers
@@ -113,6 +114,7 @@ class TorchSource(Source):
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
+        self._boundaries = Boundaries(dynamic, examples, self._reference, draw, limits)
         found += _rank_notes(cases)
         if self._recurrent and options.way == "auto":
             found.append(
@@ -294,8 +296,8 @@ class TorchSource(Source):
         return tuple(ways)
 
     def notes_on(self, way: Way) -> tuple[str, ...]:
-        """What the tracer left out."""
-        return self._said.get(way, ())
+        """What the tracer left out, and sizes that were not tried."""
+        return (*self._said.get(way, ()), *(self._boundaries.notes if way.dynamic else ()))
 
     def _limit_s(self, way: Way) -> float:
         if self._options.timeout_s is not None:
@@ -305,7 +307,7 @@ class TorchSource(Source):
     def cases_for(self, way: Way) -> tuple[Case, ...]:
         """For fixed shapes: three sets of values at the example's shape."""
         if way.dynamic or not self.signature.symbols:
-            return self.cases
+            return (*self.cases, *self._boundaries.cases)
         if self._fixed_cases is None:
             specs = self.signature.inputs
             draw = self._fixed_draw(specs)
@@ -326,9 +328,12 @@ class TorchSource(Source):
         torch_onnx.preload(way.name)
         limit = self._limit_s(way)
         try:
-            self._said[way] = tuple(run_bounded(lambda: torch_onnx.write(job, way.name, target), limit))
+            written = run_bounded(lambda: torch_onnx.write(job, way.name, target), limit)
         except TimeLimitError as exc:
             raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
+        self._said[way] = written.notes
+        if way.dynamic and self.signature.symbols:
+            self._boundaries.learn(written.edges, self.cases)
 
     def tools(self) -> dict[str, str]:
         """torch, onnxscript, and transformers where it built the module."""
