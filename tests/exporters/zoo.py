@@ -506,6 +506,40 @@ def remembers() -> Any:
     return Remembers(), (torch.randn(2, 4), torch.tensor(1))
 
 
+class KeepsFirst(nn.Module):
+    """What it saw first stays in an attribute, and the same inputs give the same outputs ever after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mean is None:
+            self.mean = x.mean()
+        return x - self.mean
+
+
+def keeps_first() -> Any:
+    return KeepsFirst(), torch.randn(2, 4)
+
+
+class KeepsTable(nn.Module):
+    """A table that is made when it is needed, and follows from nothing but the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None or self.table.shape != x.shape[1:]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype)
+        return x.tanh() + self.table
+
+
+def keeps_table() -> Any:
+    return KeepsTable(), torch.randn(2, 4)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
