@@ -360,7 +360,8 @@ def _parity_records(
             records.append({"against": "source", "device": str(device), "verdict": "failed", "reason": str(exc)})
             continue
         if result.verdict is Verdict.FAILED:
-            text = f"{device} gives other numbers than the source: {result.reason}"
+            sizes = ", ".join(f"{name}={size}" for name, size in cases[result.failed_case].sizes.items())
+            text = f"{device} gives other numbers than the source{sizes and f' at {sizes}'}: {result.reason}"
             if decisive:
                 raise ParityError(text, hint="nothing was written; export a smaller part to find the operator")
             told.note(text)

@@ -96,7 +96,7 @@ class ExportedProgramSource(Source):
         """Translate the program as it is."""
         torch_onnx.preload(way.name)
 
-        def work() -> list[str]:
+        def work() -> torch_onnx.Written:
             program = self._program
             if not all(size.is_symbol for size in program.range_constraints):
                 # torch 2.13 cannot decompose a loaded program with sizes like 2*s ("expected sympy.Symbol").

@@ -16,6 +16,7 @@ from deploykit.errors import DeploykitError, ExportError, SourceError, TimeLimit
 from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
 from deploykit.exporters.binding import Call
+from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import count_modules, has_fast_path, prepare, recurrent_layers
@@ -28,6 +29,7 @@ from deploykit.exporters.shapes import (
     plan_inputs,
     vary,
 )
+from deploykit.exporters.steadiness import copy_of, minds_earlier_calls, same
 from deploykit.extras import version_of
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
@@ -113,6 +115,7 @@ class TorchSource(Source):
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
+        self._boundaries = Boundaries(dynamic, examples, self._reference, draw, limits)
         found += _rank_notes(cases)
         if self._recurrent and options.way == "auto":
             found.append(
@@ -154,6 +157,7 @@ class TorchSource(Source):
         """
         before = torch_onnx.copy_buffers(self._module)
         notes = []
+        untouched, others, between = copy_of(self._module), {}, {}
         try:
             with torch_onnx.watch_autocast() as seen:
                 outputs = self._reference(self._examples)
@@ -165,7 +169,8 @@ class TorchSource(Source):
                 )
             with contextlib.suppress(Exception):
                 rng = np.random.default_rng(2)
-                self._reference({n: vary(a, a.shape, rng) for n, a in self._examples.items()})
+                others = {n: vary(a, a.shape, rng) for n, a in self._examples.items()}
+                between = self._reference(others)
             again = self._reference(self._examples)
         except DeploykitError:
             raise
@@ -179,7 +184,7 @@ class TorchSource(Source):
             ) from exc
         if not outputs:
             raise SourceError(f"{self.label} returns no tensors", expected="at least one tensor as output")
-        unsteady = [name for name, array in outputs.items() if not _same(array, again.get(name))]
+        unsteady = [name for name, array in outputs.items() if not same(array, again.get(name))]
         unsteady += [name for name in again if name not in outputs]
         if unsteady:
             raise SourceError(
@@ -198,6 +203,13 @@ class TorchSource(Source):
             notes.append(
                 f"forward writes to {', '.join(written[:3])}, on which no output depends; the graph does not keep it"
             )
+        stale = minds_earlier_calls(self._module, untouched, others, between)
+        if stale:
+            raise SourceError(
+                f"{self.label} gives another {stale!r} when it ran on other inputs before: it keeps something of them",
+                expected="outputs that depend on nothing but the inputs",
+                hint="compute it in __init__, or make it an input and an output of forward",
+            )
         return notes
 
     def _check_state(self, written: Sequence[str], outputs: Mapping[str, Array]) -> None:
@@ -212,7 +224,7 @@ class TorchSource(Source):
         except Exception:  # noqa: BLE001 - it minds the values, whatever it says about them
             others = {}
         self._restore()
-        if any(not _same(array, others.get(name)) for name, array in outputs.items()):
+        if any(not same(array, others.get(name)) for name, array in outputs.items()):
             raise SourceError(
                 f"{self.label} keeps a state in {written[0]!r}: forward writes to it, and the next call reads it",
                 expected="outputs that depend on nothing but the inputs",
@@ -225,7 +237,7 @@ class TorchSource(Source):
             fast = torch_onnx.run_module(self._module, self._examples, fast_path=True)
         except RuntimeError:
             return []
-        if all(_same(array, fast.get(name)) for name, array in outputs.items()):
+        if all(same(array, fast.get(name)) for name, array in outputs.items()):
             return []
         return [
             "compared without torch's fast path for nn.TransformerEncoder, which writes zeros at padded positions, or "
@@ -294,8 +306,8 @@ class TorchSource(Source):
         return tuple(ways)
 
     def notes_on(self, way: Way) -> tuple[str, ...]:
-        """What the tracer left out."""
-        return self._said.get(way, ())
+        """What the tracer left out, and sizes that were not tried."""
+        return (*self._said.get(way, ()), *(self._boundaries.notes if way.dynamic else ()))
 
     def _limit_s(self, way: Way) -> float:
         if self._options.timeout_s is not None:
@@ -305,7 +317,7 @@ class TorchSource(Source):
     def cases_for(self, way: Way) -> tuple[Case, ...]:
         """For fixed shapes: three sets of values at the example's shape."""
         if way.dynamic or not self.signature.symbols:
-            return self.cases
+            return (*self.cases, *self._boundaries.cases)
         if self._fixed_cases is None:
             specs = self.signature.inputs
             draw = self._fixed_draw(specs)
@@ -326,24 +338,17 @@ class TorchSource(Source):
         torch_onnx.preload(way.name)
         limit = self._limit_s(way)
         try:
-            self._said[way] = tuple(run_bounded(lambda: torch_onnx.write(job, way.name, target), limit))
+            written = run_bounded(lambda: torch_onnx.write(job, way.name, target), limit)
         except TimeLimitError as exc:
             raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
+        self._said[way] = written.notes
+        if way.dynamic and self.signature.symbols:
+            self._boundaries.learn(written.edges, self.cases)
 
     def tools(self) -> dict[str, str]:
         """torch, onnxscript, and transformers where it built the module."""
         names = ["torch", "onnxscript", "onnx", *(["transformers"] if self.kind == "huggingface" else [])]
         return {name: found for name in names if (found := version_of(name))}
-
-
-def _same(first: Array, second: Array | None) -> bool:
-    """Equal, but for sums in another order."""
-    if second is None or first.shape != second.shape:
-        return False
-    if first.dtype.kind not in "fc":
-        return bool(np.array_equal(first, second))
-    scale = float(np.nanmax(np.abs(first), initial=0.0)) or 1.0
-    return bool(np.allclose(first / scale, second / scale, rtol=1e-3, atol=1e-3, equal_nan=True))
 
 
 def export_feeds(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, Array]:

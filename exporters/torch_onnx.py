@@ -6,13 +6,14 @@ import contextlib
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploykit.errors import ExportError
+from deploykit.exporters.boundaries import ANY, compared_sizes, edges_of
 from deploykit.exporters.modules import has_projections, has_shared_weights
 from deploykit.exporters.nesting import flatten_outputs, left_out
 from deploykit.exporters.reasons import torch_reason
@@ -41,6 +42,19 @@ class Job:
     feeds: dict[str, Array]
     signature: Signature
     opset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is to be known about an export.
+
+    Attributes:
+        notes: For the user.
+        edges: Sizes by symbol where `forward` may take another path than the graph does; see `boundaries`.
+    """
+
+    notes: tuple[str, ...] = ()
+    edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def flatten_module(module: Any, call: Call) -> Any:
@@ -190,21 +204,18 @@ def from_numpy(array: Array) -> Any:
     return torch.from_numpy(np.array(array, copy=True, order="C"))
 
 
-def write(job: Job, way: str, target: Path) -> list[str]:
+def write(job: Job, way: str, target: Path) -> Written:
     """Export by one way and put names, shapes and metadata in order.
-
-    Returns:
-        What the user must know about the result.
 
     Raises:
         ExportError: This way does not lead there; the message is torch's reason.
     """
-    ways: dict[str, Callable[[Job, Path], list[str]]] = {
+    ways: dict[str, Callable[[Job, Path], Written]] = {
         "torch.export": _by_torch_export,
         "torchscript": _by_torchscript,
     }
     try:
-        notes = ways[way](job, target)
+        written = ways[way](job, target)
     except (OSError, ExportError):
         raise
     except Exception as exc:
@@ -213,7 +224,7 @@ def write(job: Job, way: str, target: Path) -> list[str]:
             raise storage from exc
         raise ExportError(torch_reason(exc, [s.name for s in job.signature.inputs])) from exc
     tidy(target, job.signature, job.opset)
-    return notes
+    return written
 
 
 def _storage_cause(exc: BaseException) -> OSError | None:
@@ -226,7 +237,7 @@ def _storage_cause(exc: BaseException) -> OSError | None:
     return None
 
 
-def _by_torch_export(job: Job, target: Path) -> list[str]:
+def _by_torch_export(job: Job, target: Path) -> Written:
     torch = require("torch", extra="torch")
     require("onnxscript", extra="torch")
     shapes = tuple(
@@ -252,7 +263,8 @@ def _by_torch_export(job: Job, target: Path) -> list[str]:
         opset_version=job.opset,
     )
     program.save(str(target))
-    return []
+    made = program.exported_program
+    return Written(edges=edges_of(made, job.signature.inputs) if made is not None else {})
 
 
 def export_again(run: Any, feeds: Feeds, specs: Sequence[TensorSpec]) -> Any:
@@ -282,13 +294,13 @@ def export_again(run: Any, feeds: Feeds, specs: Sequence[TensorSpec]) -> Any:
     return torch.export.export(Flat(), tensors, dynamic_shapes=(shapes,), strict=False)
 
 
-def _by_torchscript(job: Job, target: Path) -> list[str]:
+def _by_torchscript(job: Job, target: Path) -> Written:
     """Trace the module; where the trace would freeze a decision on data, compile its Python code instead."""
     tensors = tuple(from_numpy(a) for a in job.feeds.values())
     if is_scripted(job.module.model):
         _trace(job, _traced(job.module, tensors), target)
-        return []
-    with tracer_warnings() as warned, sizes_stay_tensors():
+        return Written()
+    with tracer_warnings() as warned, sizes_stay_tensors(), compared_sizes() as sizes:
         _trace(job, job.module, target)
     frozen = frozen_decisions(job.module, tensors, warned)
     notes = []
@@ -308,7 +320,7 @@ def _by_torchscript(job: Job, target: Path) -> list[str]:
             "sizes depend on the inputs' values, and the trace holds decisions on sizes fixed at "
             f"{', '.join(map(str, frozen.sizes[:4]))}: try inputs that make them small or zero, with --data"
         )
-    return notes
+    return Written(tuple(notes), {ANY: sorted(set(sizes))} if sizes else {})
 
 
 def _compile(job: Job, target: Path, places: str) -> None:

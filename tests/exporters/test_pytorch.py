@@ -172,6 +172,7 @@ def test_opset_is_the_one_asked_for(opened: Any, message: Any, tmp_path: Path) -
         ("returns_nothing", ["returns no tensors"]),
         ("returns_opaque", ["output state is a Opaque"]),
         ("random", ["another 'output' when it runs again"]),
+        ("keeps_first", ["another 'output' when it ran on other inputs before", "an input and an output of forward"]),
         ("remembers", ["keeps a state in 'cache'", "an input and an output of forward"]),
         ("missing_operator", ["the operator torchvision::nms", "install torchvision"]),
     ],
@@ -211,6 +212,11 @@ def test_described_ranges_are_kept(opened: Any) -> None:
     assert source.data == "generated"
     assert (source.ranges["ids"].low, source.ranges["ids"].high) == (10, 49)
     assert all(c.feeds["ids"].min() >= 10 and c.feeds["ids"].max() <= 49 for c in source.cases)
+
+
+def test_a_table_that_is_made_when_needed_is_no_state(opened: Any, tmp_path: Path) -> None:
+    source = opened("keeps_table")
+    assert verdict(source, source.ways[0], tmp_path / "m.onnx") is Verdict.PASSED
 
 
 def test_buffers_that_forward_writes_are_noted_and_restored(opened: Any, tmp_path: Path) -> None:

@@ -397,6 +397,45 @@ def shortcut() -> Any:
     return Shortcut(), (torch.randn(2, 4), torch.ones(2, 4, dtype=torch.bool))
 
 
+class Cut(nn.Module):
+    """Another path beyond 64 rows, far from the example; with a recurrent layer or without."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 64:
+            x = x[:, :64]
+        y = self.layer(x)
+        return (y[0] if isinstance(y, tuple) else y).mean(1)
+
+
+def cut() -> Any:
+    return seeded(Cut(nn.Linear(4, 3))), torch.randn(2, 10, 4)
+
+
+def cut_recurrent() -> Any:
+    return seeded(Cut(nn.GRU(4, 3, batch_first=True))), torch.randn(2, 10, 4)
+
+
+class Table(nn.Module):
+    """A size that forward itself bounds, as models with a table of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(64, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > len(self.table):
+            raise ValueError("too long")
+        return (x + self.table[: x.shape[1]]).tanh()
+
+
+def table() -> Any:
+    return seeded(Table()), torch.randn(2, 10, 4)
+
+
 class Skips(nn.Module):
     """A decision that makes no difference for a full mask, which is what the example has."""
 
@@ -465,6 +504,40 @@ class Remembers(nn.Module):
 
 def remembers() -> Any:
     return Remembers(), (torch.randn(2, 4), torch.tensor(1))
+
+
+class KeepsFirst(nn.Module):
+    """What it saw first stays in an attribute, and the same inputs give the same outputs ever after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mean is None:
+            self.mean = x.mean()
+        return x - self.mean
+
+
+def keeps_first() -> Any:
+    return KeepsFirst(), torch.randn(2, 4)
+
+
+class KeepsTable(nn.Module):
+    """A table that is made when it is needed, and follows from nothing but the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None or self.table.shape != x.shape[1:]:
+            self.table = torch.arange(x.shape[1], dtype=x.dtype)
+        return x.tanh() + self.table
+
+
+def keeps_table() -> Any:
+    return KeepsTable(), torch.randn(2, 4)
 
 
 class Tied(nn.Module):
