@@ -141,7 +141,7 @@ def edges_of(program: Any, specs: Sequence[TensorSpec]) -> dict[str, list[int]]:
 def compared_sizes() -> Iterator[list[int]]:
     """While torch traces, where sizes are tensors, collect the numbers that others than torch compare them with."""
     torch = require("torch", extra="torch")
-    inside = f"{Path(torch.__file__).parent}{os.sep}"
+    inside = f"{Path(str(torch.__file__)).parent}{os.sep}"
     found: list[int] = []
     names = ("__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__")
 
