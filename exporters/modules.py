@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,42 @@ def prepare(module: Any, label: str) -> Prepared:
         )
     half = torch.float16 in dtypes and not widened
     return Prepared(module, tuple(notes), "float16" if half else None, widened)
+
+
+# Operators that hand values on without rounding them.
+_MOVES = frozenset(
+    {
+        "_to_copy", "view", "_unsafe_view", "reshape", "slice", "select", "t", "transpose", "permute", "expand",
+        "unsqueeze", "squeeze", "clone", "detach", "alias", "cat", "stack", "copy_", "split", "unbind", "as_strided",
+        "embedding", "index", "index_select", "gather", "lift_fresh",
+    }
+)  # fmt: skip
+
+
+def computes_in_half(run: Callable[[], Any]) -> bool:
+    """Whether an operator rounds to float16 on the way; a table that is kept in float16 is no such operator.
+
+    Args:
+        run: Runs the module once.
+    """
+    torch = require("torch", extra="torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    found = False
+
+    class Watch(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal found
+            out = func(*args, **(kwargs or {}))
+            name = func.name().partition("::")[2].partition(".")[0]
+            made = (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+            found = found or (name not in _MOVES and any(leaf.dtype == torch.float16 for leaf in made))
+            return out
+
+    with Watch():
+        run()
+    return found
 
 
 def unwrap(module: Any) -> Any:

@@ -19,7 +19,7 @@ from deploykit.exporters.binding import Call
 from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
-from deploykit.exporters.modules import count_modules, has_fast_path, prepare, recurrent_layers
+from deploykit.exporters.modules import computes_in_half, count_modules, has_fast_path, prepare, recurrent_layers
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
@@ -108,6 +108,8 @@ class TorchSource(Source):
         self.data = options.data or data
         self._state: dict[str, Any] = {}
         found += self._run_example()
+        if self.precision is not None and self._wide is None:
+            self.precision = self.precision if computes_in_half(lambda: self._reference(examples)) else None
         if options.data:
             cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:

@@ -105,3 +105,8 @@ def test_torchscript_modules_go_through_torchscript(opened: Any, message: Any, t
 def test_weights_that_cannot_be_exported(opened: Any, message: Any, factory: str, said: list[str]) -> None:
     text = message(SourceError, lambda: opened(factory))
     assert [part for part in said if part not in text] == [], text
+
+
+def test_a_table_in_float16_does_not_loosen_the_comparison(opened: Any) -> None:
+    assert opened("half_table").precision is None
+    assert opened("half_product").precision == "float16"

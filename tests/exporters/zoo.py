@@ -506,6 +506,30 @@ def remembers() -> Any:
     return Remembers(), (torch.randn(2, 4), torch.tensor(1))
 
 
+class HalfTable(nn.Module):
+    """Kept in float16, computed in float32."""
+
+    def __init__(self, *, cast: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.cast = cast
+        self.register_buffer("table", torch.randn(8, 4).half())
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        row = self.table[at]
+        if self.cast:
+            return self.layer(x) + row.float()
+        return self.layer(x) + (x.half() * row).float()
+
+
+def half_table() -> Any:
+    return seeded(HalfTable(cast=True)), (torch.randn(3, 4), torch.tensor([1, 2, 5]))
+
+
+def half_product() -> Any:
+    return seeded(HalfTable(cast=False)), (torch.randn(3, 4), torch.tensor([1, 2, 5]))
+
+
 class KeepsFirst(nn.Module):
     """What it saw first stays in an attribute, and the same inputs give the same outputs ever after."""
 
