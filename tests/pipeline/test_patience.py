@@ -43,7 +43,9 @@ class Slow(Source):
 def first_right(source: Slow, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(exporting, "_parity_records", lambda *args, **kwargs: ([], set()))
     told = Progress()
-    way, _, _ = exporting._export_first_right(source, [], folder / "m.onnx", None, folder / "log", told, [], strict=False)
+    way, _, _ = exporting._export_first_right(
+        source, [], folder / "m.onnx", None, folder / "log", told, [], strict=False
+    )
     return way, told.notes
 
 
