@@ -21,6 +21,7 @@ from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
+from deploykit.storing import quantize_half, quantize_weights
 from deploykit.verifying import verify
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "export",
     "export_parts",
     "quantize_dynamic",
+    "quantize_half",
     "quantize_repair",
     "quantize_static",
+    "quantize_weights",
     "run",
     "simplify",
     "verify",

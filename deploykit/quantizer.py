@@ -25,23 +25,33 @@ from deploykit.gating import (
 )
 from deploykit.goals import Goal, Judge, Score
 from deploykit.models import benchmark_feeds
-from deploykit.optimizers import DynamicConfig, StaticConfig, StepResult, optimize
+from deploykit.optimizers import DynamicConfig, HalfConfig, StaticConfig, StepResult, WeightsConfig, optimize
 from deploykit.proof import prove_placement
 from deploykit.ranking import LayerError, rank_layers
 from deploykit.runtimes import Device, open_session
 from deploykit.targeting import reach
 from deploykit.weights import WHOLE_LIMIT_BYTES
 
-Config = DynamicConfig | StaticConfig
+Config = DynamicConfig | StaticConfig | WeightsConfig | HalfConfig
 # Rows that rank layers, and rows that show whether a model collapsed where no target was given.
 _RANKED_ROWS, _CHECKED_ROWS = 64, 256
 _SLOW_ROUNDS = 2
+_FINE_BLOCK = 32
 NOT_CERTIFIED = "not certified: made-up inputs"
 
 
 def escalate(model: Path, config: Config) -> Iterator[Config]:
     """Settings to try, from cheap to costly: what the user asked for, then what keeps more of the numbers."""
     yield config
+    if isinstance(config, HalfConfig):
+        return
+    if isinstance(config, WeightsConfig):
+        if config.block is None or config.block > _FINE_BLOCK:
+            config = replace(config, block=_FINE_BLOCK)
+            yield config
+        if config.bits < 8:
+            yield replace(config, bits=8)
+        return
     if not config.per_channel:
         config = replace(config, per_channel=True)
         yield config
@@ -77,6 +87,10 @@ class Quantizer:
     @property
     def cure(self) -> str:
         """What to do where the result is too far from its parent."""
+        if isinstance(self.config, WeightsConfig):
+            return "use --bits 8 or a smaller --block, or leave layers out with --exclude"
+        if isinstance(self.config, HalfConfig):
+            return "take bf16, whose range is that of float32, or leave layers out with --exclude"
         return "give more calibration data, or leave layers out with --exclude"
 
     @property
@@ -169,6 +183,8 @@ class Quantizer:
         given: list[str] = []
         if device is None or self.gate.seconds <= 0 or work.parent.size_bytes > WHOLE_LIMIT_BYTES:
             return place, made, config, given
+        if isinstance(config, HalfConfig):  # its kernels are the parent's
+            return place, made, config, given
         feeds, _, _ = benchmark_feeds(work.parent, work.data, 1, work.dims)
         with suppress(DeploykitError):  # whoever cannot run it here is told by the comparison
             if quick_ms(work.parent.path, device, feeds) < SMALLEST_MS:
@@ -208,7 +224,8 @@ class Quantizer:
             f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent
         ]:
             work.told.note(note)
-        placement = [prove_placement(target, device, self.reasons) for device in gate.devices]
+        half = isinstance(self.config, HalfConfig)  # not about integers
+        placement = [] if half else [prove_placement(target, device, self.reasons) for device in gate.devices]
         return Evidence(accuracy=accuracy, placement=placement, benchmark=speed)
 
     def _certify(self, work: Work, target: Path) -> list[dict[str, Any]]:

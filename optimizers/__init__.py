@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
-from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
+from deploykit.optimizers.quantize_config import DynamicConfig, HalfConfig, StaticConfig, WeightsConfig
 from deploykit.optimizers.repair import RepairConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
@@ -16,12 +16,14 @@ from deploykit.optimizers.steps import StepConfig, optimize
 
 __all__ = [
     "DynamicConfig",
+    "HalfConfig",
     "RepairConfig",
     "SimplifierProcess",
     "SimplifyConfig",
     "StaticConfig",
     "StepConfig",
     "StepResult",
+    "WeightsConfig",
     "escalation",
     "optimize",
 ]

@@ -6,15 +6,17 @@ from pathlib import Path
 
 from deploykit.data import Dataset
 from deploykit.optimizers.base import Check, Opener, StepResult
-from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
+from deploykit.optimizers.quantize_config import DynamicConfig, HalfConfig, StaticConfig, WeightsConfig
 from deploykit.optimizers.quantize_dynamic import quantize_dynamic
+from deploykit.optimizers.quantize_half import quantize_half
 from deploykit.optimizers.quantize_static import quantize_static
+from deploykit.optimizers.quantize_weights import quantize_weights
 from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 from deploykit.progress import Progress
 
-StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | RepairConfig
+StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | WeightsConfig | HalfConfig | RepairConfig
 
 
 def optimize(
@@ -52,6 +54,10 @@ def optimize(
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target, keep_float)
+    if isinstance(config, WeightsConfig):
+        return quantize_weights(model, config, target, progress, keep_float)
+    if isinstance(config, HalfConfig):
+        return quantize_half(model, config, target)
     if isinstance(config, RepairConfig):
         return repair(model, config, target, same_bits)
     return quantize_static(model, config, target, open_model, data, progress, keep_float)

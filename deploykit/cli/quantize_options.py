@@ -9,6 +9,12 @@ import click
 
 from deploykit.cli import common
 
+exclude_option: common.Decorator = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="NODE",
+    help="A node's name or an operator type that stays in floating point. Repeatable.",
+)
 _OPTIONS: tuple[common.Decorator, ...] = (
     click.option(
         "--eval", "eval_data", metavar="DATA",
