@@ -221,7 +221,7 @@ class Quantizer:
         allowed = check_speed(speed, gate)
         silent = [id(r) for r in gate.decisive(speed) if r["verdict"] != "not timed"]
         for note in ([allowed] if allowed else []) + [
-            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent
+            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent and gate.seconds > 0
         ]:
             work.told.note(note)
         half = isinstance(self.config, HalfConfig)  # not about integers

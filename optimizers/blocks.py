@@ -128,7 +128,7 @@ def pack_nbits(blocks: Blocks) -> tuple[Array, Array, Array | None]:
 
 
 def pack_codes(codes: Array, bits: int) -> Array:
-    """Codes of 8 bits as they are; of 4 bits, put two 4-bit values into each byte along the last axis, which is filled up with zeros."""
+    """Codes of 8 bits as they are, of 4 bits two in a byte along the last axis, which is filled up with zeros."""
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:

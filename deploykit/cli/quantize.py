@@ -10,6 +10,7 @@ from deploykit.cli import common
 from deploykit.cli.quantize_options import exclude_option, goal_arguments, goal_options
 from deploykit.cli.quantize_repair import repair
 from deploykit.cli.quantize_storing import half, weights
+from deploykit.cli.quantize_sweep import sweep
 
 _bits: common.Decorator = click.option(
     "--weight-bits", type=click.Choice(["auto", "8", "7"]), default="auto", show_default=True,
@@ -47,7 +48,7 @@ def command() -> None:
     """Make a model smaller and faster: fewer bits for weights, activations, or both; repair what others quantized."""
 
 
-for _command in (weights, half, repair):
+for _command in (weights, half, sweep, repair):
     command.add_command(_command)
 
 

@@ -15,7 +15,7 @@ exclude_option: common.Decorator = click.option(
     metavar="NODE",
     help="A node's name or an operator type that stays in floating point. Repeatable.",
 )
-_OPTIONS: tuple[common.Decorator, ...] = (
+_TARGET_OPTIONS: tuple[common.Decorator, ...] = (
     click.option(
         "--eval", "eval_data", metavar="DATA",
         help="Real inputs, with 'labels' for a metric: FILE.npz, a directory of .npy, or module:function.",
@@ -36,6 +36,9 @@ _OPTIONS: tuple[common.Decorator, ...] = (
         help="Smallest share of samples whose class is the parent's; needs no labels.",
     ),
     click.option("--output-name", metavar="NAME", help="The output that is judged; the first [batch, classes]."),
+)  # fmt: skip
+_OPTIONS: tuple[common.Decorator, ...] = (
+    *_TARGET_OPTIONS,
     click.option(
         "--no-escalation", is_flag=True,
         help="Where a target is missed, leave layers in float at once, without trying other settings before.",
@@ -52,6 +55,13 @@ _OPTIONS: tuple[common.Decorator, ...] = (
 def goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for accuracy and speed to a command, which gets them as keyword arguments."""
     for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As `goal_options`, for what only judges."""
+    for option in reversed(_TARGET_OPTIONS):
         command = option(command)
     return command
 
