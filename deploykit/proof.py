@@ -43,7 +43,7 @@ class Layer:
 
     Attributes:
         name: Of the node before quantization.
-        bias: Of the Add behind it that nothing else stands between; OpenVINO names the two after that.
+        bias: Of the Add or Sum behind it that nothing else stands between; OpenVINO names the two after that.
         op: Operator type before quantization.
         weights: Names of the stored weights; none for a product of two activations.
         outputs: Those of its tensors that the model gives out; OpenVINO names a node after them.
@@ -66,7 +66,7 @@ def layers_of(model: onnx.ModelProto) -> list[Layer]:
     stored = {t.name: t.data_type for t in model.graph.initializer}
     names, given = {node.name for node in model.graph.node}, frozenset(v.name for v in model.graph.output)
     readers = Counter(name for node in model.graph.node for name in node.input)
-    adds = {name: node.name for node in model.graph.node if node.op_type == "Add" for name in node.input}
+    adds = {name: node.name for node in model.graph.node if node.op_type in ("Add", "Sum") for name in node.input}
     found = []
     for number, node in enumerate(model.graph.node):
         if node.op_type not in _LAYERS:

@@ -145,7 +145,7 @@ class Quantizer:
         place = folder / "model.onnx"
         made = optimize(
             work.parent.path, config, place, check=work.check, open_model=_opener(work.device), data=work.data,
-            progress=work.told, keep_float=folder / keep_float if keep_float else None,
+            progress=work.told, keep_float=folder / keep_float if keep_float else None, cases=work.feeds,
         )  # fmt: skip
         return place, made
 

@@ -8,6 +8,7 @@ in bfloat16, the parent in what OpenVINO makes of it by itself: an 8-bit model h
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def quantize_sweep(
             left[name] = str(exc)
             told.note(f"{name} is left out: {exc}")
     if not made:
+        shutil.rmtree(folder)
         raise OptimizationError(
             "no scheme could be applied: " + "; ".join(f"{n}: {why}" for n, why in left.items()),
             hint="keep the model in floating point",

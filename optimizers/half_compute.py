@@ -6,7 +6,7 @@ nodes that compute in float16 are in float16; where one of both does not, a Cast
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,14 +28,17 @@ _KEPT = frozenset(
 )
 _HALF, _FLOAT = 10, 1  # onnx.TensorProto.DataType
 _LARGEST = float(np.finfo(np.float16).max)
+# Other inputs than those seen may give larger values.
+_HEADROOM = 4
 
 
-def compute_in_half(light: LightModel, excluded: Set[str]) -> tuple[int, list[str]]:
+def compute_in_half(light: LightModel, excluded: Set[str], magnitudes: Mapping[str, float]) -> tuple[int, list[str]]:
     """Change the types of a graph, in place; inputs and outputs keep theirs.
 
     Args:
         light: Constants are initializers, and the types of all tensors are known.
         excluded: Names and operator types of nodes that stay in float32.
+        magnitudes: The largest that was seen of each tensor; nodes that come near the end of float16 stay in float32.
 
     Returns:
         How many nodes compute in float16, and which compute in float32 though they have float32 tensors.
@@ -52,7 +55,10 @@ def compute_in_half(light: LightModel, excluded: Set[str]) -> tuple[int, list[st
         touched = [n for n in (*node.input, *node.output) if n and kinds.get(n, _FLOAT) == _FLOAT]
         if not touched:
             continue
-        if _takes_half(light.proto, node, kinds, excluded) and _fits(light, node, weights):
+        near = any(magnitudes.get(n, 0.0) > _LARGEST / _HEADROOM for n in (*node.input, *node.output))
+        if near:
+            floats.append(f"{node.name} ({node.op_type}, values beyond the range of float16)")
+        elif _takes_half(light.proto, node, kinds, excluded) and _fits(light, node, weights):
             half.add(number)
         else:
             floats.append(f"{node.name} ({node.op_type})")

@@ -12,20 +12,25 @@ Two ways to compute with them:
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.data import Dataset
 from deploykit.errors import OptimizationError
 from deploykit.extras import version_of
-from deploykit.optimizers.base import StepResult
+from deploykit.modelfile import signature_of
+from deploykit.optimizers.base import Opener, StepResult
+from deploykit.optimizers.calibration import calibrate
 from deploykit.optimizers.editing import Editor
 from deploykit.optimizers.half_compute import compute_in_half
 from deploykit.optimizers.prepare import infer_shapes, prepare
-from deploykit.optimizers.quantize_config import HalfConfig
+from deploykit.optimizers.quantize_config import HalfConfig, StaticConfig
+from deploykit.optimizers.quantize_static import calibration_feeds
 from deploykit.optimizers.select_nodes import check_excluded
-from deploykit.specs import Array
+from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel, open_light, write_light
 
 if TYPE_CHECKING:
@@ -34,17 +39,26 @@ if TYPE_CHECKING:
 PRECISIONS, COMPUTES = ("fp16", "bf16"), ("storage", "native")
 # Scalars, biases and normalization weights: nobody would notice their size.
 _SMALLEST_ELEMENTS = 1 << 10
-# The opset in which Cast knows bfloat16.
-_BF16_OPSET = 13
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
-def quantize_half(model: Path, config: HalfConfig, target: Path) -> StepResult:
+def quantize_half(
+    model: Path,
+    config: HalfConfig,
+    target: Path,
+    open_model: Opener | None = None,
+    data: Dataset | None = None,
+    cases: Sequence[Feeds] = (),
+) -> StepResult:
     """Store weights in 16 bits.
 
     Args:
         model: Floating-point ONNX file.
         config: How; `compute` is settled.
         target: Where the result goes.
+        open_model: Runs a model file; what computes in float16 is first watched in float32.
+        data: Real inputs to watch it on.
+        cases: Other inputs, where there are no data.
 
     Raises:
         OptimizationError: Nothing to store, or unusable options.
@@ -64,7 +78,10 @@ def quantize_half(model: Path, config: HalfConfig, target: Path) -> StepResult:
         check_excluded(prepared, config.exclude)
         light = LightModel(infer_shapes(prepared), light.folder)
         if config.compute == "native":
-            stored, floats = compute_in_half(light, frozenset(config.exclude))
+            known = _watch(light, open_model, data, cases, target.parent)
+            if not known:
+                notes.append("activations were not watched: what leaves the range of float16 would not be seen here")
+            stored, floats = compute_in_half(light, frozenset(config.exclude), known)
         else:
             stored, floats = _store(light, config)
         if not stored:
@@ -80,6 +97,29 @@ def quantize_half(model: Path, config: HalfConfig, target: Path) -> StepResult:
         "stored": stored, "float32": len(floats),
     }  # fmt: skip
     return StepResult(True, tuple(notes), params, {"onnx": version_of("onnx") or "unknown"})
+
+
+def _watch(
+    light: LightModel, open_model: Opener | None, data: Dataset | None, cases: Sequence[Feeds], folder: Path
+) -> dict[str, float]:
+    """The largest magnitude of each float32 activation; empty where there is nothing to run the model on.
+
+    ONNX Runtime's CPU provider computes a float16 graph in float32 between Casts that it takes away, so that a
+    comparison there shows no value that a device would lose.
+    """
+    if open_model is None or (data is None and not cases):
+        return {}
+    graph = light.proto.graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
+    made = [name for node in graph.node for name in node.output if kinds.get(name) == _FLOAT]
+    inputs = signature_of(light.proto)
+    batches = calibration_feeds(inputs, data, StaticConfig()) if data is not None else iter(cases)
+    with tempfile.TemporaryDirectory(prefix=".watched-", dir=folder) as place:
+        divisible = all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs)
+        seen = calibrate(light, made, batches, open_model, Path(place), counted=False, divisible=divisible)
+    ranges = seen.ranges("minmax", 100.0)
+    # What has no range was not finite.
+    return {n: max(-ranges.low[n], ranges.high[n]) if n in ranges.low else float("inf") for n in made}
 
 
 def _store(light: LightModel, config: HalfConfig) -> tuple[int, list[str]]:

@@ -98,13 +98,13 @@ def quantize_static(
         if refines(config):
             light = own_copy(light, Path(scratch) / "own")
         inputs = signature_of(prepared)
-        data_again = Material(lambda: _feeds(inputs, data, config, _Counter()), open_model, target.parent)
+        data_again = Material(lambda: calibration_feeds(inputs, data, config, _Counter()), open_model, target.parent)
         notes += before_ranges(light, nodes, config, bits, data_again, told)
         serves = stand_ins(prepared, frozenset(nodes))
         tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(prepared, frozenset(nodes)))]
         with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder, told.step("calibrate"):
             seen = calibrate(
-                light, tensors, _feeds(inputs, data, config, count), open_model, Path(folder),
+                light, tensors, calibration_feeds(inputs, data, config, count), open_model, Path(folder),
                 counted=config.calibration != "minmax" or config.save_calibration is not None,
                 divisible=all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs),
             )  # fmt: skip
@@ -175,11 +175,15 @@ class _Counter:
         self.samples = 0
 
 
-def _feeds(signature: Signature, data: Dataset, config: StaticConfig, count: _Counter) -> Iterator[dict[str, Array]]:
+def calibration_feeds(
+    signature: Signature, data: Dataset, config: StaticConfig, count: _Counter | None = None
+) -> Iterator[dict[str, Array]]:
     """Batches of the size that the model takes, never more than `max_samples` together: a fixed first axis decides.
 
-    A generator may yield pieces of any size; those that do not fill a fixed batch are put together.
+    A generator may yield pieces of any size; those that do not fill a fixed batch are put together. ``count`` is told
+    how many samples were given.
     """
+    count = count or _Counter()
     fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
     size = fixed[0] if fixed else config.batch_size
     limit = config.max_samples

@@ -39,7 +39,7 @@ _SIZES = {8: 128, 4: 32}
 _BLOCKED_OPSET = 21
 _MIN_IR = 10  # that of opset 21
 # Smaller products take no time and no space.
-_SMALLEST_ELEMENTS = 1 << 12
+_SMALLEST_ELEMENTS = 1 << 10
 # Activations in int8, products summed in int32; source: onnxruntime's `docs/ContribOperators.md`.
 _ACCURACY_LEVEL = 4
 
@@ -99,11 +99,15 @@ def quantize_weights(
         if keep_float is not None:
             write_copy(light, keep_float)
         editor = Editor(light)
+        done = 0
         for number, name in enumerate(chosen):
             told.advance(number, len(chosen), "weights")
             problem = _replace(editor, name, config, size)
+            done += not problem
             if problem:
                 left.append(f"{name} ({problem})")
+        if not done:
+            raise OptimizationError(f"nothing to quantize: {'; '.join(left[:3])}", hint="keep it in floating point")
         embeddings = quantize_embeddings(light, excluded) if config.embeddings else []
         if config.form == "nbits" and not any(o.domain == "com.microsoft" for o in light.proto.opset_import):
             entry = light.proto.opset_import.add()
@@ -119,7 +123,7 @@ def quantize_weights(
         "form": config.form,
         "exclude": list(config.exclude),
         "embeddings": config.embeddings,
-        "quantized_nodes": len(chosen),
+        "quantized_nodes": done,
         "quantized_embeddings": len(embeddings),
     }
     return StepResult(True, tuple(notes), params, {"onnx": tools()["onnx"]})
@@ -180,16 +184,24 @@ def _replace(editor: Editor, name: str, config: WeightsConfig, size: int) -> str
     product = editor.free_name(f"{made}_product") if bias else made
     fresh = (_dequantized if config.form == "qdq" else _nbits)(editor, node, product, blocks)
     if bias:
-        fresh.append(_add(product, bias[0], made, f"{name}_bias"))
+        fresh.append(_sum(product, bias[0], made, f"{name}_bias"))
+    elif config.form == "qdq" and len(editor.shape(node.input[0]) or ()) < 3:
+        for reader in editor.readers[made]:
+            if standard(reader, "Add"):
+                reader.op_type = "Sum"
     _put(editor.light.proto.graph, node.name, fresh)
     _remove_weight(editor.light, weight)
     return ""
 
 
-def _add(data: str, bias: str, made: str, name: str) -> onnx.NodeProto:
+def _sum(data: str, bias: str, made: str, name: str) -> onnx.NodeProto:
+    """Add a bias with Sum: of a MatMul of two axes and an Add, ONNX Runtime makes a Gemm, and then no MatMulNBits.
+
+    The weights would be unpacked in every inference.
+    """
     from onnx import helper
 
-    return helper.make_node("Add", [data, bias], [made], name)
+    return helper.make_node("Sum", [data, bias], [made], name)
 
 
 def _put(graph: onnx.GraphProto, name: str, fresh: list[onnx.NodeProto]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from deploykit.data import Dataset
@@ -15,6 +16,7 @@ from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 from deploykit.progress import Progress
+from deploykit.specs import Feeds
 
 StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | WeightsConfig | HalfConfig | RepairConfig
 
@@ -31,6 +33,7 @@ def optimize(
     progress: Progress | None = None,
     same_bits: Check | None = None,
     keep_float: Path | None = None,
+    cases: Sequence[Feeds] = (),
 ) -> StepResult:
     """Apply one step.
 
@@ -46,6 +49,7 @@ def optimize(
         same_bits: Says why a file does not give the model's very bits without fusions; `RepairConfig` asks it.
         keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
             who compares the two layer by layer.
+        cases: Inputs that the model is known to take; `HalfConfig` watches activations on them where it has no data.
 
     Raises:
         OptimizationError: The step cannot be applied.
@@ -57,7 +61,7 @@ def optimize(
     if isinstance(config, WeightsConfig):
         return quantize_weights(model, config, target, progress, keep_float)
     if isinstance(config, HalfConfig):
-        return quantize_half(model, config, target)
+        return quantize_half(model, config, target, open_model, data, cases)
     if isinstance(config, RepairConfig):
         return repair(model, config, target, same_bits)
     return quantize_static(model, config, target, open_model, data, progress, keep_float)
