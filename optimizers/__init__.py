@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
-from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig
+from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig, check_engine, for_engine, own_options
+from deploykit.optimizers.quantize_nncf import require_nncf
 from deploykit.optimizers.repair import RepairConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
@@ -22,6 +23,10 @@ __all__ = [
     "StaticConfig",
     "StepConfig",
     "StepResult",
+    "check_engine",
     "escalation",
+    "for_engine",
     "optimize",
+    "own_options",
+    "require_nncf",
 ]
