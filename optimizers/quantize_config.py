@@ -62,8 +62,9 @@ class StaticConfig:
         equalize: Cross-layer equalization of convolutions.
         bias_correction: "off", "fast" (from each layer's own rounding errors) or "full" (from the quantized model's).
         rounding: Of weights: "nearest" or "adaround".
-        engine: Who quantizes: "deploykit", "nncf" (which knows none of what stands between `calibration` and
-            `per_channel`, or between `smooth` and here), or "both": the pipeline makes both and keeps the better one.
+        engine: Who quantizes: "deploykit", "nncf", or "both", of which the pipeline keeps the better model. NNCF has no
+            use for calibration, percentile, save_calibration, merge, smooth, equalize, bias_correction and rounding;
+            depthwise convolutions have one scale a channel and 8 bits with it, whatever is asked.
     """
 
     calibration: str = "minmax"
