@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -74,20 +73,14 @@ def quick_ms(path: Path, device: Device, feeds: Sequence[Feeds]) -> float:
 
 def quick_times(paths: Sequence[Path], device: Device, feeds: Sequence[Feeds]) -> list[float | None]:
     """`quick_ms` of several models, in turns, so that a busy machine is busy for all; None where one does not run."""
-    best: list[float | None] = [None] * len(paths)
-    with ExitStack() as stack:
-        sessions: dict[int, Session] = {}
-        for number, path in enumerate(paths):
-            with suppress(DeploykitError):
-                sessions[number] = stack.enter_context(open_session(path, device))
-        for _ in range(_TURNS):
-            for number, session in list(sessions.items()):
-                try:
-                    best[number] = min(best[number] or math.inf, _fastest_ms(session, feeds))
-                except DeploykitError:
-                    best[number] = None
-                    del sessions[number]
-    return best
+    best: dict[int, float] = dict.fromkeys(range(len(paths)), math.inf)
+    for _ in range(_TURNS):
+        for number in list(best):
+            try:
+                best[number] = min(best[number], quick_ms(paths[number], device, feeds))
+            except DeploykitError:
+                del best[number]
+    return [best.get(number) for number in range(len(paths))]
 
 
 def _fastest_ms(session: Session, feeds: Sequence[Feeds]) -> float:

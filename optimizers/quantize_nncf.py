@@ -30,7 +30,7 @@ from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import StaticConfig, check_engine, tools, weight_bits
 from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded
+from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes
 from deploykit.progress import Progress, quiet
 from deploykit.specs import Feeds
 from deploykit.weights import LightModel, open_light, write_copy, write_light
@@ -42,7 +42,13 @@ _EXTRA = "nncf"
 _CURE = "leave nodes out with --exclude, or take --engine deploykit"
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 # What the repair says about its own work is in the lineage; the rest concerns the user.
-_ROUTINE = ("bit-exact: ", "within a step of the scale: ", "within rounding: ", "bits were not compared")
+_ROUTINE = (
+    "bit-exact: ",
+    "within a step of the scale: ",
+    "within rounding: ",
+    "bits were not compared",
+    "nothing needs",
+)
 
 
 def require_nncf() -> None:
@@ -100,6 +106,7 @@ def quantize_nncf(
         notes += rewrite(shown)
         shown = infer_shapes(shown)
         check_excluded(shown, config.exclude)
+        check_selected(select_nodes(shown, frozenset(config.exclude)))  # what pays, by the measure of our own engine
         if keep_float is not None:
             write_copy(LightModel(shown, scratch), keep_float)
         transformer = model_kind(shown).transformer
@@ -107,10 +114,7 @@ def quantize_nncf(
         with told.step("quantize with NNCF"):
             made = _run(shown, data, config, bits, transformer, batches, scratch, told)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
-            raise OptimizationError(
-                "nothing to quantize: NNCF put no Q/DQ pair into the graph",
-                hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
-            )
+            raise OptimizationError("nothing to quantize: NNCF put no Q/DQ pair into the graph", hint=_CURE)
         raw = scratch / "nncf.onnx" if keep_float is None else keep_float.with_name("nncf.onnx")
         write_light(LightModel(made, scratch), raw)
         repaired, light = _repaired(raw, scratch)

@@ -31,7 +31,7 @@ from deploykit.optimizers.quantize_config import (
 from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.refine import Material, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, select_nodes, stand_ins, watched_tensors
+from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes, stand_ins, watched_tensors
 from deploykit.optimizers.thresholds import check_method
 from deploykit.progress import Progress
 from deploykit.weights import LightModel, open_light, write_copy, write_light
@@ -84,11 +84,7 @@ def quantize_static(
         light = LightModel(prepared, light.folder)
         check_excluded(prepared, config.exclude)
         nodes = select_nodes(prepared, frozenset(config.exclude))
-        if not nodes:
-            raise OptimizationError(
-                "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
-                hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
-            )
+        check_selected(nodes)
         if refines(config):
             light = own_copy(light, Path(scratch) / "own")
         inputs = signature_of(prepared)

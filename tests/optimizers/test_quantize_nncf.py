@@ -202,6 +202,17 @@ def test_nothing_left_to_quantize(wide: Path, tmp_path: Path) -> None:
         run_nncf(wide, tmp_path / "q.onnx", data, StaticConfig(engine="nncf", exclude=("nosuch",)))
 
 
+def test_half_precision_is_left_alone(wide: Path, tmp_path: Path) -> None:
+    model = onnx.load(wide)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, wide)
+    with pytest.raises(OptimizationError, match="float32 weights"):
+        run_nncf(wide, tmp_path / "q.onnx", Dataset.from_arrays({"x": noise()["x"].astype(np.float16)}))
+
+
 def test_a_failure_inside_is_one_error_with_a_way_out(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,16 @@ def test_the_faster_one_is_kept_and_the_other_one_is_told(
     assert ("nncf" in last(made).tools) == (kept == "nncf")
 
 
+def test_quick_times_leave_out_what_does_not_run(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gating, "_QUICK_S", 0.01)
+    digits.write(tmp_path)
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    feeds = [Dataset.open(tmp_path / "calib.npz").head(1)]
+    paths = [tmp_path / "net.onnx", tmp_path / "broken.onnx", tmp_path / "net.onnx"]
+    first, broken, third = gating.quick_times(paths, require_device("ort:cpu"), feeds)
+    assert broken is None and first and third and 0.1 < first / third < 10
+
+
 def test_without_time_the_smaller_error_is_kept(digits: Any, tmp_path: Path) -> None:
     digits.write(tmp_path)
     made = static(tmp_path, BOTH)
