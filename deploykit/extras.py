@@ -12,8 +12,8 @@ from types import ModuleType
 from deploykit.errors import MissingDependencyError, first_line
 
 DISTRIBUTION = "deploykit-ml"
-# Packages that bring a package of theirs, NAME_telemetry, and do without it.
-_REPORTING = frozenset({"openvino"})
+# Packages that report to their maker through another one, and do without it where it cannot be imported.
+_REPORTING = {"openvino": "openvino_telemetry", "nncf": "openvino_telemetry"}
 
 
 def install_command(extra: str) -> str:
@@ -55,10 +55,10 @@ def _no_telemetry(package: str) -> Iterator[None]:
     """Keep a package from reporting its import to its maker.
 
     OpenVINO does so unless its telemetry cannot be imported: from a process that it forks while its threads run, which
-    may never end, and which Python waits for when it exits.
+    may never end, and which Python waits for when it exits. NNCF reports every call through the same package.
     """
-    name = f"{package}_telemetry"
-    if package not in _REPORTING or package in sys.modules or name in sys.modules:
+    name = _REPORTING.get(package, "")
+    if not name or package in sys.modules or name in sys.modules:
         yield
         return
     sys.modules[name] = None  # type: ignore[assignment]

@@ -13,7 +13,8 @@ from deploykit import optimizers
 from deploykit.artifact import Evidence, sha256_of
 from deploykit.data import Dataset
 from deploykit.deriving import Work, memory_short
-from deploykit.errors import AccuracyError, DataError, DeploykitError
+from deploykit.engines import Distance, Entry, choose, judge_entry, record, timed
+from deploykit.errors import AccuracyError, DataError, DeploykitError, InferenceError, OptimizationError
 from deploykit.gating import (
     SMALLEST_MS,
     Gate,
@@ -25,7 +26,16 @@ from deploykit.gating import (
 )
 from deploykit.goals import Goal, Judge, Score
 from deploykit.models import benchmark_feeds
-from deploykit.optimizers import DynamicConfig, HalfConfig, StaticConfig, StepResult, WeightsConfig, optimize
+from deploykit.optimizers import (
+    DynamicConfig,
+    HalfConfig,
+    StaticConfig,
+    StepResult,
+    WeightsConfig,
+    for_engine,
+    optimize,
+    own_options,
+)
 from deploykit.proof import prove_placement
 from deploykit.ranking import LayerError, rank_layers
 from deploykit.runtimes import Device, open_session
@@ -37,6 +47,7 @@ Config = DynamicConfig | StaticConfig | WeightsConfig | HalfConfig
 _RANKED_ROWS, _CHECKED_ROWS = 64, 256
 _SLOW_ROUNDS = 2
 _FINE_BLOCK = 32
+ENGINES = ("deploykit", "nncf")  # of "both"
 NOT_CERTIFIED = "not certified: made-up inputs"
 
 
@@ -69,6 +80,7 @@ class Quantizer:
         further: Whether other settings are tried before layers stay in float.
         eval_data: What that is judged on; the step's own data where it is None.
         gate: What its speed is held to.
+        min_cosine: What the comparison at the end asks for; a choice between engines has to know.
         reasons: Why layers stay in float, by node or operator type.
         judge: Holds the parent's outputs, where there are real data.
         score: Of the model of this digest.
@@ -79,6 +91,7 @@ class Quantizer:
     further: bool
     eval_data: str | Path | None
     gate: Gate
+    min_cosine: float = -1.0
     reasons: dict[str, str] = field(default_factory=dict)
     judge: Judge | None = None
     score: tuple[str, Score] | None = None
@@ -100,19 +113,65 @@ class Quantizer:
 
     def make(self, work: Work, target: Path) -> StepResult:
         """Quantize until the target is met, then give back to float what int8 slows down."""
-        self.reasons = dict.fromkeys(self.config.exclude, "excluded")
         self._open_judge(work)
+        if isinstance(self.config, StaticConfig) and self.config.engine == "both":
+            place, made = self._contest(work, self.config)
+        else:
+            place, made = self._best(work)
+        for file in sorted(place.parent.iterdir()):
+            if file.name.startswith(place.name):  # with its external data
+                shutil.move(file, target.parent / file.name)
+        return made
+
+    def _best(self, work: Work) -> tuple[Path, StepResult]:
+        """What one engine can do."""
+        self.reasons = dict.fromkeys(self.config.exclude, "excluded")
         config, notes, extra = self.config, list[str](), dict[str, Any]()
         if self.goal.asked:
             place, made, config, notes, extra = self._reach(work)
         else:
             place, made = self._quantize(work, config)
         place, made, config, slower = self._give_back_slow(work, place, made, config)
-        for file in sorted(place.parent.iterdir()):
-            if file.name.startswith(place.name):  # with its external data
-                shutil.move(file, target.parent / file.name)
         params = {**made.params, **extra, **({"float_because_slower": slower} if slower else {})}
-        return replace(made, notes=(*made.notes, *notes), params=params)
+        return place, replace(made, notes=(*made.notes, *notes), params=params)
+
+    def _contest(self, work: Work, config: StaticConfig) -> tuple[Path, StepResult]:
+        """Let each engine do its best, and keep the better model.
+
+        Raises:
+            OptimizationError: All of them failed.
+            AccuracyError: None of them reaches the target.
+        """
+        assert self.judge is not None  # static quantization has data
+        distance, entries, problems = Distance(work, self.min_cosine), list[Entry](), list[DeploykitError]()
+        made: list[tuple[Path, StepResult, dict[str, str], tuple[str, Score]] | None] = []
+        for engine in ENGINES:
+            self.config, self.score = for_engine(config, engine), None
+            try:
+                place, result = self._best(work)
+                scored = self._scored(place, self.judge)
+            except (OptimizationError, AccuracyError, InferenceError) as exc:
+                problems.append(exc)
+                entries.append(Entry(engine, refused=exc.what))
+                made.append(None)
+                continue
+            entries.append(judge_entry(engine, scored[1], self.goal, distance.too_far(place)))
+            made.append((place, result, self.reasons, scored))
+        if len(problems) == len(entries):
+            raise problems[0]
+        with work.told.step("time the engines' models"):
+            entries = timed(entries, [found[0] if found else None for found in made], work, self.gate)
+        kept, why = choose(entries, self.goal)
+        winner = made[kept]
+        assert winner is not None
+        place, result, self.reasons, self.score = winner
+        self.config = for_engine(config, entries[kept].engine)
+        notes = [f"engine {entries[kept].engine} is kept"]
+        notes += [f"engine {e.engine} is not: {reason}" for e, reason in zip(entries, why, strict=True) if reason]
+        if names := own_options(config):
+            notes.append(f"{', '.join(names)}: for the engine deploykit only")
+        params = {**result.params, "engines": [record(e, reason) for e, reason in zip(entries, why, strict=True)]}
+        return place, replace(result, notes=(*result.notes, *notes), params=params)
 
     def _open_judge(self, work: Work) -> None:
         data = Dataset.open(self.eval_data) if self.eval_data is not None else work.data
@@ -228,13 +287,17 @@ class Quantizer:
         placement = [] if half else [prove_placement(target, device, self.reasons) for device in gate.devices]
         return Evidence(accuracy=accuracy, placement=placement, benchmark=speed)
 
+    def _scored(self, model: Path, judge: Judge) -> tuple[str, Score]:
+        """A model's digest and score, judged once."""
+        digest = sha256_of(model)
+        return self.score if self.score and self.score[0] == digest else (digest, judge.judge(model))
+
     def _certify(self, work: Work, target: Path) -> list[dict[str, Any]]:
         if self.judge is None:
             made_up = work.origin == "generated"
             reason = NOT_CERTIFIED if made_up else "not certified: no evaluation data"
             return [{"certified": False, "summary": reason}]
-        digest = sha256_of(target)
-        score = self.score[1] if self.score and self.score[0] == digest else self.judge.judge(target)
+        _, score = self._scored(target, self.judge)
         if not score.met:
             what = score.collapsed or f"the target ({self.goal.describe()}) is missed"
             raise AccuracyError(
@@ -264,13 +327,13 @@ class _Bench:
         return score
 
     def rank(self, config: Config) -> list[LayerError]:
-        place, _, _ = self._made[config, ()]
+        place, made, _ = self._made[config, ()]
         folder = place.parent / "ranking"
         folder.mkdir()
         try:
             return rank_layers(
-                place.parent / "float.onnx", place, self._judge.batches(_RANKED_ROWS), _opener(self._work.device),
-                folder,
+                place.parent / "float.onnx", made.layered or place, self._judge.batches(_RANKED_ROWS),
+                _opener(self._work.device), folder,
             )  # fmt: skip
         finally:
             shutil.rmtree(folder)

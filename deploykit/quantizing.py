@@ -11,7 +11,7 @@ from deploykit.deriving import derive
 from deploykit.errors import DataError
 from deploykit.gating import DEFAULT_SECONDS, Gate
 from deploykit.goals import DEFAULT_DROP, METRICS, Goal, read_drop
-from deploykit.optimizers import DynamicConfig, StaticConfig
+from deploykit.optimizers import DynamicConfig, StaticConfig, check_engine, require_nncf
 from deploykit.progress import Progress
 from deploykit.quantizer import Quantizer
 from deploykit.runtimes import Device
@@ -130,9 +130,12 @@ def quantize_static(
         ContractError: The result breaks the contract.
     """
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
-    maker = Quantizer(
-        config or StaticConfig(), goal, escalate, eval_data, make_gate(devices, allow_slower, gate_seconds)
-    )
+    config = config or StaticConfig()
+    check_engine(config)
+    if config.engine != "deploykit":
+        require_nncf()  # before anything is run
+    gate = make_gate(devices, allow_slower, gate_seconds)
+    maker = Quantizer(config, goal, escalate, eval_data, gate, min_cosine)
     return derive(
         "quantize-static", model, output, maker, data=data, dims=None, min_cosine=min_cosine, contract=contract,
         progress=progress,

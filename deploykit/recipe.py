@@ -107,6 +107,7 @@ class StaticStep(_QuantizeStep):
     step: Literal["quantize-static"] = "quantize-static"
     model: str | None = None
     data: str
+    engine: Literal["deploykit", "nncf", "both"] = "deploykit"
     calibration: Literal["minmax", "percentile", "entropy", "mse", "auto"] = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
     save_calibration: str | None = None

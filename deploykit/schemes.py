@@ -10,6 +10,7 @@ from typing import Any
 
 from deploykit.artifact import Artifact
 from deploykit.errors import OptimizationError
+from deploykit.extras import available
 from deploykit.optimizers import DynamicConfig, HalfConfig, StaticConfig, WeightsConfig
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.storing import quantize_half, quantize_weights
@@ -46,6 +47,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "dynamic": Scheme(partial(quantize_dynamic, config=DynamicConfig()), False, True, "int8, ranges at run time"),
     "static": Scheme(_static(), True, True, "int8, ranges from data"),
     "static-auto": Scheme(_static(calibration="auto"), True, True, "the same, ranges clipped where that is better"),
+    "static-nncf": Scheme(_static(engine="nncf"), True, available("nncf"), "static, by NNCF and repaired"),
     "static-equalize": Scheme(
         _static(equalize=True, bias_correction="fast"), True, False, "static, with equalized convolutions"
     ),

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
-from deploykit.optimizers.quantize_config import DynamicConfig, HalfConfig, StaticConfig, WeightsConfig
+from deploykit.optimizers.quantize_config import (
+    DynamicConfig,
+    HalfConfig,
+    StaticConfig,
+    WeightsConfig,
+    check_engine,
+    for_engine,
+    own_options,
+)
+from deploykit.optimizers.quantize_nncf import require_nncf
 from deploykit.optimizers.repair import RepairConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig
@@ -24,6 +33,10 @@ __all__ = [
     "StepConfig",
     "StepResult",
     "WeightsConfig",
+    "check_engine",
     "escalation",
+    "for_engine",
     "optimize",
+    "own_options",
+    "require_nncf",
 ]

@@ -24,9 +24,11 @@ class StepResult:
         notes: What the user must know.
         params: The parameters that were really used, for the lineage.
         tools: Versions of the packages that took part.
+        layered: The quantized file whose layers are those of `keep_float`, where the result's are not.
     """
 
     changed: bool
     notes: tuple[str, ...] = ()
     params: dict[str, Any] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
+    layered: Path | None = None

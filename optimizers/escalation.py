@@ -71,6 +71,8 @@ def escalation(model_path: str | Path, config: StaticConfig) -> Iterator[StaticC
     """
     kind = model_kind(read_model(Path(model_path), weights=False))
     yield config
+    if config.engine == "nncf":  # it runs its own means by itself
+        return
     for change in _changes(kind, config):
         made = replace(config, **change)  # type: ignore[arg-type]
         if made != config:

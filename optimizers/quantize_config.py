@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploykit.errors import OptimizationError
 from deploykit.extras import version_of
@@ -15,6 +15,13 @@ DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
 WEIGHT_BITS = ("auto", "8", "7")
 BIAS_CORRECTIONS = ("off", "fast", "full")  # in the order of what they cost; or "auto"
 ROUNDINGS = ("nearest", "adaround")
+ENGINES = ("deploykit", "nncf", "both")
+# What only our own engine knows, by field: the option.
+_OWN = {
+    "calibration": "--calibration", "percentile": "--percentile", "save_calibration": "--save-calibration",
+    "merge": "--merge", "smooth": "--smooth", "equalize": "--equalize", "bias_correction": "--bias-correction",
+    "rounding": "--rounding",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,9 @@ class StaticConfig:
         bias_correction: "off", "fast" (from each layer's own rounding errors), "full" (from the quantized model's), or
             "auto": fast for transformers, off for other models and, as `smooth`, beside `merge` and `save_calibration`.
         rounding: Of weights: "nearest" or "adaround".
+        engine: Who quantizes: "deploykit", "nncf", or "both", of which the pipeline keeps the better model. NNCF has no
+            use for calibration, percentile, save_calibration, merge, smooth, equalize, bias_correction and rounding;
+            depthwise convolutions have one scale a channel and 8 bits with it, whatever is asked.
     """
 
     calibration: str = "minmax"
@@ -73,6 +83,35 @@ class StaticConfig:
     equalize: bool = False
     bias_correction: str = "auto"
     rounding: str = "nearest"
+    engine: str = "deploykit"
+
+
+def check_engine(config: StaticConfig) -> None:
+    """Refuse an unknown engine, and options that the engine does not know.
+
+    Raises:
+        OptimizationError: Such an option is set.
+    """
+    if config.engine not in ENGINES:
+        raise OptimizationError(f"engine {config.engine!r}", expected=" or ".join(ENGINES))
+    changed = own_options(config) if config.engine == "nncf" else []
+    if changed:
+        raise OptimizationError(
+            f"the engine nncf knows no {' and no '.join(changed)}",
+            expected="what NNCF decides by itself: ranges, SmoothQuant and its own bias correction",
+            hint=f"leave {'it' if len(changed) == 1 else 'them'} out, or take --engine deploykit or both",
+        )
+
+
+def own_options(config: StaticConfig) -> list[str]:
+    """The options with other values than their defaults that hold for our own engine only."""
+    return [option for name, option in _OWN.items() if getattr(config, name) != getattr(StaticConfig(), name)]
+
+
+def for_engine(config: StaticConfig, engine: str) -> StaticConfig:
+    """The same settings for one engine, without those that it does not know."""
+    plain = {name: getattr(StaticConfig(), name) for name in _OWN} if engine == "nncf" else {}
+    return replace(config, engine=engine, **plain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,10 @@ from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
 from deploykit.optimizers.calibration import calibrate
 from deploykit.optimizers.editing import Editor
+from deploykit.optimizers.feeding import Counter, feeds_of
 from deploykit.optimizers.half_compute import compute_in_half
 from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import HalfConfig, StaticConfig
-from deploykit.optimizers.quantize_static import calibration_feeds
 from deploykit.optimizers.select_nodes import check_excluded
 from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel, open_light, write_light
@@ -113,7 +113,7 @@ def _watch(
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
     made = [name for node in graph.node for name in node.output if kinds.get(name) == _FLOAT]
     inputs = signature_of(light.proto)
-    batches = calibration_feeds(inputs, data, StaticConfig()) if data is not None else iter(cases)
+    batches = feeds_of(inputs, data, StaticConfig(), Counter()) if data is not None else iter(cases)
     with tempfile.TemporaryDirectory(prefix=".watched-", dir=folder) as place:
         divisible = all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs)
         seen = calibrate(light, made, batches, open_model, Path(place), counted=False, divisible=divisible)

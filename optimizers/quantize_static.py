@@ -8,15 +8,12 @@ convolutions in float).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from deploykit.data import LABELS, Dataset
-from deploykit.errors import DataError, OptimizationError, first_line
+from deploykit.data import Dataset
+from deploykit.errors import OptimizationError
 from deploykit.extras import require
 from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
@@ -24,6 +21,7 @@ from deploykit.optimizers.calibration import Calibration, calibrate, check_writa
 from deploykit.optimizers.editing import own_copy
 from deploykit.optimizers.embeddings import quantize_embeddings
 from deploykit.optimizers.escalation import model_kind, settled
+from deploykit.optimizers.feeding import Counter, feeds_of
 from deploykit.optimizers.pairs import insert_pairs
 from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import (
@@ -35,10 +33,9 @@ from deploykit.optimizers.quantize_config import (
 from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.refine import Material, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, select_nodes, stand_ins, watched_tensors
+from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes, stand_ins, watched_tensors
 from deploykit.optimizers.thresholds import check_method
 from deploykit.progress import Progress
-from deploykit.specs import Array, Signature, fit_feeds
 from deploykit.weights import LightModel, open_light, write_copy, write_light
 
 if TYPE_CHECKING:
@@ -80,7 +77,7 @@ def quantize_static(
         said = ["SmoothQuant is off: it would change the activations by what this run alone was shown"]
     require("onnxruntime.quantization", extra="ort")
     bits, why = weight_bits(config.weight_bits)
-    count, told = _Counter(), progress or Progress()
+    count, told = Counter(), progress or Progress()
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         config = settled(config, model_kind(light.proto))
@@ -90,21 +87,17 @@ def quantize_static(
         light = LightModel(prepared, light.folder)
         check_excluded(prepared, config.exclude)
         nodes = select_nodes(prepared, frozenset(config.exclude))
-        if not nodes:
-            raise OptimizationError(
-                "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
-                hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
-            )
+        check_selected(nodes)
         if refines(config):
             light = own_copy(light, Path(scratch) / "own")
         inputs = signature_of(prepared)
-        data_again = Material(lambda: calibration_feeds(inputs, data, config, _Counter()), open_model, target.parent)
+        data_again = Material(lambda: feeds_of(inputs, data, config, Counter()), open_model, target.parent)
         notes += before_ranges(light, nodes, config, bits, data_again, told)
         serves = stand_ins(prepared, frozenset(nodes))
         tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(prepared, frozenset(nodes)))]
         with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder, told.step("calibrate"):
             seen = calibrate(
-                light, tensors, calibration_feeds(inputs, data, config, count), open_model, Path(folder),
+                light, tensors, feeds_of(inputs, data, config, count), open_model, Path(folder),
                 counted=config.calibration != "minmax" or config.save_calibration is not None,
                 divisible=all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs),
             )  # fmt: skip
@@ -131,6 +124,7 @@ def quantize_static(
         if config.save_calibration is not None:
             seen.save(Path(config.save_calibration))
     params = {
+        "engine": "deploykit",
         "calibration": config.calibration,
         **({"percentile": config.percentile} if config.calibration == "percentile" else {}),
         **({"merged": list(config.merge)} if config.merge else {}),
@@ -168,48 +162,6 @@ def _saved(config: StaticConfig) -> list[Calibration]:
     if config.save_calibration is not None:
         check_writable(Path(config.save_calibration))
     return [Calibration.load(Path(file)) for file in config.merge]
-
-
-class _Counter:
-    def __init__(self) -> None:
-        self.samples = 0
-
-
-def calibration_feeds(
-    signature: Signature, data: Dataset, config: StaticConfig, count: _Counter | None = None
-) -> Iterator[dict[str, Array]]:
-    """Batches of the size that the model takes, never more than `max_samples` together: a fixed first axis decides.
-
-    A generator may yield pieces of any size; those that do not fill a fixed batch are put together. ``count`` is told
-    how many samples were given.
-    """
-    count = count or _Counter()
-    fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
-    size = fixed[0] if fixed else config.batch_size
-    limit = config.max_samples
-    for batch in _filled(data, size) if fixed else data.batches(size):
-        have = len(next(iter(batch.values())))
-        left = have if limit is None else min(have, limit - count.samples)
-        if left <= 0 or (fixed and left < size):
-            break
-        count.samples += left
-        yield fit_feeds(signature, {k: v[:left] for k, v in batch.items() if k != LABELS})
-
-
-def _filled(data: Dataset, size: int) -> Iterator[dict[str, Array]]:
-    """Batches of exactly ``size``, across the borders of what the data come in; an incomplete rest is left out."""
-    waiting: dict[str, Array] = {}
-    for piece in data.batches(size):
-        try:
-            waiting = {n: np.concatenate([waiting[n], a]) for n, a in piece.items()} if waiting else piece
-        except (KeyError, ValueError) as exc:
-            raise DataError(
-                f"{data.source}: batches do not fit together ({first_line(exc)})",
-                expected="the same names and, but for the first axis, the same shapes in every batch",
-            ) from exc
-        while len(next(iter(waiting.values()))) >= size:
-            yield {n: a[:size] for n, a in waiting.items()}
-            waiting = {n: a[size:] for n, a in waiting.items()}
 
 
 def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: Ranges) -> tuple[list[str], list[str]]:

@@ -271,6 +271,21 @@ def _quantizer_behind(graph: PairEditor, name: str) -> Params | None:
     return params if params is not None and params.per_tensor and params.zero.dtype == np.uint8 else None
 
 
+def repeat_behind_flatten(graph: PairEditor) -> int:
+    """A product behind a Flatten gets the pair before that once more: ONNX Runtime carries none over a Flatten."""
+    count = 0
+    for node in graph.nodes:
+        if not is_op(node, "Gemm", "MatMul") or graph.weight(node.input[1]) is None:
+            continue
+        flatten = graph.maker(node.input[0], "Flatten")
+        found = graph.pair(flatten.input[0]) if flatten is not None else None
+        if found is None or not found[2].per_tensor:
+            continue
+        graph.set_input(node, 0, graph.add_pair(node.input[0], found[2]))
+        count += 1
+    return count
+
+
 def read_codes(graph: PairEditor) -> int:
     """All readers of a convolution get its dequantized output, so that the quantizer alone reads the float one."""
     count = 0

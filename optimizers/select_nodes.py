@@ -7,7 +7,7 @@ products of two activations run in float in OpenVINO anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from typing import TYPE_CHECKING
 
 from deploykit.errors import OptimizationError
@@ -111,6 +111,19 @@ def select_nodes(model: onnx.ModelProto, excluded: Set[str] = frozenset()) -> li
             chosen.append(node.name)
             trunk.update(node.output)
     return chosen
+
+
+def check_selected(nodes: Collection[str]) -> None:
+    """Refuse to quantize nothing.
+
+    Raises:
+        OptimizationError: There is no node.
+    """
+    if not nodes:
+        raise OptimizationError(
+            "nothing to quantize: no convolution or matrix product with constant float32 weights is left",
+            hint="simplify it first (deploykit simplify), drop --exclude, or keep it in floating point",
+        )
 
 
 def watched_tensors(model: onnx.ModelProto, nodes: Set[str]) -> list[str]:

@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploykit.data import Dataset
+from deploykit.errors import OptimizationError
 from deploykit.optimizers.base import Check, Opener, StepResult
-from deploykit.optimizers.quantize_config import DynamicConfig, HalfConfig, StaticConfig, WeightsConfig
+from deploykit.optimizers.quantize_config import (
+    DynamicConfig,
+    HalfConfig,
+    StaticConfig,
+    WeightsConfig,
+    check_engine,
+)
 from deploykit.optimizers.quantize_dynamic import quantize_dynamic
 from deploykit.optimizers.quantize_half import quantize_half
+from deploykit.optimizers.quantize_nncf import quantize_nncf
 from deploykit.optimizers.quantize_static import quantize_static
 from deploykit.optimizers.quantize_weights import quantize_weights
 from deploykit.optimizers.repair import RepairConfig, repair
@@ -64,4 +72,9 @@ def optimize(
         return quantize_half(model, config, target, open_model, data, cases)
     if isinstance(config, RepairConfig):
         return repair(model, config, target, same_bits)
+    check_engine(config)
+    if config.engine == "both":
+        raise OptimizationError("two engines make two models", hint="deploykit.quantize_static keeps the better one")
+    if config.engine == "nncf":
+        return quantize_nncf(model, config, target, data, progress, keep_float)
     return quantize_static(model, config, target, open_model, data, progress, keep_float)

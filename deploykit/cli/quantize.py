@@ -105,6 +105,13 @@ def dynamic(
 @common.output_option
 @common.data_option("Calibration data:", required=True)
 @click.option(
+    "--engine",
+    type=click.Choice(["deploykit", "nncf", "both"]),
+    default="deploykit",
+    show_default=True,
+    help="Who quantizes: DeployKit, NNCF with a repair behind it, or both, and the better model is kept.",
+)
+@click.option(
     "--calibration",
     type=click.Choice(["minmax", "percentile", "entropy", "mse", "auto"]),
     default="minmax",
@@ -163,6 +170,7 @@ def static(
     model: str,
     output: str,
     data: str,
+    engine: str,
     calibration: str,
     percentile: float,
     save_calibration: str | None,
@@ -185,7 +193,7 @@ def static(
     """uint8 activations and int8 weights, ranges from calibration data. For convolutional nets and transformers."""
     if dry_run:
         params = {
-            "model": model, "data": data, "calibration": calibration, "percentile": percentile,
+            "model": model, "data": data, "engine": engine, "calibration": calibration, "percentile": percentile,
             "save_calibration": save_calibration, "merge": list(merge), "batch_size": batch_size,
             "max_samples": max_samples, "smooth": smooth, "equalize": equalize, "bias_correction": bias_correction,
             "rounding": rounding, "exclude": list(exclude), "weight_bits": weight_bits,
@@ -201,7 +209,7 @@ def static(
         calibration=calibration, percentile=percentile, save_calibration=save_calibration, merge=merge,
         per_channel=not per_tensor, exclude=exclude, batch_size=batch_size,
         max_samples=max_samples, weight_bits=weight_bits, smooth=smooth, equalize=equalize,
-        bias_correction=bias_correction, rounding=rounding,
+        bias_correction=bias_correction, rounding=rounding, engine=engine,
     )  # fmt: skip
     artifact = quantize_static(
         model, output, data=data, config=config, min_cosine=min_cosine, contract=contract,

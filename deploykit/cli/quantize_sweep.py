@@ -16,8 +16,8 @@ from deploykit.cli.quantize_options import target_options
 @common.data_option("Calibration data; without them, static schemes are left out:")
 @click.option(
     "--scheme", "schemes", multiple=True, metavar="NAME",
-    help="What to try: fp16, bf16, weights8, weights4, dynamic, static, static-auto, static-equalize, static-full, "
-    "static-adaround. Repeatable; the quick ones by default.",
+    help="What to try: fp16, bf16, weights8, weights4, dynamic, static, static-auto, static-nncf, static-equalize, "
+    "static-full, static-adaround. Repeatable; the quick ones by default.",
 )  # fmt: skip
 @target_options
 @common.device_option

@@ -27,6 +27,7 @@ print(json.dumps({{
     [
         "from deploykit.extras import require; require('openvino', extra='openvino').Core()",
         "from deploykit.runtimes import default_devices; default_devices()",
+        "from deploykit.optimizers import require_nncf; require_nncf()",
     ],
 )
 def test_openvino_reports_nothing(load: str) -> None:

@@ -361,6 +361,20 @@ def test_a_float_reader_beside_the_quantizer(tmp_path):
     assert np.abs(old[1] - new[1]).max() <= 0.05
 
 
+def test_a_product_behind_a_flatten(tmp_path):
+    """NNCF's style: ONNX Runtime carries a pair over a Reshape, and not over a Flatten."""
+    g = Graph()
+    x = g.pair(g.add("GlobalAveragePool", g.pair("x", 0.03, np.int8(3))), 0.01, np.int8(-2))
+    x = g.add("Gemm", g.add("Flatten", x), g.weight(normal(10, 3)), normal(10), transB=1)
+    source, target, done = repair(g.model([x], [2, 3, SIZE, SIZE]), tmp_path, exact=True)
+    assert any("1 pairs before a Flatten repeated behind it" in note for note in done.notes)
+    assert same_bits(source, target, image())
+    source, target, _ = repair(g.model([x], [2, 3, SIZE, SIZE]), tmp_path)
+    assert kernels(source, tmp_path)["QGemm"] == 0
+    assert kernels(target, tmp_path)["QGemm"] == 1
+    assert not optimize(target, RepairConfig(), tmp_path / "again.onnx", check=lambda _: None).changed
+
+
 def test_codes_that_others_look_at_stay(tmp_path):
     g = Graph()
     q = g.add("QuantizeLinear", "x", np.float32(0.1), np.int8(1))

@@ -20,6 +20,7 @@ from deploykit.recipe import Recipe, dump
         ("[export]\nsource='x'\n[benchmark]\nrounds=1\n", "rounds"),
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nsmooth=2.0\n", "smooth"),
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nbias_correction='slow'\n", "bias_correction"),
+        ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nengine='vitis'\n", "engine"),
     ],
 )
 def test_errors_say_what_to_mend(tmp_path, text, word):
