@@ -155,14 +155,12 @@ def quantize_sweep(
             "no scheme could be applied: " + "; ".join(f"{n}: {why}" for n, why in left.items()),
             hint="keep the model in floating point",
         )
-    rows = [{"scheme": PARENT, "model": str(parent.path), "size_bytes": parent.size_bytes, "status": "ok"}]
-    rows += [
-        {"scheme": n, "model": str(p), "size_bytes": load_model(p).size_bytes, "status": "ok"} for n, p in made.items()
-    ]
+    models = {PARENT: parent, **{name: load_model(path) for name, path in made.items()}}
+    rows = [_row(name, loaded) for name, loaded in models.items()]
     native = [d for d in targets if d.runtime == "openvino" and inspect_machine().flags.get("bf16")]
     candidates = [
-        Candidate(str(row["scheme"]), str(row["model"]), str(device), "", int(str(row["size_bytes"])))
-        for row in rows
+        Candidate(name, str(loaded.path), str(device), loaded.digest, loaded.size_bytes)
+        for name, loaded in models.items()
         for device in targets
     ]
     candidates += [
@@ -174,7 +172,7 @@ def quantize_sweep(
     )
     report = measure(candidates, feeds, settings, data=None, progress=told)
     if native:
-        rows.append({"scheme": NATIVE, "model": str(parent.path), "size_bytes": parent.size_bytes, "status": "ok"})
+        rows.append(_row(NATIVE, parent))
     _add_speed(rows, report)
     with told.step(f"judge {len(rows)} models on {dataset.source if dataset else 'no data'}"):
         if dataset is not None:
@@ -230,6 +228,10 @@ def _open_output(output: Path, record: dict[str, str], *, resume: bool) -> Path:
     except OSError as exc:
         raise storage_error(exc, output) or exc from exc
     return output
+
+
+def _row(scheme: str, model: LoadedModel) -> dict[str, Any]:
+    return {"scheme": scheme, "model": str(model.path), "size_bytes": model.size_bytes, "status": "ok"}
 
 
 def _add_speed(rows: list[dict[str, Any]], report: Report) -> None:
