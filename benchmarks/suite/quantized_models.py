@@ -1,9 +1,9 @@
 """What int8 costs and gains on really trained models: python benchmarks/suite/quantized_models.py [NAME ...]
 
 Exports each model of `real_models.py`, quantizes it with onnxruntime's defaults (static and dynamic) and with
-DeployKit, and prints for each file the task's own metric in ONNX Runtime and OpenVINO on the whole test set, and its
-speed at batch 1 as a ratio to float32 in ONNX Runtime, all out of one interleaved run. Figures of speed are this
-machine's, whose name and instruction sets are printed first.
+DeployKit (its own engine, and NNCF), and prints for each file the task's own metric in ONNX Runtime and OpenVINO on the
+whole test set, and its speed at batch 1 as a ratio to float32 in ONNX Runtime, all out of one interleaved run. Figures
+of speed are this machine's, whose name and instruction sets are printed first.
 """
 
 from __future__ import annotations
@@ -92,22 +92,24 @@ def make_files(name: str, folder: Path, extra: list[str]) -> tuple[dict[str, Pat
     missing: dict[str, str] = {}
     from deploykit.optimizers import StaticConfig
 
+    def ours(out: Path, config: StaticConfig) -> None:
+        deploykit.quantize_static(fp32, out, data=data, config=config, min_cosine=-1, gate_seconds=0, progress=told)
+
     steps: dict[str, Callable[[Path], Any]] = {
         "onnxruntime static": lambda out: theirs("static", parent, out, calibration),
         "onnxruntime dynamic": lambda out: theirs("dynamic", parent, out, calibration),
-        "deploykit static": lambda out: deploykit.quantize_static(
-            fp32, out, data=data, config=StaticConfig(**static), min_cosine=-1, gate_seconds=0, progress=told
-        ),
+        "deploykit static": lambda out: ours(out, StaticConfig(**static)),
+        "deploykit static nncf": lambda out: ours(out, StaticConfig(engine="nncf")),
         "deploykit dynamic": lambda out: deploykit.quantize_dynamic(
             fp32, out, min_cosine=-1, gate_seconds=0, progress=told
         ),
     }
     for label, step in steps.items():
-        ours = label.startswith("deploykit")
-        out = folder / label.replace(" ", "-") if ours else folder / f"{label.replace(' ', '-')}.onnx"
+        artifact = label.startswith("deploykit")
+        out = folder / label.replace(" ", "-") if artifact else folder / f"{label.replace(' ', '-')}.onnx"
         try:
             step(out)
-            made[label] = out / "model.onnx" if ours else out
+            made[label] = out / "model.onnx" if artifact else out
         except DeploykitError as exc:
             missing[label] = str(exc)
         except Exception as exc:
