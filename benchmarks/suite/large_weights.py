@@ -142,6 +142,8 @@ def steps(folder: Path, source: str) -> list[tuple[str, list[str]]]:
         "verify": ["verify", "-m", exported],
         "simplify": ["simplify", "-m", exported, "-o", str(folder / "simplified")],
         "quantize dynamic": ["quantize", "dynamic", "-m", exported, "-o", str(folder / "dynamic")],
+        "quantize weights": ["quantize", "weights", "-m", exported, "-o", str(folder / "packed")],
+        "quantize half": ["quantize", "half", "-m", exported, "-o", str(folder / "half")],
         "quantize static": [
             "quantize",
             "static",
@@ -197,7 +199,7 @@ def main() -> int:
                 f"{ratios[1]:6.2f} {seconds:8.0f}{'' if not code else f'  exit {code}: {last}'}",
                 flush=True,
             )
-            for made in ("simplified", "dynamic", "static"):
+            for made in ("simplified", "dynamic", "packed", "half", "static"):
                 shutil.rmtree(folder / made, ignore_errors=True)
         print("package           there is no such command yet")
         if args.json:
