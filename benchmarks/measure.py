@@ -187,7 +187,7 @@ def _spawn(candidate: Candidate, job: dict[str, Any], folder: Path, settings: Se
         "model": candidate.path,
         "device": candidate.device,
         "threads": settings.threads,
-        "precision": settings.precision,
+        "precision": candidate.precision or settings.precision,
         "feeds": str(folder / "feeds.npz"),
         "result": str(result),
     }

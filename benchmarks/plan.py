@@ -22,6 +22,7 @@ class Candidate:
         device: Device name.
         sha256: Of the artifact's manifest, or of the file.
         size_bytes: Model and weights.
+        precision: "fp32" or "native" for this one; None for what the settings say.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Candidate:
     device: str
     sha256: str
     size_bytes: int
+    precision: str | None = None
 
     @property
     def label(self) -> str:

@@ -143,6 +143,7 @@ def _entry(row: Row, compared: Comparison | None, settings: Settings, *, accurat
         "model": candidate.path,
         "sha256": candidate.sha256,
         "size_bytes": candidate.size_bytes,
+        "precision": candidate.precision or settings.precision,
         "status": row.status if accurate else f"accuracy dropped by more than {settings.max_drop}",
         "settings": probe.get("settings"),
         "outputs": row.parity,

@@ -51,6 +51,7 @@ class Gate:
         named: Whether the user named them: then the result has to run on each.
         first_only: Whether the first device alone decides where the user named none; the others are recorded.
         allow_slower: Record a model that is not faster instead of refusing it.
+        tie_allowed: Whether a model that is as fast as its parent is accepted, because it is smaller.
         seconds: Timed seconds in all, for the first rounds; 0 for no timing.
     """
 
@@ -58,6 +59,7 @@ class Gate:
     named: bool = False
     first_only: bool = False
     allow_slower: bool = False
+    tie_allowed: bool = False
     seconds: float = DEFAULT_SECONDS
 
     def decisive(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -135,7 +137,8 @@ def time_against_parent(
                 )
             ]
             found = time_pair(pair[0], pair[1], feeds, settings)
-            if found["verdict"] == "tie" and abs(found["ratio"] - 1) > _UNCLEAR and not gate.allow_slower:
+            accepted = gate.allow_slower or gate.tie_allowed
+            if found["verdict"] == "tie" and abs(found["ratio"] - 1) > _UNCLEAR and not accepted:
                 found = time_pair(pair[0], pair[1], feeds, replace(settings, rounds=_MORE_ROUNDS))
             record |= found
         except DeploykitError as exc:
@@ -184,7 +187,7 @@ def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate) -> str:
     """
     counted = [r for r in gate.decisive(records) if "ratio" in r or (r["verdict"] == "failed" and gate.named)]
     slower = [r for r in counted if r["verdict"] in ("slower", "failed")]
-    if not counted or (not slower and any(r["verdict"] == "faster" for r in counted)):
+    if not counted or (not slower and (gate.tie_allowed or any(r["verdict"] == "faster" for r in counted))):
         return ""
     told = "; ".join(f"{r['device']} {r['summary']}" for r in counted)
     what = f"{'slower than' if slower else 'not faster than'} its parent: {told}"
@@ -194,7 +197,7 @@ def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate) -> str:
     where = f"name the runtime that it is for (--device {others[0]}), " if others else ""
     raise SpeedError(
         f"the quantized model is {what}",
-        expected="faster in one runtime, slower in none",
+        expected="slower in no runtime" if gate.tie_allowed else "faster in one runtime, slower in none",
         hint=f"{where}keep the model in floating point, or take it as it is: --allow-slower",
     )
 

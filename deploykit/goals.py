@@ -253,14 +253,18 @@ class Judge:
             tally.signal += float(np.square(power).sum())
             tally.error += math.inf if values.shape != want.shape else float(np.square(power - values).sum())
 
-    def judge(self, model: Path) -> Score:
+    def judge(self, model: Path, *, precision: str = "fp32") -> Score:
         """Run a descendant on all of the data.
+
+        Args:
+            model: Its file.
+            precision: See `open_session`.
 
         Raises:
             InferenceError: It does not run.
         """
         tally = _Tally()
-        with open_session(model, self.device) as session:
+        with open_session(model, self.device, precision=precision) as session:
             for number, (feeds, _, count) in enumerate(self._batches()):
                 outputs = session.run(fit_feeds(session.signature, feeds))
                 assert self._output is not None

@@ -21,6 +21,8 @@ from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
+from deploykit.storing import quantize_half, quantize_weights
+from deploykit.sweeping import quantize_sweep
 from deploykit.verifying import verify
 
 __all__ = [
@@ -28,8 +30,11 @@ __all__ = [
     "export",
     "export_parts",
     "quantize_dynamic",
+    "quantize_half",
     "quantize_repair",
     "quantize_static",
+    "quantize_sweep",
+    "quantize_weights",
     "run",
     "simplify",
     "verify",

@@ -6,6 +6,7 @@ conversions. ONNX Runtime's optimized graph and OpenVINO's runtime model say wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Layer:
 
     Attributes:
         name: Of the node before quantization.
+        bias: Of the Add or Sum behind it that nothing else stands between; OpenVINO names the two after that.
         op: Operator type before quantization.
         weights: Names of the stored weights; none for a product of two activations.
         outputs: Those of its tensors that the model gives out; OpenVINO names a node after them.
@@ -55,6 +57,7 @@ class Layer:
     outputs: frozenset[str]
     made: frozenset[str]
     quantized: bool
+    bias: str = ""
 
 
 def layers_of(model: onnx.ModelProto) -> list[Layer]:
@@ -62,6 +65,8 @@ def layers_of(model: onnx.ModelProto) -> list[Layer]:
     makers = {output: node for node in model.graph.node for output in node.output}
     stored = {t.name: t.data_type for t in model.graph.initializer}
     names, given = {node.name for node in model.graph.node}, frozenset(v.name for v in model.graph.output)
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    adds = {name: node.name for node in model.graph.node if node.op_type in ("Add", "Sum") for name in node.input}
     found = []
     for number, node in enumerate(model.graph.node):
         if node.op_type not in _LAYERS:
@@ -76,7 +81,9 @@ def layers_of(model: onnx.ModelProto) -> list[Layer]:
         if node.op_type == "MatMulInteger" and name.endswith("_MatMul") and f"{name[:-7]}_Add" in names:
             op, name = "Gemm", name.removesuffix("_MatMul")
         integers = bool(weights) and all(stored[w] in _INTEGERS for w in weights)
-        found.append(Layer(name, op, weights, given.intersection(node.output), frozenset(node.output), integers))
+        made, outputs = frozenset(node.output), given.intersection(node.output)
+        bias = adds.get(node.output[0], "") if weights and readers[node.output[0]] == 1 and not outputs else ""
+        found.append(Layer(name, op, weights, outputs, made, integers, bias))
     return found
 
 
@@ -91,7 +98,7 @@ def _stored_name(name: str, makers: Mapping[str, onnx.NodeProto], stored: Collec
 
 def runs_in_integers(layer: Layer, executed: Sequence[ExecutedNode]) -> bool:
     """Whether a layer is in an executed node that computes in int8."""
-    known = layer.weights | layer.outputs | {layer.name}
+    known = layer.weights | layer.outputs | {layer.name, layer.bias} - {""}
     return any(n.precision == "int8" and is_compute(n.op) and known & n.sources for n in executed)
 
 

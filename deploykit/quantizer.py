@@ -26,17 +26,27 @@ from deploykit.gating import (
 )
 from deploykit.goals import Goal, Judge, Score
 from deploykit.models import benchmark_feeds
-from deploykit.optimizers import DynamicConfig, StaticConfig, StepResult, for_engine, optimize, own_options
+from deploykit.optimizers import (
+    DynamicConfig,
+    HalfConfig,
+    StaticConfig,
+    StepResult,
+    WeightsConfig,
+    for_engine,
+    optimize,
+    own_options,
+)
 from deploykit.proof import prove_placement
 from deploykit.ranking import LayerError, rank_layers
 from deploykit.runtimes import Device, open_session
 from deploykit.targeting import reach
 from deploykit.weights import WHOLE_LIMIT_BYTES
 
-Config = DynamicConfig | StaticConfig
+Config = DynamicConfig | StaticConfig | WeightsConfig | HalfConfig
 # Rows that rank layers, and rows that show whether a model collapsed where no target was given.
 _RANKED_ROWS, _CHECKED_ROWS = 64, 256
 _SLOW_ROUNDS = 2
+_FINE_BLOCK = 32
 ENGINES = ("deploykit", "nncf")  # of "both"
 NOT_CERTIFIED = "not certified: made-up inputs"
 
@@ -44,6 +54,15 @@ NOT_CERTIFIED = "not certified: made-up inputs"
 def escalate(model: Path, config: Config) -> Iterator[Config]:
     """Settings to try, from cheap to costly: what the user asked for, then what keeps more of the numbers."""
     yield config
+    if isinstance(config, HalfConfig):
+        return
+    if isinstance(config, WeightsConfig):
+        if config.block is None or config.block > _FINE_BLOCK:
+            config = replace(config, block=_FINE_BLOCK)
+            yield config
+        if config.bits < 8:
+            yield replace(config, bits=8)
+        return
     if not config.per_channel:
         config = replace(config, per_channel=True)
         yield config
@@ -81,6 +100,10 @@ class Quantizer:
     @property
     def cure(self) -> str:
         """What to do where the result is too far from its parent."""
+        if isinstance(self.config, WeightsConfig):
+            return "use --bits 8 or a smaller --block, or leave layers out with --exclude"
+        if isinstance(self.config, HalfConfig):
+            return "take bf16, whose range is that of float32, or leave layers out with --exclude"
         return "give more calibration data, or leave layers out with --exclude"
 
     @property
@@ -181,7 +204,7 @@ class Quantizer:
         place = folder / "model.onnx"
         made = optimize(
             work.parent.path, config, place, check=work.check, open_model=_opener(work.device), data=work.data,
-            progress=work.told, keep_float=folder / keep_float if keep_float else None,
+            progress=work.told, keep_float=folder / keep_float if keep_float else None, cases=work.feeds,
         )  # fmt: skip
         return place, made
 
@@ -219,6 +242,8 @@ class Quantizer:
         given: list[str] = []
         if device is None or self.gate.seconds <= 0 or work.parent.size_bytes > WHOLE_LIMIT_BYTES:
             return place, made, config, given
+        if isinstance(config, HalfConfig):  # its kernels are the parent's
+            return place, made, config, given
         feeds, _, _ = benchmark_feeds(work.parent, work.data, 1, work.dims)
         with suppress(DeploykitError):  # whoever cannot run it here is told by the comparison
             if quick_ms(work.parent.path, device, feeds) < SMALLEST_MS:
@@ -255,10 +280,11 @@ class Quantizer:
         allowed = check_speed(speed, gate)
         silent = [id(r) for r in gate.decisive(speed) if r["verdict"] != "not timed"]
         for note in ([allowed] if allowed else []) + [
-            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent
+            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent and gate.seconds > 0
         ]:
             work.told.note(note)
-        placement = [prove_placement(target, device, self.reasons) for device in gate.devices]
+        half = isinstance(self.config, HalfConfig)  # not about integers
+        placement = [] if half else [prove_placement(target, device, self.reasons) for device in gate.devices]
         return Evidence(accuracy=accuracy, placement=placement, benchmark=speed)
 
     def _scored(self, model: Path, judge: Judge) -> tuple[str, Score]:

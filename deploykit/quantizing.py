@@ -71,7 +71,7 @@ def quantize_dynamic(
     """
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
     # OpenVINO turns dynamic quantization back into floating point, whatever the model: it cannot be held to gain.
-    gate = _gate(devices, allow_slower, gate_seconds, first_only=True)
+    gate = make_gate(devices, allow_slower, gate_seconds, first_only=True)
     maker = Quantizer(config or DynamicConfig(), goal, escalate, eval_data, gate)
     return derive(
         "quantize-dynamic", model, output, maker, data=data, dims=dims, min_cosine=min_cosine, contract=contract,
@@ -134,7 +134,7 @@ def quantize_static(
     check_engine(config)
     if config.engine != "deploykit":
         require_nncf()  # before anything is run
-    gate = _gate(devices, allow_slower, gate_seconds)
+    gate = make_gate(devices, allow_slower, gate_seconds)
     maker = Quantizer(config, goal, escalate, eval_data, gate, min_cosine)
     return derive(
         "quantize-static", model, output, maker, data=data, dims=None, min_cosine=min_cosine, contract=contract,
@@ -173,6 +173,11 @@ def make_goal(
     return Goal(metric, drop, relative, min_sqnr, min_agreement, output_name)
 
 
-def _gate(devices: Sequence[str | Device], allow_slower: bool, seconds: float, *, first_only: bool = False) -> Gate:
+def make_gate(devices: Sequence[str | Device], allow_slower: bool, seconds: float, *, first_only: bool = False) -> Gate:
+    """What speed is held to; see `Gate`.
+
+    Raises:
+        DeviceError: A device cannot be had.
+    """
     targets, named = find_targets(devices)
-    return Gate(targets, named, first_only, allow_slower, seconds)
+    return Gate(targets, named, first_only, allow_slower, seconds=seconds)

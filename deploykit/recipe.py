@@ -67,8 +67,8 @@ class SimplifyStep(_Step):
     contract: list[str] = []
 
 
-class _QuantizeStep(_Step):
-    """What both kinds of quantization are held to."""
+class _GoalStep(_Step):
+    """What a smaller model is held to."""
 
     eval_data: str | None = None
     metric: Literal["accuracy", "f1", "precision", "recall"] | None = None
@@ -76,10 +76,15 @@ class _QuantizeStep(_Step):
     min_sqnr: float | None = Field(default=None, allow_inf_nan=False)
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     output_name: str | None = None
-    escalate: bool = True
     devices: list[str] = []
     allow_slower: bool = False
     gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+
+
+class _QuantizeStep(_GoalStep):
+    """What may be tried to keep it."""
+
+    escalate: bool = True
 
 
 class DynamicStep(_QuantizeStep):
@@ -114,9 +119,39 @@ class StaticStep(_QuantizeStep):
     per_channel: bool = True
     smooth: Literal["off", "auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     equalize: bool = False
-    bias_correction: Literal["off", "fast", "full"] = "off"
+    bias_correction: Literal["auto", "off", "fast", "full"] = "auto"
     rounding: Literal["nearest", "adaround"] = "nearest"
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    contract: list[str] = []
+
+
+class WeightsStep(_QuantizeStep):
+    """`deploykit quantize weights`."""
+
+    step: Literal["quantize-weights"] = "quantize-weights"
+    model: str | None = None
+    data: str | None = None
+    dims: dict[str, int] = {}
+    bits: Literal[8, 4] = 8
+    block: Literal[16, 32, 64, 128, 256] | None = None
+    form: Literal["qdq", "nbits"] = "qdq"
+    embeddings: bool = True
+    exclude: list[str] = []
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    contract: list[str] = []
+
+
+class HalfStep(_GoalStep):
+    """`deploykit quantize half`."""
+
+    step: Literal["quantize-half"] = "quantize-half"
+    model: str | None = None
+    data: str | None = None
+    dims: dict[str, int] = {}
+    precision: Literal["fp16", "bf16"] = "fp16"
+    compute: Literal["auto", "storage", "native"] = "auto"
+    exclude: list[str] = []
+    min_cosine: float = Field(default=0.999, ge=-1, le=1)
     contract: list[str] = []
 
 
@@ -151,12 +186,14 @@ class BenchmarkStep(_Step):
     seed: int = 0
 
 
-Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | RepairStep | BenchmarkStep
+Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | WeightsStep | HalfStep | RepairStep | BenchmarkStep
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "simplify": SimplifyStep,
     "quantize-dynamic": DynamicStep,
     "quantize-static": StaticStep,
+    "quantize-weights": WeightsStep,
+    "quantize-half": HalfStep,
     "quantize-repair": RepairStep,
     "benchmark": BenchmarkStep,
 }

@@ -14,17 +14,19 @@ from deploykit import pipeline
 from deploykit.artifact import Artifact, is_artifact, sha256_of
 from deploykit.benchmarks import Report
 from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
-from deploykit.optimizers import DynamicConfig, RepairConfig, StaticConfig
+from deploykit.optimizers import DynamicConfig, HalfConfig, RepairConfig, StaticConfig, WeightsConfig
 from deploykit.progress import Progress
 from deploykit.recipe import (
     BenchmarkStep,
     DynamicStep,
     ExportStep,
+    HalfStep,
     Recipe,
     RepairStep,
     SimplifyStep,
     StaticStep,
     Step,
+    WeightsStep,
 )
 from deploykit.staging import check_free, write_file
 
@@ -178,6 +180,8 @@ def _run_step(
         SimplifyStep: pipeline.simplify,
         DynamicStep: _dynamic,
         StaticStep: _static,
+        WeightsStep: _weights,
+        HalfStep: _half,
         RepairStep: _repair,
     }
     return verbs[type(step)](model, target, progress=progress, **params)
@@ -188,6 +192,18 @@ def _dynamic(
 ) -> Artifact:
     config = DynamicConfig(exclude=tuple(exclude), weight_bits=weight_bits, per_channel=per_channel)
     return pipeline.quantize_dynamic(model, target, config=config, **rest)
+
+
+def _weights(
+    model: str, target: Path, *, bits: int, block: int | None, form: str, exclude: list[str], embeddings: bool,
+    **rest: Any,
+) -> Artifact:  # fmt: skip
+    config = WeightsConfig(bits, block, form, tuple(exclude), embeddings)
+    return pipeline.quantize_weights(model, target, config=config, **rest)
+
+
+def _half(model: str, target: Path, *, precision: str, compute: str, exclude: list[str], **rest: Any) -> Artifact:
+    return pipeline.quantize_half(model, target, config=HalfConfig(precision, compute, tuple(exclude)), **rest)
 
 
 def _repair(model: str, target: Path, *, exact: bool, **rest: Any) -> Artifact:

@@ -93,7 +93,7 @@ def reach(bench: Bench[C], configs: Iterable[C], describe: Callable[[Score], str
     found = trials.shortest_prefix()
     if found is None:
         raise AccuracyError(
-            f"the target cannot be met in int8: {describe(score)} with all layers quantized, "
+            f"the target cannot be met: {describe(score)} with all layers quantized, "
             f"{describe(trials.last) if trials.last else 'missed'} with only the least sensitive ones "
             f"({tried + trials.count} models judged)",
             hint="allow more, give more calibration data, or keep the model in floating point",

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
-from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig, check_engine, for_engine, own_options
+from deploykit.optimizers.quantize_config import (
+    DynamicConfig,
+    HalfConfig,
+    StaticConfig,
+    WeightsConfig,
+    check_engine,
+    for_engine,
+    own_options,
+)
 from deploykit.optimizers.quantize_nncf import require_nncf
 from deploykit.optimizers.repair import RepairConfig
 from deploykit.optimizers.simplifier_process import SimplifierProcess
@@ -17,12 +25,14 @@ from deploykit.optimizers.steps import StepConfig, optimize
 
 __all__ = [
     "DynamicConfig",
+    "HalfConfig",
     "RepairConfig",
     "SimplifierProcess",
     "SimplifyConfig",
     "StaticConfig",
     "StepConfig",
     "StepResult",
+    "WeightsConfig",
     "check_engine",
     "escalation",
     "for_engine",

@@ -80,6 +80,18 @@ def escalation(model_path: str | Path, config: StaticConfig) -> Iterator[StaticC
             yield config
 
 
+def settled(config: StaticConfig, kind: ModelKind) -> StaticConfig:
+    """What "auto" stands for with a model of this kind.
+
+    Fast bias correction of MiniLM raises the cosine of its embeddings from 0.9971 to 0.9977 and from 0.9982 to 0.9984
+    on two sets of sentences, and costs nothing in inference. What it makes hangs on the data, as SmoothQuant does.
+    """
+    if config.bias_correction != "auto":
+        return config
+    alone = not config.merge and config.save_calibration is None
+    return replace(config, bias_correction="fast" if kind.transformer and alone else "off")
+
+
 def _changes(kind: ModelKind, config: StaticConfig) -> Iterator[dict[str, object]]:
     """Fields to set, in order; each beside all earlier ones."""
     if config.calibration == "minmax":
@@ -89,7 +101,7 @@ def _changes(kind: ModelKind, config: StaticConfig) -> Iterator[dict[str, object
     # The one that acts on most of the model comes first.
     yield from (smooth, equalize) if kind.transformer or not kind.convolutions else (equalize, smooth)
     for step in BIAS_CORRECTIONS[1:]:
-        if BIAS_CORRECTIONS.index(step) > BIAS_CORRECTIONS.index(config.bias_correction):
+        if BIAS_CORRECTIONS.index(step) > BIAS_CORRECTIONS.index(settled(config, kind).bias_correction):
             yield {"bias_correction": step}
     yield {"rounding": "adaround"}
 

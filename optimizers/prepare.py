@@ -51,8 +51,8 @@ def prepare(
     _name_nodes(copy)
     have = next((o.version for o in copy.opset_import if o.domain in ("", "ai.onnx")), 0)
     if 0 < have < (_PER_CHANNEL_OPSET if per_channel else _PER_TENSOR_OPSET):  # 0: operators of other domains only
-        copy = _raise_opset(copy, have)
-        notes.append(f"opset raised from {have} to {_PER_CHANNEL_OPSET}: 8-bit weights need it")
+        copy, raised = raise_opset(copy, _PER_CHANNEL_OPSET, "8-bit weights")
+        notes += raised
     # Before 4, weights had to be listed as inputs; those that quantizers add are not.
     copy.ir_version = max(copy.ir_version, _MIN_IR)
     lifted = _lift_constants(copy)
@@ -77,19 +77,35 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         node.name = name
 
 
-def _raise_opset(model: onnx.ModelProto, have: int) -> onnx.ModelProto:
+def raise_opset(model: onnx.ModelProto, wanted: int, why: str) -> tuple[onnx.ModelProto, list[str]]:
+    """The model in an opset that is new enough.
+
+    Args:
+        model: May be changed.
+        wanted: The opset.
+        why: What needs it.
+
+    Returns:
+        The model, and a note where it was raised.
+
+    Raises:
+        OptimizationError: It cannot be raised.
+    """
     from onnx import version_converter
 
+    have = next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), wanted)
+    if have >= wanted:
+        return model, []
     aside = set_aside(model)  # the converter reads every value
     try:
-        raised = version_converter.convert_version(model, _PER_CHANNEL_OPSET)
+        raised = version_converter.convert_version(model, wanted)
     except Exception as exc:
         raise OptimizationError(
-            f"opset {have} cannot be raised to {_PER_CHANNEL_OPSET} ({first_line(exc)})",
+            f"opset {have} cannot be raised to {wanted} ({first_line(exc)})",
             hint="export the model again with --opset 18",
         ) from exc
     put_back(raised, aside)
-    return raised
+    return raised, [f"opset raised from {have} to {wanted}: {why} need it"]
 
 
 def _lift_constants(model: onnx.ModelProto) -> int:

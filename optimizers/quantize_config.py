@@ -13,7 +13,7 @@ from deploykit.machine import inspect_machine
 
 DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
 WEIGHT_BITS = ("auto", "8", "7")
-BIAS_CORRECTIONS = ("off", "fast", "full")
+BIAS_CORRECTIONS = ("off", "fast", "full")  # in the order of what they cost; or "auto"
 ROUNDINGS = ("nearest", "adaround")
 ENGINES = ("deploykit", "nncf", "both")
 # What only our own engine knows, by field: the option.
@@ -34,12 +34,14 @@ class DynamicConfig:
         exclude: Node names and operator types that stay in floating point.
         weight_bits: "8", "7", or "auto": 7 where the CPU lacks VNNI, because there the sum of two 8-bit products
             saturates at 16 bits.
+        smooth: SmoothQuant of what layer normalizations give to products, without data: "auto" or "off".
     """
 
     ops: tuple[str, ...] = DYNAMIC_OPS
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
     weight_bits: str = "auto"
+    smooth: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class StaticConfig:
             better), or an alpha from 0 to 1. What it changes hangs on the data: "auto" is off beside `merge` and
             `save_calibration`.
         equalize: Cross-layer equalization of convolutions.
-        bias_correction: "off", "fast" (from each layer's own rounding errors) or "full" (from the quantized model's).
+        bias_correction: "off", "fast" (from each layer's own rounding errors), "full" (from the quantized model's), or
+            "auto": fast for transformers, off for other models and, as `smooth`, beside `merge` and `save_calibration`.
         rounding: Of weights: "nearest" or "adaround".
         engine: Who quantizes: "deploykit", "nncf", or "both", of which the pipeline keeps the better model. NNCF has no
             use for calibration, percentile, save_calibration, merge, smooth, equalize, bias_correction and rounding;
@@ -78,7 +81,7 @@ class StaticConfig:
     weight_bits: str = "auto"
     smooth: str | float = "auto"
     equalize: bool = False
-    bias_correction: str = "off"
+    bias_correction: str = "auto"
     rounding: str = "nearest"
     engine: str = "deploykit"
 
@@ -111,6 +114,41 @@ def for_engine(config: StaticConfig, engine: str) -> StaticConfig:
     return replace(config, engine=engine, **plain)
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsConfig:
+    """Weight-only quantization: weights in blocks, activations in floating point.
+
+    Attributes:
+        bits: 8 or 4.
+        block: Inputs of a product that share a scale: 16, 32, 64, 128 or 256; None for 128 with 8 bits and 32 with 4.
+        form: "qdq", ONNX's own operators, or "nbits", ONNX Runtime's MatMulNBits.
+        exclude: Node names and operator types that stay in floating point.
+        embeddings: Whether tables read by Gather become int8 with a scale a row.
+    """
+
+    bits: int = 8
+    block: int | None = None
+    form: str = "qdq"
+    exclude: tuple[str, ...] = ()
+    embeddings: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HalfConfig:
+    """Weights in 16-bit floating point.
+
+    Attributes:
+        precision: "fp16" or "bf16".
+        compute: "storage": weights are stored in 16 bits, and runtimes compute with them in what they like; "native":
+            activations are in 16 bits, too; "auto": native where the model is for a device that computes in it.
+        exclude: Node names and operator types that stay in float32.
+    """
+
+    precision: str = "fp16"
+    compute: str = "auto"
+    exclude: tuple[str, ...] = ()
+
+
 def weight_bits(asked: str) -> tuple[int, list[str]]:
     """Bits of a weight, and the reason where it was our choice."""
     if asked not in WEIGHT_BITS:
@@ -135,8 +173,9 @@ def check_accuracy_options(config: StaticConfig) -> None:
     number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
     if not (0 <= smooth <= 1 if isinstance(smooth, int | float) and number else smooth in ("off", "auto")):
         raise OptimizationError(f"smooth {smooth!r}", expected="off, auto, or an alpha from 0 to 1")
-    if config.bias_correction not in BIAS_CORRECTIONS:
-        raise OptimizationError(f"bias correction {config.bias_correction!r}", expected=" or ".join(BIAS_CORRECTIONS))
+    if config.bias_correction not in ("auto", *BIAS_CORRECTIONS):
+        known = " or ".join(("auto", *BIAS_CORRECTIONS))
+        raise OptimizationError(f"bias correction {config.bias_correction!r}", expected=known)
     if config.rounding not in ROUNDINGS:
         raise OptimizationError(f"rounding {config.rounding!r}", expected=" or ".join(ROUNDINGS))
 

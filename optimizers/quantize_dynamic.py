@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 from deploykit.errors import OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.optimizers.base import StepResult
+from deploykit.optimizers.editing import own_copy
+from deploykit.optimizers.embeddings import quantize_embeddings
 from deploykit.optimizers.lazy_weights import lazy_weights
 from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import DynamicConfig, no_advice, tools, weight_bits
 from deploykit.optimizers.rewrite import rewrite
+from deploykit.optimizers.scheme import Scheme
 from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes
+from deploykit.optimizers.smooth_quant import smooth_norms
 from deploykit.weights import LightModel, open_light, write_copy, write_light
 
 if TYPE_CHECKING:
@@ -38,20 +42,29 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path, keep_floa
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
-        notes += rewrite(prepared) + rewrite(prepared, last=True)
+        notes += rewrite(prepared)
+        prepared = infer_shapes(prepared)
+        if config.smooth == "auto" and config.per_channel:
+            light = own_copy(LightModel(prepared, light.folder), Path(scratch) / "own")
+            chosen, _ = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
+            notes += smooth_norms(light, chosen, Scheme(bits, config.per_channel))
+        notes += rewrite(prepared, last=True)
         prepared = infer_shapes(prepared)
         check_excluded(prepared, config.exclude)
         nodes, other = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
         if not nodes:
             raise _nothing_dynamic(prepared, config.ops, other)
+        kinds = {n.name: n.op_type for n in prepared.graph.node}
         if keep_float is not None:
             write_copy(LightModel(prepared, light.folder), keep_float)
-        made = _dynamic(LightModel(prepared, light.folder), config, nodes, bits)
+        light = LightModel(prepared, light.folder)
+        embeddings = quantize_embeddings(light, frozenset(config.exclude)) if "Gather" in config.ops else []
+        nodes = [name for name in nodes if kinds[name] != "Gather"]
+        made = _dynamic(light, config, nodes, bits) if nodes else light.proto
         quantized = sum(
             n.op_type.endswith(("MatMulInteger", "DynamicQuantizeLSTM", "QAttention")) for n in made.graph.node
         )
-        # Embeddings become integers behind a DequantizeLinear.
-        if not quantized and not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
+        if not quantized and not embeddings:
             raise OptimizationError(
                 "nothing was quantized: no matrix product has constant weights",
                 hint="use: deploykit quantize static --data FILE",
@@ -62,7 +75,9 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path, keep_floa
         "per_channel": config.per_channel,
         "exclude": list(config.exclude),
         "weight_bits": bits,
+        "smooth": config.smooth,
         "integer_nodes": quantized,
+        "embeddings": len(embeddings),
     }
     return StepResult(True, (*notes, *why), params, tools())
 
@@ -117,7 +132,7 @@ def _dynamic(light: LightModel, config: DynamicConfig, nodes: list[str], bits: i
                 [*nodes, *(f"{name}_MatMul" for name in nodes)],
                 [],
                 # ... and "MatMul" has to be among the types for its half of a Gemm.
-                sorted({*config.ops, *(["MatMul"] if "Gemm" in config.ops else [])}),
+                sorted({*config.ops, *(["MatMul"] if "Gemm" in config.ops else [])} - {"Gather"}),
                 {"MatMulConstBOnly": True},
             )
             quantizer.quantize_model()

@@ -19,6 +19,8 @@ from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
 from deploykit.optimizers.calibration import Calibration, calibrate, check_writable
 from deploykit.optimizers.editing import own_copy
+from deploykit.optimizers.embeddings import quantize_embeddings
+from deploykit.optimizers.escalation import model_kind, settled
 from deploykit.optimizers.feeding import Counter, feeds_of
 from deploykit.optimizers.pairs import insert_pairs
 from deploykit.optimizers.prepare import infer_shapes, prepare
@@ -78,6 +80,7 @@ def quantize_static(
     count, told = Counter(), progress or Progress()
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
+        config = settled(config, model_kind(light.proto))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
         notes += rewrite(prepared)
         prepared = infer_shapes(prepared)
@@ -112,6 +115,7 @@ def quantize_static(
             write_copy(light, keep_float)
         notes += after_ranges(light, usable, ranges, config, bits, data_again, told)
         notes += rewrite(prepared, last=True)
+        embeddings = quantize_embeddings(light, frozenset(config.exclude))
         total = len(prepared.graph.node)
         made = insert_pairs(light, usable, ranges, config, bits)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
@@ -136,6 +140,7 @@ def quantize_static(
         "bias_correction": config.bias_correction,
         "rounding": config.rounding,
         "quantized_nodes": len(usable),
+        "embeddings": len(embeddings),
         "float_nodes": total - len(usable),
     }
     return StepResult(True, (*notes, *said, *why), params, tools())

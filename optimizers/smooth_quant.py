@@ -12,6 +12,7 @@ of a transformer reads the same tensor), a Mul is put before the products if it 
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from deploykit.optimizers.base import Opener
-from deploykit.optimizers.editing import Editor
+from deploykit.optimizers.editing import Editor, standard
 from deploykit.optimizers.folding import apply_edits, find_place
 from deploykit.optimizers.products import Product, find_products
 from deploykit.optimizers.sampling import Feeder, Sample, sample_rows
@@ -106,6 +107,61 @@ def smooth(
         else:
             kept += 1
     return _notes(folded, inserted, kept, shared, unseen, left)
+
+
+def smooth_norms(light: LightModel, nodes: list[str], scheme: Scheme) -> list[str]:
+    """Smooth what layer normalizations give to matrix products, in place, without data.
+
+    A normalization's output is its scale times values of unit variance, plus its bias; rows drawn so stand in for real
+    ones. Outliers of single channels, which are what smoothing is about, come from scale and bias.
+
+    Args:
+        light: Its weights may be written.
+        nodes: Names of the nodes that will be quantized.
+        scheme: How weights will be rounded.
+
+    Returns:
+        What was done, for the user.
+    """
+    editor = Editor(light)
+    found, _ = find_products(editor, nodes)
+    groups: dict[str, list[Product]] = defaultdict(list)
+    for product in found:
+        if product.window is None and standard(editor.makers.get(product.data), "LayerNormalization"):
+            groups[product.data].append(product)
+    folded: list[float] = []
+    inserted: list[float] = []
+    kept = shared = 0
+    for tensor, members in groups.items():
+        rows = _normal_rows(editor, tensor, members[0].inputs)
+        if rows is None:
+            continue
+        sample = Sample(rows[None], rows.min(axis=0), rows.max(axis=0))
+        best, gain, factors = _search(editor, members, sample, scheme, _ALPHAS)
+        if gain > _BETTER:
+            kept += 1
+        elif _fold(editor, tensor, members, factors, scheme):
+            folded.append(best)
+        elif gain > _PAYS:
+            kept += 1
+        elif _insert(editor, tensor, members, factors):
+            inserted.append(best)
+        else:
+            shared += 1
+    return _notes(folded, inserted, kept, shared, [], []) if groups else []
+
+
+def _normal_rows(editor: Editor, tensor: str, width: int) -> Array | None:
+    """Rows that a normalization could give; None where its weights are not a vector of the right length."""
+    node = editor.makers[tensor]
+    held = [name for name in node.input[1:3] if name]
+    if not held or not all(editor.is_weight(n) and editor.dims(n) == (width,) for n in held):
+        return None
+    if not all(np.isfinite(editor.read(n)).all() for n in held):
+        return None
+    draw = np.random.default_rng(zlib.crc32(tensor.encode()))
+    rows = draw.standard_normal((_ROWS, width), np.float32) * editor.read(held[0])
+    return np.asarray(rows + editor.read(held[1]) if len(held) > 1 else rows, np.float32)
 
 
 def _search(

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from deploykit.data import Dataset
 from deploykit.errors import OptimizationError
 from deploykit.optimizers.base import Check, Opener, StepResult
-from deploykit.optimizers.quantize_config import DynamicConfig, StaticConfig, check_engine
+from deploykit.optimizers.quantize_config import (
+    DynamicConfig,
+    HalfConfig,
+    StaticConfig,
+    WeightsConfig,
+    check_engine,
+)
 from deploykit.optimizers.quantize_dynamic import quantize_dynamic
+from deploykit.optimizers.quantize_half import quantize_half
 from deploykit.optimizers.quantize_nncf import quantize_nncf
 from deploykit.optimizers.quantize_static import quantize_static
+from deploykit.optimizers.quantize_weights import quantize_weights
 from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.simplifier_process import SimplifierProcess
 from deploykit.optimizers.simplify import SimplifyConfig, simplify
 from deploykit.progress import Progress
+from deploykit.specs import Feeds
 
-StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | RepairConfig
+StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | WeightsConfig | HalfConfig | RepairConfig
 
 
 def optimize(
@@ -31,6 +41,7 @@ def optimize(
     progress: Progress | None = None,
     same_bits: Check | None = None,
     keep_float: Path | None = None,
+    cases: Sequence[Feeds] = (),
 ) -> StepResult:
     """Apply one step.
 
@@ -46,6 +57,7 @@ def optimize(
         same_bits: Says why a file does not give the model's very bits without fusions; `RepairConfig` asks it.
         keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
             who compares the two layer by layer.
+        cases: Inputs that the model is known to take; `HalfConfig` watches activations on them where it has no data.
 
     Raises:
         OptimizationError: The step cannot be applied.
@@ -54,6 +66,10 @@ def optimize(
         return simplify(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target, keep_float)
+    if isinstance(config, WeightsConfig):
+        return quantize_weights(model, config, target, progress, keep_float)
+    if isinstance(config, HalfConfig):
+        return quantize_half(model, config, target, open_model, data, cases)
     if isinstance(config, RepairConfig):
         return repair(model, config, target, same_bits)
     check_engine(config)

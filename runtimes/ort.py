@@ -181,12 +181,18 @@ def _read_optimized(path: Path) -> tuple[ExecutedNode, ...]:
     for node in graph.node:
         kinds = [_TYPES.get(types[name], types[name]) for name in node.input if name in types]
         floats = [kind for kind in kinds if "float" in kind]
-        precision = "int8" if any(mark in node.op_type for mark in _INT8_OPS) else floats[0] if floats else ""
+        integer = any(mark in node.op_type for mark in _INT8_OPS) or _rounds_inputs(node)
+        precision = "int8" if integer else floats[0] if floats else ""
         names = {node.name, *node.output, *(name for name in node.input if name in types)} - {""}
         found.append(
             ExecutedNode(node.name, node.op_type, precision, frozenset(_SUFFIXES.sub("", name) for name in names))
         )
     return tuple(found)
+
+
+def _rounds_inputs(node: Any) -> bool:
+    """Whether a MatMulNBits was told to round activations to int8 and to sum in int32 (accuracy level 4)."""
+    return node.op_type == "MatMulNBits" and any(a.name == "accuracy_level" and a.i == 4 for a in node.attribute)
 
 
 def _node(event: dict[str, Any]) -> NodePlacement:

@@ -1,4 +1,4 @@
-"""`deploykit quantize dynamic`, `static` and `repair`."""
+"""`deploykit quantize`: `dynamic`, `static`, and the commands of the modules beside this one."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from typing import Any
 import click
 
 from deploykit.cli import common
-from deploykit.cli.quantize_options import goal_arguments, goal_options
+from deploykit.cli.quantize_options import exclude_option, goal_arguments, goal_options
 from deploykit.cli.quantize_repair import repair
+from deploykit.cli.quantize_storing import half, weights
+from deploykit.cli.quantize_sweep import sweep
 
 _bits: common.Decorator = click.option(
     "--weight-bits", type=click.Choice(["auto", "8", "7"]), default="auto", show_default=True,
     help="auto: 7 where this CPU lacks VNNI, because 8-bit products saturate there.",
 )  # fmt: skip
-_exclude: common.Decorator = click.option(
-    "--exclude",
-    multiple=True,
-    metavar="NODE",
-    help="A node's name or an operator type that stays in floating point. Repeatable.",
-)
 _cosine: common.Decorator = click.option(
     "--min-cosine", type=click.FloatRange(-1, 1), default=0.95, show_default=True,
     help="Smallest accepted cosine between an output and the parent's.",
@@ -49,10 +45,11 @@ class _Smooth(click.ParamType):  # type: ignore[type-arg]  # generic since click
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Quantize to 8 bits: dynamic or static; or repair what another tool quantized."""
+    """Make a model smaller and faster: fewer bits for weights, activations, or both; repair what others quantized."""
 
 
-command.add_command(repair)
+for _command in (weights, half, sweep, repair):
+    command.add_command(_command)
 
 
 @command.command("dynamic")
@@ -60,7 +57,7 @@ command.add_command(repair)
 @common.output_option
 @common.data_option("Real inputs for the comparison with the parent:")
 @common.dim_option
-@_exclude
+@exclude_option
 @_bits
 @_per_tensor
 @_cosine
@@ -148,10 +145,11 @@ def dynamic(
 @click.option("--equalize", is_flag=True, help="Cross-layer equalization of neighbouring convolutions.")
 @click.option(
     "--bias-correction",
-    type=click.Choice(["off", "fast", "full"]),
-    default="off",
+    type=click.Choice(["auto", "off", "fast", "full"]),
+    default="auto",
     show_default=True,
-    help="Take the mean of the rounding errors out: of each layer alone, or of the quantized model up to it.",
+    help="Take the mean of the rounding errors out: of each layer alone (fast; auto: for transformers), or of the "
+    "quantized model up to it (full).",
 )
 @click.option(
     "--rounding",
@@ -160,7 +158,7 @@ def dynamic(
     show_default=True,
     help="adaround: learn whether each weight is rounded up or down (minutes).",
 )
-@_exclude
+@exclude_option
 @_bits
 @_per_tensor
 @_cosine

@@ -9,7 +9,13 @@ import click
 
 from deploykit.cli import common
 
-_OPTIONS: tuple[common.Decorator, ...] = (
+exclude_option: common.Decorator = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="NODE",
+    help="A node's name or an operator type that stays in floating point. Repeatable.",
+)
+_TARGET_OPTIONS: tuple[common.Decorator, ...] = (
     click.option(
         "--eval", "eval_data", metavar="DATA",
         help="Real inputs, with 'labels' for a metric: FILE.npz, a directory of .npy, or module:function.",
@@ -30,6 +36,9 @@ _OPTIONS: tuple[common.Decorator, ...] = (
         help="Smallest share of samples whose class is the parent's; needs no labels.",
     ),
     click.option("--output-name", metavar="NAME", help="The output that is judged; the first [batch, classes]."),
+)  # fmt: skip
+_OPTIONS: tuple[common.Decorator, ...] = (
+    *_TARGET_OPTIONS,
     click.option(
         "--no-escalation", is_flag=True,
         help="Where a target is missed, leave layers in float at once, without trying other settings before.",
@@ -46,6 +55,13 @@ _OPTIONS: tuple[common.Decorator, ...] = (
 def goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for accuracy and speed to a command, which gets them as keyword arguments."""
     for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As `goal_options`, for what only judges."""
+    for option in reversed(_TARGET_OPTIONS):
         command = option(command)
     return command
 

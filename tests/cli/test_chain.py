@@ -154,6 +154,8 @@ def test_recipe(run_cli, conv_model, tmp_path):
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz", "--smooth", "auto", "--equalize"],
         ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--bias-correction", "full"],
+        ["quantize", "weights", "-m", "a.onnx", "-o", "x", "--bits", "4", "--block", "64", "--form", "nbits"],
+        ["quantize", "half", "-m", "a.onnx", "-o", "x", "--precision", "bf16", "--compute", "storage"],
         ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--engine", "both"],
         ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--smooth=.2", "--rounding", "adaround"],
         ["benchmark", "-m", "net.onnx", "--dim", "sequence=9", "--device", "ort:cpu"],

@@ -9,7 +9,8 @@ import pytest
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
-    ["quantize", "repair"], ["verify"], ["inspect"], ["benchmark"], ["run"],
+    ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["verify"],
+    ["inspect"], ["benchmark"], ["run"],
 ]  # fmt: skip
 
 
