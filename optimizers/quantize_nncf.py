@@ -2,7 +2,8 @@
 
 NNCF is shown the graph as our own engine would quantize it: with named nodes, constants lifted and what exporters leave
 idle taken away. What it makes (SmoothQuant for transformers, ranges, fast bias correction) goes through our repair, so
-that activations are uint8 and the pairs stand where both runtimes fuse them.
+that activations are uint8 and the pairs stand where both runtimes fuse them; convolutions that it leaves without a
+quantizer behind them get one, with ranges of our own calibration (`conv_outputs.py`).
 
 NNCF changes no names of nodes or tensors. Therefore names to exclude are the same for both engines, and layers can be
 ranked: its own file, before the repair folds factors into neighbours, is laid beside the float graph.
@@ -21,7 +22,9 @@ from deploykit.data import Dataset
 from deploykit.errors import DataError, DeploykitError, OptimizationError, first_line
 from deploykit.extras import require, version_of
 from deploykit.modelfile import INLINE_LIMIT_BYTES, model_bytes, read_model, signature_of
-from deploykit.optimizers.base import StepResult
+from deploykit.optimizers.base import Opener, StepResult
+from deploykit.optimizers.calibration import calibrate
+from deploykit.optimizers.conv_outputs import bare_outputs, quantize_outputs
 from deploykit.optimizers.editor import GraphEditor
 from deploykit.optimizers.escalation import model_kind
 from deploykit.optimizers.feeding import Counter, feeds_of
@@ -29,6 +32,8 @@ from deploykit.optimizers.islands import shield_floats
 from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import StaticConfig, check_engine, tools, weight_bits
 from deploykit.optimizers.repair import RepairConfig, repair
+from deploykit.optimizers.repair_pairs import PairEditor
+from deploykit.optimizers.repair_types import drop_implied_clips
 from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes
 from deploykit.progress import Progress, quiet
@@ -72,6 +77,7 @@ def quantize_nncf(
     model: Path,
     config: StaticConfig,
     target: Path,
+    open_model: Opener | None,
     data: Dataset | None,
     progress: Progress | None = None,
     keep_float: Path | None = None,
@@ -82,6 +88,7 @@ def quantize_nncf(
         model: Floating-point ONNX file.
         config: How; options that only our own engine knows have to be at their defaults.
         target: Where the result goes.
+        open_model: Runs a model file, for ranges of outputs that NNCF gives none.
         data: Calibration data; labels are ignored.
         progress: Told how many batches were run.
         keep_float: Where the graph goes that NNCF is shown; NNCF's own file goes beside it.
@@ -91,7 +98,7 @@ def quantize_nncf(
         MissingDependencyError: NNCF is not installed.
         DataError: The data do not fit the model.
     """
-    if data is None:
+    if open_model is None or data is None:
         raise OptimizationError("static quantization needs calibration data", hint="add --data FILE")
     check_engine(config)
     if model_bytes(model) >= INLINE_LIMIT_BYTES:
@@ -118,11 +125,14 @@ def quantize_nncf(
         raw = scratch / "nncf.onnx" if keep_float is None else keep_float.with_name("nncf.onnx")
         write_light(LightModel(made, scratch), raw)
         repaired, light = _repaired(raw, scratch)
+        closed = _close(light, shown, data, config, open_model, scratch, told)
         shielded = shield_floats(light.proto, frozenset())
         last = rewrite(light.proto, last=True)
         GraphEditor(light.proto).finish()
         quantized = _quantized_nodes(light.proto)
         write_light(light, target)
+    if closed:
+        notes.append(f"{closed} convolutions given a quantizer behind them, with ranges of our own calibration")
     notes += last + [note for note in repaired.notes if not note.startswith(_ROUTINE) and note not in notes]
     params: dict[str, Any] = {
         "engine": "nncf",
@@ -138,6 +148,7 @@ def quantize_nncf(
         "weights": "int8 symmetric",
         "exclude": list(config.exclude),
         "repaired": {key: repaired.params[key] for key in ("bit_exact", "within_a_step", "rewritten")},
+        "outputs_quantized": closed,
         "shielded_nodes": shielded,
         "quantized_nodes": quantized,
     }
@@ -251,6 +262,30 @@ def _repaired(raw: Path, scratch: Path) -> tuple[StepResult, LightModel]:
     folder.mkdir()
     done = repair(raw, RepairConfig(), folder / "model.onnx")
     return done, open_light(folder / "model.onnx", folder)
+
+
+def _close(
+    light: LightModel, shown: onnx.ModelProto, data: Dataset, config: StaticConfig, open_model: Opener, scratch: Path,
+    told: Progress,
+) -> int:  # fmt: skip
+    """Quantize the outputs of convolutions that NNCF left in float, in place; how many."""
+    known = {o for n in shown.graph.node for o in n.output}
+    names = [name for name in bare_outputs(PairEditor(light.proto, light.folder)) if name in known]
+    if not names:
+        return 0
+    inputs = signature_of(shown)
+    with told.step("calibrate"), tempfile.TemporaryDirectory(prefix="ranges-", dir=scratch) as folder:
+        seen = calibrate(
+            LightModel(shown, scratch), names, feeds_of(inputs, data, config, Counter()), open_model, Path(folder),
+            counted=False, divisible=all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs),
+        )  # fmt: skip
+    graph = PairEditor(light.proto, light.folder)
+    count = quantize_outputs(graph, names, seen.ranges("minmax", config.percentile))
+    graph.finish()
+    graph = PairEditor(light.proto, light.folder)
+    if drop_implied_clips(graph):
+        graph.finish()
+    return count
 
 
 def _quantized_nodes(model: onnx.ModelProto) -> int:

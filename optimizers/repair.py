@@ -40,7 +40,7 @@ _EXACT: Sequence[_Repair] = (
     (types.to_scalars, "{} scales from lists of one to scalars"),
     (types.share_quantizers, "{} quantizers of a tensor that had an equal one"),
     (types.gather_codes, "{} tables dequantized after rows are picked"),
-    (place.repeat_behind_flatten, "{} pairs before a Flatten repeated behind it"),
+    (place.repeat_behind_moves, "{} pairs before a Flatten or Pad repeated behind it"),
     (products.float_constants, "{} constants of float operators stored in float"),
     (types.drop_implied_clips, "{} Relu or Clip that their quantizer implies"),
 )

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _INT32_LIMIT = 2.0**31 - 1
 _CODES = 255  # steps of uint8
 _HALF_CODES = 127  # steps of int8 above its middle
+# ONNX Runtime carries a pair over these.
+_CARRIED = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "MaxPool")
+_PAD_VALUE = 2  # of Pad's inputs
 
 
 def one_scale_for_depthwise(graph: PairEditor) -> int:
@@ -271,19 +274,32 @@ def _quantizer_behind(graph: PairEditor, name: str) -> Params | None:
     return params if params is not None and params.per_tensor and params.zero.dtype == np.uint8 else None
 
 
-def repeat_behind_flatten(graph: PairEditor) -> int:
-    """A product behind a Flatten gets the pair before that once more: ONNX Runtime carries none over a Flatten."""
+def repeat_behind_moves(graph: PairEditor) -> int:
+    """A product or convolution behind a Flatten or Pad gets the pair before that once more.
+
+    ONNX Runtime carries a pair over a Reshape or Transpose, and not over these. Zeros are codes of every pair.
+    """
     count = 0
     for node in graph.nodes:
-        if not is_op(node, "Gemm", "MatMul") or graph.weight(node.input[1]) is None:
+        if not is_op(node, "Conv", "Gemm", "MatMul") or graph.weight(node.input[1]) is None:
             continue
-        flatten = graph.maker(node.input[0], "Flatten")
-        found = graph.pair(flatten.input[0]) if flatten is not None else None
-        if found is None or not found[2].per_tensor:
-            continue
-        graph.set_input(node, 0, graph.add_pair(node.input[0], found[2]))
-        count += 1
+        name, carried = node.input[0], True
+        while (maker := graph.maker(name)) is not None:
+            if not is_op(maker, *_CARRIED, "Flatten") and not _pads_zeros(graph, maker):
+                break
+            carried &= is_op(maker, *_CARRIED)
+            name = maker.input[0]
+        found = None if carried else graph.pair(name)
+        if found is not None and found[2].per_tensor:
+            graph.set_input(node, 0, graph.add_pair(node.input[0], found[2]))
+            count += 1
     return count
+
+
+def _pads_zeros(graph: PairEditor, node: onnx.NodeProto) -> bool:
+    if not is_op(node, "Pad") or attribute(node, "mode", b"constant") != b"constant":
+        return False
+    return len(node.input) <= _PAD_VALUE or not node.input[_PAD_VALUE] or graph.scalar(node.input[_PAD_VALUE]) == 0
 
 
 def read_codes(graph: PairEditor) -> int:

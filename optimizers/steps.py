@@ -76,5 +76,5 @@ def optimize(
     if config.engine == "both":
         raise OptimizationError("two engines make two models", hint="deploykit.quantize_static keeps the better one")
     if config.engine == "nncf":
-        return quantize_nncf(model, config, target, data, progress, keep_float)
+        return quantize_nncf(model, config, target, open_model, data, progress, keep_float)
     return quantize_static(model, config, target, open_model, data, progress, keep_float)

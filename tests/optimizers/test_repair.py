@@ -367,12 +367,26 @@ def test_a_product_behind_a_flatten(tmp_path):
     x = g.pair(g.add("GlobalAveragePool", g.pair("x", 0.03, np.int8(3))), 0.01, np.int8(-2))
     x = g.add("Gemm", g.add("Flatten", x), g.weight(normal(10, 3)), normal(10), transB=1)
     source, target, done = repair(g.model([x], [2, 3, SIZE, SIZE]), tmp_path, exact=True)
-    assert any("1 pairs before a Flatten repeated behind it" in note for note in done.notes)
+    assert any("1 pairs before a Flatten or Pad repeated behind it" in note for note in done.notes)
     assert same_bits(source, target, image())
     source, target, _ = repair(g.model([x], [2, 3, SIZE, SIZE]), tmp_path)
     assert kernels(source, tmp_path)["QGemm"] == 0
     assert kernels(target, tmp_path)["QGemm"] == 1
     assert not optimize(target, RepairConfig(), tmp_path / "again.onnx", check=lambda _: None).changed
+
+
+@pytest.mark.parametrize(("value", "count"), [(None, 1), (0.0, 1), (0.5, 0)])
+def test_a_convolution_behind_a_pad(tmp_path, value, count):
+    g = Graph()
+    pads = np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
+    x = g.add("Pad", g.pair("x", 0.03, np.int8(3)), pads, *([] if value is None else [np.float32(value)]))
+    x = g.add("Transpose", x, perm=[0, 1, 3, 2])
+    x = g.pair(g.add("Conv", x, g.weight(normal(8, 3, 3, 3)), normal(8)), 0.2, np.uint8(128))
+    source, target, done = repair(g.model([x], [2, 3, SIZE, SIZE]), tmp_path, exact=True)
+    assert any("Flatten or Pad" in note for note in done.notes) == bool(count)
+    assert same_bits(source, target, image())
+    assert kernels(source, tmp_path)["QLinearConv"] == 0
+    assert kernels(target, tmp_path)["QLinearConv"] == count
 
 
 def test_codes_that_others_look_at_stay(tmp_path):
