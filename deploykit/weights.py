@@ -99,6 +99,21 @@ def write_light(light: LightModel, target: Path) -> None:
     onnx.save(proto, str(target))
 
 
+def move_out(tensor: onnx.TensorProto, data: Path) -> None:
+    """Append a tensor's values to a file and make it a reference to them, in place.
+
+    Args:
+        tensor: Inline; its folder is that of the file.
+        data: Is made where it is missing.
+    """
+    with data.open("ab") as stream:
+        stream.write(b"\0" * (-stream.tell() % _ALIGNMENT_BYTES))
+        offset = stream.tell()
+        for piece in _pieces(tensor, data.parent):
+            stream.write(piece)
+        _point_to(tensor, data.name, offset, stream.tell() - offset)
+
+
 def write_copy(light: LightModel, target: Path) -> None:
     """Write a model that is still needed: `write_light` without its effects on what it is given."""
     import onnx

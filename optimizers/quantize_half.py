@@ -24,14 +24,14 @@ from deploykit.extras import version_of
 from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
 from deploykit.optimizers.calibration import calibrate
-from deploykit.optimizers.editing import Editor
+from deploykit.optimizers.editing import Editor, own_copy
 from deploykit.optimizers.feeding import Counter, feeds_of
 from deploykit.optimizers.half_compute import compute_in_half
 from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import HalfConfig, StaticConfig
 from deploykit.optimizers.select_nodes import check_excluded
 from deploykit.specs import Array, Feeds
-from deploykit.weights import LightModel, open_light, write_light
+from deploykit.weights import LightModel, move_out, open_light, write_light
 
 if TYPE_CHECKING:
     import onnx
@@ -83,6 +83,7 @@ def quantize_half(
                 notes.append("activations were not watched: what leaves the range of float16 would not be seen here")
             stored, floats = compute_in_half(light, frozenset(config.exclude), known)
         else:
+            light = own_copy(light, Path(scratch) / "own")  # beside it, large weights in 16 bits find their place
             stored, floats = _store(light, config)
         if not stored:
             raise OptimizationError(
@@ -148,6 +149,8 @@ def _store(light: LightModel, config: HalfConfig) -> tuple[int, list[str]]:
             kept.append(_same(tensor))
             continue
         made.name = editor.free_name(f"{name}_{config.precision}")
+        if editor.is_external(name):
+            move_out(made, light.folder / "half.data")
         kept.append(made)
         renamed[name] = f"{name}_float32"
         fresh.append(helper.make_node("Cast", [made.name], [renamed[name]], f"{name}_unpacked", to=TensorProto.FLOAT))
