@@ -174,7 +174,7 @@ def _measure(x: Array, y: Array, tol: Tolerance, slack: Array, at: Any) -> Diffe
     scale = signal / np.sqrt(y.size)
     max_abs = float(error.max())
     norms = signal * float(np.linalg.norm(x))
-    cosine = float(x @ y) / norms if norms else float(signal == noise == 0.0)
+    cosine = min(1.0, max(-1.0, float(x @ y) / norms)) if norms else float(signal == noise == 0.0)
     sqnr = 20 * np.log10(signal / noise) if noise and signal else (_INF if not noise else -_INF)
     max_rel = max_abs / scale if scale else (_INF if max_abs else 0.0)
     reason, index = "", None

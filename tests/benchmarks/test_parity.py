@@ -416,3 +416,12 @@ def test_mask_constants_and_nan_are_no_columns() -> None:
     assert verdict(half, half.copy()) is Verdict.PASSED
     want[2, 0] = -3.4e38
     assert verdict(want, want.copy()) is Verdict.PASSED
+
+
+def test_a_cosine_never_leaves_its_range() -> None:
+    """Rounding would make -1 smaller than -1, and fail a comparison that asks for nothing."""
+    for seed in range(200):
+        values = np.random.default_rng(seed).standard_normal(2 + seed % 5).astype(np.float32)
+        for sign in (1, -1):
+            found = compare_lossy([{"y": values}], [{"y": sign * values}], -1.0)
+            assert found.verdict is Verdict.PASSED and -1 <= found.cosine <= 1
