@@ -19,7 +19,14 @@ from deploykit.artifact import Artifact, is_artifact
 from deploykit.benchmarks import Candidate, Report, Settings, measure
 from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.data import Dataset
-from deploykit.errors import DataError, DeploykitError, OptimizationError, OutputExistsError, storage_error
+from deploykit.errors import (
+    DataError,
+    DeploykitError,
+    OptimizationError,
+    OutputExistsError,
+    StorageError,
+    storage_error,
+)
 from deploykit.goals import Goal, Judge
 from deploykit.machine import inspect_machine
 from deploykit.models import LoadedModel, benchmark_feeds, load_model
@@ -126,35 +133,28 @@ def quantize_sweep(
     if dataset is None and goal.asked:
         raise DataError("a target needs real data", hint="add --eval DATA or --data DATA")
     feeds, origin, size = benchmark_feeds(parent, dataset, batch, dims or {})
+    settings = Settings(
+        rounds=rounds, seconds=seconds, batch=size, min_cosine=min(min_cosine, 0.9), max_drop=1.0, inputs=origin
+    )
+    settings.check()
     folder = _open_output(Path(output), {"model": parent.digest, "data": str(data)}, resume=resume)
+    given = {
+        "data": data, "dims": dims, "min_cosine": min_cosine, "contract": contract, "devices": devices,
+        "allow_slower": True, "gate_seconds": 0, "progress": told,
+    }  # fmt: skip
     made: dict[str, Path] = {}
-    for name in names:
-        place = folder / name
-        if is_artifact(place):
-            told.note(f"{name} is kept from the interrupted sweep")
-            made[name] = Artifact.open(place).model_path
-            continue
-        given: dict[str, Any] = {"data": data} if data is not None else {}
-        if not SCHEMES[name].calibrated:
-            given |= {"dims": dims}
-        try:
-            with told.step(f"[{name}] {SCHEMES[name].about}"):
-                artifact = SCHEMES[name].verb(
-                    model, place, allow_slower=True, gate_seconds=0, min_cosine=min_cosine, contract=contract,
-                    devices=devices, progress=told, **given,
-                )  # fmt: skip
-            made[name] = artifact.model_path
-        except DeploykitError as exc:
-            if isinstance(exc, DataError):
-                raise
-            left[name] = str(exc)
-            told.note(f"{name} is left out: {exc}")
-    if not made:
-        shutil.rmtree(folder)
-        raise OptimizationError(
-            "no scheme could be applied: " + "; ".join(f"{n}: {why}" for n, why in left.items()),
-            hint="keep the model in floating point",
-        )
+    try:
+        for name in names:
+            _make(name, model, folder, given, made, left)
+        if not made:
+            raise OptimizationError(
+                "no scheme could be applied: " + "; ".join(f"{n}: {why}" for n, why in left.items()),
+                hint="keep the model in floating point",
+            )
+    except BaseException:
+        if not made:
+            shutil.rmtree(folder)
+        raise
     models = {PARENT: parent, **{name: load_model(path) for name, path in made.items()}}
     rows = [_row(name, loaded) for name, loaded in models.items()]
     native = [d for d in targets if d.runtime == "openvino" and inspect_machine().flags.get("bf16")]
@@ -167,9 +167,6 @@ def quantize_sweep(
         Candidate(NATIVE, str(parent.path), str(d), parent.digest, parent.size_bytes, precision="native")
         for d in native
     ]
-    settings = Settings(
-        rounds=rounds, seconds=seconds, batch=size, min_cosine=min(min_cosine, 0.9), max_drop=1.0, inputs=origin
-    )
     report = measure(candidates, feeds, settings, data=None, progress=told)
     if native:
         rows.append(_row(NATIVE, parent))
@@ -196,6 +193,37 @@ def quantize_sweep(
     )
     write_file(folder / REPORT, found.to_json().encode())
     return found
+
+
+def _make(
+    name: str,
+    model: str | Path,
+    folder: Path,
+    given: Mapping[str, Any],
+    made: dict[str, Path],
+    left: dict[str, str],
+) -> None:
+    """Make one scheme's artifact, and note where it is, or why it could not be made.
+
+    Raises:
+        DataError: The data cannot be read, or do not fit: no scheme could do better.
+        StorageError: Nothing can be written there.
+    """
+    scheme, place, told = SCHEMES[name], folder / name, given["progress"]
+    if is_artifact(place):
+        told.note(f"{name} is kept from the interrupted sweep")
+        made[name] = Artifact.open(place).model_path
+        return
+    unused = {"dims"} if scheme.calibrated else set()
+    options = {key: value for key, value in given.items() if key not in unused}
+    try:
+        with told.step(f"[{name}] {scheme.about}"):
+            made[name] = scheme.verb(model, place, **options).model_path
+    except (DataError, StorageError):
+        raise
+    except DeploykitError as exc:
+        left[name] = str(exc)
+        told.note(f"{name} is left out: {exc}")
 
 
 def _open_output(output: Path, record: dict[str, str], *, resume: bool) -> Path:

@@ -185,6 +185,20 @@ def test_bad_requests_write_nothing(digits: Any, tmp_path: Path, options: Any, e
     assert not (tmp_path / "out").exists()
 
 
+def test_data_that_cannot_be_read_end_it_before_anything_is_left(digits: Any, tmp_path: Path) -> None:
+    digits.write(tmp_path)
+    (tmp_path / "broken.npz").write_bytes(b"PK not really")
+    for data in ("missing.npz", "broken.npz"):
+        with pytest.raises(DataError):
+            pipeline.quantize_sweep(
+                tmp_path / "net.onnx", tmp_path / "out", data=tmp_path / data, eval_data=tmp_path / "eval.npz", **QUICK
+            )
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(deploykit.DeploykitError, match="rounds"):
+        pipeline.quantize_sweep(tmp_path / "net.onnx", tmp_path / "out", rounds=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_no_scheme_fits_leaves_nothing_behind(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     values = [onnx.helper.make_tensor_value_info(n, 1, ["n", 4]) for n in "xy"]
