@@ -232,6 +232,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def stamp_of(path: Path) -> list[str]:
+    """What tells one state of a file or a directory from another; empty where there is neither."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return [f"{p.name} {p.stat().st_size} {sha256_of(p)}" for p in files]
+
+
 # --- golden cases ----------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,7 @@ class DynamicStep(_QuantizeStep):
     exclude: list[str] = []
     weight_bits: Literal["auto", "8", "7"] = "auto"
     per_channel: bool = True
+    smooth: Literal["auto", "off"] = "auto"
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
     contract: list[str] = []
 

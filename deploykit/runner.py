@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import pipeline
-from deploykit.artifact import Artifact, is_artifact, sha256_of
+from deploykit.artifact import Artifact, is_artifact, stamp_of
 from deploykit.benchmarks import Report
 from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
 from deploykit.optimizers import DynamicConfig, HalfConfig, RepairConfig, StaticConfig, WeightsConfig
@@ -85,15 +85,11 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     else:
         models = [] if isinstance(step, ExportStep) else [step.model or str(previous)]
     digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
-    files = [_stamp(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts]
-    files += [_stamp(recipe.folder / m) for m in models if m not in made]
+    files = [
+        stamp_of(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts
+    ]
+    files += [stamp_of(recipe.folder / m) for m in models if m not in made]
     return hashlib.sha256(json.dumps([params, models, digests, files]).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> list[str]:
-    """What tells one state of a file or a directory from another; empty where there is neither."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    return [f"{p.name} {p.stat().st_size} {sha256_of(p)}" for p in files]
 
 
 def _open_output(output: Path, *, resume: bool) -> dict[str, str]:
@@ -188,9 +184,9 @@ def _run_step(
 
 
 def _dynamic(
-    model: str, target: Path, *, exclude: list[str], weight_bits: str, per_channel: bool, **rest: Any
+    model: str, target: Path, *, exclude: list[str], weight_bits: str, per_channel: bool, smooth: str, **rest: Any
 ) -> Artifact:
-    config = DynamicConfig(exclude=tuple(exclude), weight_bits=weight_bits, per_channel=per_channel)
+    config = DynamicConfig(exclude=tuple(exclude), weight_bits=weight_bits, per_channel=per_channel, smooth=smooth)
     return pipeline.quantize_dynamic(model, target, config=config, **rest)
 
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifact import Artifact, is_artifact
+from deploykit.artifact import Artifact, is_artifact, stamp_of
 from deploykit.benchmarks import Candidate, Report, Settings, measure
 from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.data import Dataset
 from deploykit.errors import (
     DataError,
     DeploykitError,
+    InferenceError,
     OptimizationError,
     OutputExistsError,
     StorageError,
@@ -41,6 +42,8 @@ REPORT = "sweep.json"
 PARENT, NATIVE = "parent", "parent-native"
 SCHEMA_VERSION = 1
 _RECORD = ".sweep.json"
+# What is further from the parent than this is not worth timing.
+_TIMED_COSINE = 0.9
 # Without labels, rows that a model is compared with its parent on.
 _ROWS = 256
 # What of a judge's record goes into a row.
@@ -134,10 +137,19 @@ def quantize_sweep(
         raise DataError("a target needs real data", hint="add --eval DATA or --data DATA")
     feeds, origin, size = benchmark_feeds(parent, dataset, batch, dims or {})
     settings = Settings(
-        rounds=rounds, seconds=seconds, batch=size, min_cosine=min(min_cosine, 0.9), max_drop=1.0, inputs=origin
+        rounds=rounds,
+        seconds=seconds,
+        batch=size,
+        min_cosine=min(min_cosine, _TIMED_COSINE),
+        max_drop=1.0,
+        inputs=origin,
     )
     settings.check()
-    folder = _open_output(Path(output), {"model": parent.digest, "data": str(data)}, resume=resume)
+    record = {
+        "model": parent.digest, "data": _stamp(data), "dims": dict(dims or {}),
+        "devices": [str(d) for d in targets], "contract": list(contract), "min_cosine": min_cosine,
+    }  # fmt: skip
+    folder = _open_output(Path(output), record, resume=resume)
     given = {
         "data": data, "dims": dims, "min_cosine": min_cosine, "contract": contract, "devices": devices,
         "allow_slower": True, "gate_seconds": 0, "progress": told,
@@ -226,7 +238,15 @@ def _make(
         told.note(f"{name} is left out: {exc}")
 
 
-def _open_output(output: Path, record: dict[str, str], *, resume: bool) -> Path:
+def _stamp(data: str | Path | None) -> list[str]:
+    """What tells one state of calibration data from another; of `file.py:function`, the file's."""
+    if data is None:
+        return []
+    file, sep, _ = str(data).rpartition(":")
+    return [str(data), *stamp_of(Path(file if sep else data))]
+
+
+def _open_output(output: Path, record: Mapping[str, Any], *, resume: bool) -> Path:
     """Create the output, or go on in it.
 
     Raises:
@@ -240,7 +260,7 @@ def _open_output(output: Path, record: dict[str, str], *, resume: bool) -> Path:
             same = False
         if not same:
             raise OutputExistsError(
-                f"{output} was not left by a sweep of this model and these data", hint="choose another -o"
+                f"{output} was not left by a sweep of this model with these data and options", hint="choose another -o"
             )
         if (output / REPORT).exists():
             raise OutputExistsError(f"{output} holds a finished sweep", hint="choose another -o")
@@ -279,9 +299,12 @@ def _add_quality(
 ) -> None:
     """Judge every model on one device against the parent there."""
     with tempfile.TemporaryDirectory(prefix="deploykit-sweep-") as name:
-        judge = Judge(
-            parent.path, parent.signature, device, data, goal, Path(name), limit=None if goal.asked else _ROWS
-        )
+        limit = None if goal.asked else _ROWS
+        try:
+            judge = Judge(parent.path, parent.signature, device, data, goal, Path(name), limit=limit)
+        except InferenceError as exc:
+            told.note(f"nothing is judged in {device}, which cannot run the parent: {exc.what}")
+            return
         for number, row in enumerate(rows[1:]):
             told.advance(number, len(rows) - 1, "models judged")
             if row["scheme"] == NATIVE and str(device) not in row.get("speed", {}):
@@ -301,6 +324,9 @@ def _advice(rows: Sequence[Mapping[str, Any]], devices: Sequence[Device], goal: 
     said = []
     for device in map(str, devices):
         right = [r for r in rows if "ratio" in r.get("speed", {}).get(device, {}) and _is_right(r, device)]
+        if not right:
+            said.append(f"{device}: nothing ran that is right")
+            continue
         best = max(right, key=lambda r: float(r["speed"][device]["ratio"]))
         others = [r for r in right if r is not best and _overlap(r["speed"][device], best["speed"][device])]
         kept = f", with {goal.describe()}" if goal.asked else ""

@@ -31,7 +31,7 @@ class Bench(Protocol[C_contra]):
         """
 
     def rank(self, config: C_contra) -> list[LayerError]:
-        """The quantized layers, the one that loses most first."""
+        """The quantized layers, the one that loses most first; none where layers cannot stay in float one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,11 @@ def reach(bench: Bench[C], configs: Iterable[C], describe: Callable[[Score], str
         raise problem or OptimizationError("there was nothing to try")
     config, score = best
     ranked = bench.rank(config)
+    if not ranked:
+        raise AccuracyError(
+            f"the target cannot be met: {describe(score)} ({tried} models judged)",
+            hint="allow more, or keep the model in floating point",
+        )
     trials = _Trials(bench, config, ranked)
     found = trials.shortest_prefix()
     if found is None:

@@ -95,7 +95,7 @@ def _replace(
     graph.initializer.extend([codes, sizes])
     for node in nodes:
         made = str(node.output[0])
-        parts = [f"{made}_{part}" for part in ("codes", "sizes", "values")]
+        parts = [editor.free_name(f"{made}_{part}") for part in ("codes", "sizes", "values")]
         fresh = [
             helper.make_node("Gather", [codes.name, node.input[1]], [parts[0]], f"{node.name}_codes", axis=0),
             helper.make_node("Gather", [sizes.name, node.input[1]], [parts[1]], f"{node.name}_sizes", axis=0),

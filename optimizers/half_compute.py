@@ -6,7 +6,7 @@ nodes that compute in float16 are in float16; where one of both does not, a Cast
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,8 +43,6 @@ def compute_in_half(light: LightModel, excluded: Set[str], magnitudes: Mapping[s
     Returns:
         How many nodes compute in float16, and which compute in float32 though they have float32 tensors.
     """
-    from onnx import helper
-
     graph = light.proto.graph
     known = (*graph.input, *graph.value_info, *graph.output)
     kinds = {v.name: v.type.tensor_type.elem_type for v in known if v.type.HasField("tensor_type")}
@@ -64,54 +62,73 @@ def compute_in_half(light: LightModel, excluded: Set[str], magnitudes: Mapping[s
             floats.append(f"{node.name} ({node.op_type})")
     if not half:
         return 0, floats
-    casts: dict[tuple[str, int], str] = {}
-    made: dict[str, int] = {str(v.name): _FLOAT for v in graph.input if v.name not in weights}
-    given = {v.name for v in graph.output} | _captured(light.proto)
-    taken = {*kinds, *(name for node in graph.node for name in (*node.input, *node.output))}
-    nodes: list[onnx.NodeProto] = []
+    change = _Change(light.proto, kinds, weights)
+    for number, node in enumerate(graph.node):
+        change.take(node, _HALF if number in half else _FLOAT)
+    _write(light, change.nodes, weights, change.halves)
+    return len(half), floats
 
-    def fresh(base: str) -> str:
-        name = base
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        return name
 
-    def wanted(name: str, kind: int) -> str:
-        """The tensor in a type; a Cast is put before the reader where it is made in the other."""
-        if name in weights:
-            return halves.setdefault(name, fresh(f"{name}_fp16")) if kind == _HALF else name
-        if made.get(name, _FLOAT) == kind:
-            return name
-        if (name, kind) not in casts:
-            casts[name, kind] = fresh(f"{name}_{'fp16' if kind == _HALF else 'fp32'}")
-            nodes.append(helper.make_node("Cast", [name], [casts[name, kind]], casts[name, kind], to=kind))
-        return casts[name, kind]
+class _Change:
+    """The graph's nodes, one after the other, in the types that they compute in, with Casts where types meet.
 
-    halves: dict[str, str] = {}
-    for number, original in enumerate(graph.node):
+    Attributes:
+        nodes: Those taken so far.
+        halves: Names in float16, by weight.
+    """
+
+    def __init__(self, model: onnx.ModelProto, kinds: Mapping[str, int], weights: Collection[str]) -> None:
+        graph = model.graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.halves: dict[str, str] = {}
+        self._model, self._kinds, self._weights = model, kinds, weights
+        # What leaves the graph, and what subgraphs read, stays in float32 under its name.
+        self._given = {v.name for v in graph.output} | _captured(model)
+        self._taken = {*kinds, *(name for node in graph.node for name in (*node.input, *node.output))}
+        self._made: dict[str, int] = {}
+        self._casts: dict[tuple[str, int], str] = {}
+
+    def take(self, original: onnx.NodeProto, kind: int) -> None:
+        """Append a node that computes in a type."""
         node = type(original)()
         node.CopyFrom(original)
-        kind = _HALF if number in half else _FLOAT
-        fixed = _fixed_inputs(light.proto, node) if number in half else set()
+        fixed = _fixed_inputs(self._model, node) if kind == _HALF else set()
         for place, name in enumerate(node.input):
-            if name and kinds.get(name, 0) == _FLOAT:
-                node.input[place] = wanted(name, _FLOAT if place in fixed else kind)
-        if number in half:
+            if name and self._kinds.get(name) == _FLOAT:
+                node.input[place] = self._in_type(name, _FLOAT if place in fixed else kind)
+        if kind == _HALF:
             _change_attributes(node)
-        nodes.append(node)
+        self.nodes.append(node)
         for place, name in enumerate(node.output):
-            if not name or kinds.get(name, 0) != _FLOAT:
+            if not name or self._kinds.get(name) != _FLOAT:
                 continue
-            if kind == _HALF and name in given:  # the interface stays in float32
-                node.output[place] = fresh(f"{name}_fp16")
-                nodes.append(helper.make_node("Cast", [node.output[place]], [name], f"{name}_cast", to=_FLOAT))
-                casts[name, _HALF] = node.output[place]
-                made[name] = _FLOAT
+            if kind == _HALF and name in self._given:
+                node.output[place] = self._casts[name, _HALF] = self._fresh(f"{name}_fp16")
+                self._cast(node.output[place], name, _FLOAT)
             else:
-                made[name] = kind
-    _write(light, nodes, weights, halves)
-    return len(half), floats
+                self._made[name] = kind
+
+    def _in_type(self, name: str, kind: int) -> str:
+        """A tensor in a type; behind a Cast where it is made in the other."""
+        if name in self._weights:
+            return self.halves.setdefault(name, self._fresh(f"{name}_fp16")) if kind == _HALF else name
+        if self._made.get(name, _FLOAT) == kind:
+            return name
+        if (name, kind) not in self._casts:
+            self._casts[name, kind] = self._fresh(f"{name}_{'fp16' if kind == _HALF else 'fp32'}")
+            self._cast(name, self._casts[name, kind], kind)
+        return self._casts[name, kind]
+
+    def _cast(self, source: str, made: str, kind: int) -> None:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node("Cast", [source], [made], f"{made}_cast", to=kind))
+
+    def _fresh(self, base: str) -> str:
+        while base in self._taken:
+            base += "_"
+        self._taken.add(base)
+        return base
 
 
 def _captured(model: onnx.ModelProto) -> set[str]:
@@ -209,9 +226,7 @@ def _write(
             values = read_weight(tensor, light.folder) if is_external(tensor) else numpy_helper.to_array(tensor)
             kept.append(numpy_helper.from_array(values.astype(np.float16), halves[name]))
         if name in needed or name not in halves:
-            same = type(tensor)()
-            same.CopyFrom(tensor)
-            kept.append(same)
+            kept.append(tensor)
     inputs = [v for v in graph.input if v.name not in weights or v.name in needed]
     for values, those in ((graph.node, nodes), (graph.initializer, kept), (graph.input, inputs)):
         del values[:]

@@ -102,7 +102,7 @@ def raise_opset(model: onnx.ModelProto, wanted: int, why: str) -> tuple[onnx.Mod
     except Exception as exc:
         raise OptimizationError(
             f"opset {have} cannot be raised to {wanted} ({first_line(exc)})",
-            hint="export the model again with --opset 18",
+            hint=f"export the model from its source again, with --opset {max(18, wanted)}",
         ) from exc
     put_back(raised, aside)
     return raised, [f"opset raised from {have} to {wanted}: {why} need it"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -111,17 +111,20 @@ class Product:
         return _WindowRows(self, self.window, values) if self.window else _FlatRows(values)
 
 
-class RowSource:
-    """Rows of a batch, by number."""
+class RowSource(Protocol):
+    """Rows of a batch, by number.
 
-    count = 0
+    Attributes:
+        count: How many there are.
+    """
+
+    count: int
 
     def take(self, numbers: Array) -> Array:
         """The rows of these numbers, `[groups, n, inputs]`."""
-        raise NotImplementedError
 
 
-class _FlatRows(RowSource):
+class _FlatRows:
     def __init__(self, values: Array) -> None:
         self._values = values.reshape(-1, values.shape[-1])
         self.count = len(self._values)
@@ -130,7 +133,7 @@ class _FlatRows(RowSource):
         return self._values[numbers][None]
 
 
-class _WindowRows(RowSource):
+class _WindowRows:
     def __init__(self, product: Product, window: Window, values: Array) -> None:
         self._groups, self._window = product.groups, window
         sizes = values.shape[2:]

@@ -15,6 +15,7 @@ DYNAMIC_OPS = ("MatMul", "Gemm", "Attention", "LSTM", "Gather")
 WEIGHT_BITS = ("auto", "8", "7")
 BIAS_CORRECTIONS = ("off", "fast", "full")  # in the order of what they cost; or "auto"
 ROUNDINGS = ("nearest", "adaround")
+SMOOTH = ("auto", "off")  # or, in static quantization, an alpha
 ENGINES = ("deploykit", "nncf", "both")
 # What only our own engine knows, by field: the option.
 _OWN = {
@@ -171,7 +172,7 @@ def check_accuracy_options(config: StaticConfig) -> None:
     """
     smooth = config.smooth
     number = isinstance(smooth, int | float) and not isinstance(smooth, bool)
-    if not (0 <= smooth <= 1 if isinstance(smooth, int | float) and number else smooth in ("off", "auto")):
+    if not (0 <= smooth <= 1 if isinstance(smooth, int | float) and number else smooth in SMOOTH):
         raise OptimizationError(f"smooth {smooth!r}", expected="off, auto, or an alpha from 0 to 1")
     if config.bias_correction not in ("auto", *BIAS_CORRECTIONS):
         known = " or ".join(("auto", *BIAS_CORRECTIONS))

@@ -14,7 +14,7 @@ from deploykit.optimizers.editing import own_copy
 from deploykit.optimizers.embeddings import quantize_embeddings
 from deploykit.optimizers.lazy_weights import lazy_weights
 from deploykit.optimizers.prepare import infer_shapes, prepare
-from deploykit.optimizers.quantize_config import DynamicConfig, no_advice, tools, weight_bits
+from deploykit.optimizers.quantize_config import SMOOTH, DynamicConfig, no_advice, tools, weight_bits
 from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.scheme import Scheme
 from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes
@@ -39,12 +39,14 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path, keep_floa
     """
     require("onnxruntime.quantization", extra="ort")
     bits, why = weight_bits(config.weight_bits)
+    if config.smooth not in SMOOTH:
+        raise OptimizationError(f"smooth {config.smooth!r}", expected=" or ".join(SMOOTH))
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         prepared, notes = prepare(light.proto, per_channel=config.per_channel)
         notes += rewrite(prepared)
         prepared = infer_shapes(prepared)
-        if config.smooth == "auto" and config.per_channel:
+        if config.smooth == "auto" and any(n.op_type == "LayerNormalization" for n in prepared.graph.node):
             light = own_copy(LightModel(prepared, light.folder), Path(scratch) / "own")
             chosen, _ = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
             notes += smooth_norms(light, chosen, Scheme(bits, config.per_channel))

@@ -137,16 +137,16 @@ def _store(light: LightModel, config: HalfConfig) -> tuple[int, list[str]]:
         readers = editor.readers.get(name, [])
         small = int(np.prod(tensor.dims, dtype=np.int64)) < _SMALLEST_ELEMENTS
         if not editor.is_weight(name) or small or name in editor.outputs or not readers:
-            kept.append(_same(tensor))
+            kept.append(tensor)
             continue
         if any({n.name, n.op_type} & excluded for n in readers):
             floats.append(f"{name} (excluded)")
-            kept.append(_same(tensor))
+            kept.append(tensor)
             continue
         made = to_half(name, editor.read(name), config.precision)
         if made is None:
             floats.append(f"{name} (beyond the range of {config.precision})")
-            kept.append(_same(tensor))
+            kept.append(tensor)
             continue
         made.name = editor.free_name(f"{name}_{config.precision}")
         if editor.is_external(name):
@@ -158,9 +158,8 @@ def _store(light: LightModel, config: HalfConfig) -> tuple[int, list[str]]:
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
-    nodes = [_copied(n) for n in graph.node]
     inputs = [v for v in graph.input if v.name not in renamed]
-    for values, those in ((graph.node, [*fresh, *nodes]), (graph.initializer, kept), (graph.input, inputs)):
+    for values, those in ((graph.node, [*fresh, *graph.node]), (graph.initializer, kept), (graph.input, inputs)):
         held = list(those)
         del values[:]
         values.extend(held)
@@ -184,19 +183,3 @@ def to_half(name: str, values: Array, precision: str) -> onnx.TensorProto | None
     if ((rounded & 0x7F80) == 0x7F80).any():  # rounded up to infinity
         return None
     return helper.make_tensor(name, TensorProto.BFLOAT16, values.shape, rounded.astype("<u2").tobytes(), raw=True)
-
-
-def _same(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    import onnx
-
-    made = onnx.TensorProto()
-    made.CopyFrom(tensor)
-    return made
-
-
-def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
-    import onnx
-
-    made = onnx.NodeProto()
-    made.CopyFrom(node)
-    return made

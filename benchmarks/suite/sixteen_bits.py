@@ -2,8 +2,7 @@
 
 One matrix product and one convolution behind Q/DQ pairs, with 8-bit weights and activations of 8 bits, of 16 bits, or
 of none. Printed are what each runtime executes them in, and the time against float32, from interleaved runs in this
-process. Where 16 bits run in float, an outlier layer is better left in float: that is as exact, and saves the
-conversions.
+process. Where 16 bits are no faster than float, an outlier layer is better left in float: that is more exact.
 """
 
 from __future__ import annotations

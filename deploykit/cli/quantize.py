@@ -57,6 +57,10 @@ for _command in (weights, half, sweep, repair):
 @common.output_option
 @common.data_option("Real inputs for the comparison with the parent:")
 @common.dim_option
+@click.option(
+    "--smooth", type=click.Choice(["auto", "off"]), default="auto", show_default=True,
+    help="SmoothQuant of what layer normalizations give to products; needs no data.",
+)  # fmt: skip
 @exclude_option
 @_bits
 @_per_tensor
@@ -70,6 +74,7 @@ def dynamic(
     output: str,
     data: str | None,
     dims: tuple[str, ...],
+    smooth: str,
     exclude: tuple[str, ...],
     weight_bits: str,
     per_tensor: bool,
@@ -83,7 +88,8 @@ def dynamic(
     sizes = common.parse_dims(dims)
     if dry_run:
         params = {
-            "model": model, "data": data, "dims": sizes, "exclude": list(exclude), "weight_bits": weight_bits,
+            "model": model, "data": data, "dims": sizes, "smooth": smooth, "exclude": list(exclude),
+            "weight_bits": weight_bits,
             "per_channel": not per_tensor, "min_cosine": min_cosine, "contract": list(contract),
             **goal_arguments(goal),
         }  # fmt: skip
@@ -92,7 +98,7 @@ def dynamic(
     from deploykit.optimizers import DynamicConfig
     from deploykit.pipeline import quantize_dynamic
 
-    config = DynamicConfig(per_channel=not per_tensor, exclude=exclude, weight_bits=weight_bits)
+    config = DynamicConfig(per_channel=not per_tensor, exclude=exclude, weight_bits=weight_bits, smooth=smooth)
     artifact = quantize_dynamic(
         model, output, config=config, data=data, dims=sizes, min_cosine=min_cosine, contract=contract,
         progress=common.progress(), **goal_arguments(goal),

@@ -37,12 +37,13 @@ _TARGET_OPTIONS: tuple[common.Decorator, ...] = (
     ),
     click.option("--output-name", metavar="NAME", help="The output that is judged; the first [batch, classes]."),
 )  # fmt: skip
-_OPTIONS: tuple[common.Decorator, ...] = (
-    *_TARGET_OPTIONS,
+_ESCALATION_OPTIONS: tuple[common.Decorator, ...] = (
     click.option(
         "--no-escalation", is_flag=True,
         help="Where a target is missed, leave layers in float at once, without trying other settings before.",
     ),
+)  # fmt: skip
+_SPEED_OPTIONS: tuple[common.Decorator, ...] = (
     common.device_option,
     click.option("--allow-slower", is_flag=True, help="Accept a model that is not faster than its parent."),
     click.option(
@@ -54,14 +55,21 @@ _OPTIONS: tuple[common.Decorator, ...] = (
 
 def goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for accuracy and speed to a command, which gets them as keyword arguments."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return _with(command, *_TARGET_OPTIONS, *_ESCALATION_OPTIONS, *_SPEED_OPTIONS)
+
+
+def plain_goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """As `goal_options`, where there are no other settings to try."""
+    return _with(command, *_TARGET_OPTIONS, *_SPEED_OPTIONS)
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """As `goal_options`, for what only judges."""
-    for option in reversed(_TARGET_OPTIONS):
+    return _with(command, *_TARGET_OPTIONS)
+
+
+def _with(command: Callable[..., Any], *options: common.Decorator) -> Callable[..., Any]:
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -69,4 +77,5 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def goal_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The options as arguments of the verb and as keys of the recipe."""
     rest = {key: value for key, value in given.items() if key != "no_escalation"}
-    return {**rest, "escalate": not given["no_escalation"], "devices": list(given["devices"])}
+    further = {"escalate": not given["no_escalation"]} if "no_escalation" in given else {}
+    return {**rest, **further, "devices": list(given["devices"])}

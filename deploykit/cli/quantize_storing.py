@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from deploykit.cli import common
-from deploykit.cli.quantize_options import exclude_option, goal_arguments, goal_options
+from deploykit.cli.quantize_options import exclude_option, goal_arguments, goal_options, plain_goal_options
 
 _SIZES = ["16", "32", "64", "128", "256"]
 
@@ -92,7 +92,7 @@ def weights(
 @common.data_option("Real inputs for the comparison with the parent:")
 @common.dim_option
 @_cosine(0.999)
-@goal_options
+@plain_goal_options
 @common.contract_option
 @common.json_option
 @common.dry_run_option
@@ -112,11 +112,10 @@ def half(
 ) -> None:
     """Weights in 16-bit floating point: half the size. Needs no data."""
     sizes = common.parse_dims(dims)
-    given = {k: v for k, v in goal_arguments(goal).items() if k != "escalate"}
     if dry_run:
         params = {
             "model": model, "data": data, "dims": sizes, "precision": precision, "compute": compute,
-            "exclude": list(exclude), "min_cosine": min_cosine, "contract": list(contract), **given,
+            "exclude": list(exclude), "min_cosine": min_cosine, "contract": list(contract), **goal_arguments(goal),
         }  # fmt: skip
         common.show_recipe("quantize-half", params)
         return
@@ -125,6 +124,6 @@ def half(
 
     artifact = quantize_half(
         model, output, config=HalfConfig(precision, compute, exclude), data=data, dims=sizes, min_cosine=min_cosine,
-        contract=contract, progress=common.progress(), **given,
+        contract=contract, progress=common.progress(), **goal_arguments(goal),
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)

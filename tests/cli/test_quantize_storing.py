@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import deploykit
+
 RECIPE = """
 [small]
 step = "quantize-weights"
@@ -16,19 +22,32 @@ gate_seconds = 0
 [half]
 step = "quantize-half"
 model = "net.onnx"
+precision = "bf16"
 gate_seconds = 0
 """
 
 
-def test_steps_of_a_recipe(run_cli, conv_model, tmp_path):
-    (tmp_path / "recipe.toml").write_text(RECIPE.replace("net.onnx", conv_model.name))
+def test_steps_of_a_recipe(run_cli, tmp_path):
+    rng = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(rng.standard_normal((64, 64), np.float32) / 8, f"w{i}") for i in range(2)]
+    nodes = [helper.make_node("MatMul", ["x", "w0"], ["h"]), helper.make_node("MatMul", ["h", "w1"], ["y"])]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 64]) for n in "xy"]
+    graph = helper.make_graph(nodes, "net", values[:1], values[1:], weights)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "net.onnx"
+    )
+    (tmp_path / "recipe.toml").write_text(RECIPE)
     done = run_cli("run", "recipe.toml", "-o", "out")
-    # The convolutional net has one product of 80 weights, too small for blocks.
-    assert done.returncode == 1 and "convolutional models want" in done.stderr
-    (tmp_path / "recipe.toml").write_text("[half]" + RECIPE.replace("net.onnx", conv_model.name).split("[half]")[1])
-    done = run_cli("run", "recipe.toml", "-o", "out2")
-    assert done.returncode == 1 and "nothing to store" in done.stderr
-    assert not (tmp_path / "out2").exists()
+    assert done.returncode == 0, done.stderr
+    last = {name: deploykit.Artifact.open(tmp_path / "out" / name).manifest.lineage[-1] for name in ("small", "half")}
+    assert (last["small"].params["block"], last["small"].params["form"]) == (16, "nbits")
+    assert last["small"].params["quantized_nodes"] == 2
+    assert (last["half"].params["precision"], last["half"].params["stored"]) == ("bf16", 2)
+
+
+def test_half_has_no_other_settings_to_try(run_cli, conv_model):
+    done = run_cli("quantize", "half", "-m", conv_model, "-o", "x", "--no-escalation")
+    assert done.returncode == 2 and "--no-escalation" in done.stderr
 
 
 def test_a_sweep_prints_a_row_for_what_failed_too(run_cli, conv_model, tmp_path):

@@ -312,6 +312,11 @@ def test_a_normalization_without_outliers_is_left(tmp_path: Path) -> None:
     assert sqnr(out(target), out(source)) > sqnr(out(rough), out(source)) - 0.5
 
 
+def test_unknown_smoothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptimizationError, match="expected auto or off"):
+        made(text_model(tmp_path), DynamicConfig(smooth="0.5"))
+
+
 def test_bias_correction_is_automatic_for_transformers_only() -> None:
     from deploykit.optimizers.escalation import ModelKind, settled
 

@@ -11,9 +11,10 @@ import onnx
 import pytest
 
 import deploykit
-from deploykit import gating, pipeline, sweeping
-from deploykit.errors import AccuracyError, DataError, OptimizationError, OutputExistsError
+from deploykit import gating, pipeline, storing, sweeping
+from deploykit.errors import AccuracyError, DataError, InferenceError, OptimizationError, OutputExistsError
 from deploykit.optimizers import HalfConfig, WeightsConfig
+from deploykit.runtimes.base import parse_device
 from deploykit.schemes import SCHEMES
 
 FAST: Any = {"gate_seconds": 0}
@@ -92,6 +93,24 @@ def test_what_leaves_the_range_of_float16_stays_in_float32(digits: Any, tmp_path
     assert any(n.input[0] == "r0" for n in casts)
 
 
+def test_a_target_that_half_misses_is_told(digits: Any, tmp_path: Path) -> None:
+    """There is no layer to leave in float: the precision is that of the whole file."""
+    digits.write(tmp_path)
+    with pytest.raises(AccuracyError, match=r"cannot be met: SQNR .* \(1 models judged\)"):
+        pipeline.quantize_half(
+            tmp_path / "net.onnx", tmp_path / "out", data=tmp_path / "eval.npz", min_sqnr=300, **FAST
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "half"),
+    [("ort:cuda", True), ("ort:tensorrt", True), ("openvino:gpu", True), ("ort:cpu", False), ("openvino:cpu", False)],
+)
+def test_devices_that_compute_in_float16_are_known(device: str, half: bool) -> None:
+    assert storing._computes_in_half(parse_device(device)) is half
+
+
 def test_a_tie_is_enough_for_what_is_smaller() -> None:
     tie = {"device": "ort:cpu", "verdict": "tie", "ratio": 1.0, "summary": "tie"}
     assert gating.check_speed([tie], gating.Gate((), tie_allowed=True)) == ""
@@ -159,8 +178,10 @@ def test_an_interrupted_sweep_goes_on(digits: Any, tmp_path: Path, monkeypatch: 
         pipeline.quantize_sweep(source, out, schemes=["fp16"], **QUICK)
     with pytest.raises(OutputExistsError, match="--resume"):
         pipeline.quantize_sweep(source, out, schemes=["fp16"], **QUICK)
-    with pytest.raises(OutputExistsError, match="this model and these data"):
+    with pytest.raises(OutputExistsError, match="this model with these data"):
         pipeline.quantize_sweep(source, out, schemes=["fp16"], data=tmp_path / "calib.npz", resume=True, **QUICK)
+    with pytest.raises(OutputExistsError, match="options"):
+        pipeline.quantize_sweep(source, out, schemes=["fp16"], min_cosine=0.99, resume=True, **QUICK)
     kept = (out / "fp16" / "manifest.json").stat().st_mtime_ns
     found = pipeline.quantize_sweep(source, out, schemes=["fp16", "weights8"], resume=True, **QUICK)
     assert (out / "fp16" / "manifest.json").stat().st_mtime_ns == kept
@@ -210,6 +231,32 @@ def test_a_model_that_no_scheme_fits_leaves_nothing_behind(tmp_path: Path) -> No
     with pytest.raises(OptimizationError, match="no scheme could be applied"):
         pipeline.quantize_sweep(tmp_path / "relu.onnx", tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_runtime_that_cannot_run_the_parent_is_a_note(digits: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """The figures of the other runtime are kept."""
+    digits.write(tmp_path)
+
+    class Broken(sweeping.Judge):  # type: ignore[misc]
+        def __init__(self, parent: Path, signature: Any, device: Any, *rest: Any, **options: Any) -> None:
+            if device.runtime == "openvino":
+                raise InferenceError("an operator that it does not know")
+            super().__init__(parent, signature, device, *rest, **options)
+
+    real = sweeping.measure
+
+    def measure(candidates: Any, *rest: Any, **options: Any) -> Any:
+        return real([c for c in candidates if c.device == "ort:cpu"], *rest, **options)
+
+    monkeypatch.setattr(sweeping, "Judge", Broken)
+    monkeypatch.setattr(sweeping, "measure", measure)
+    found = pipeline.quantize_sweep(
+        tmp_path / "net.onnx", tmp_path / "out", data=tmp_path / "calib.npz", schemes=["fp16"],
+        devices=["ort:cpu", "openvino:cpu"], rounds=3, seconds=0.02,
+    )  # fmt: skip
+    assert [*found.rows[1]["quality"]] == ["ort:cpu"]
+    assert "openvino:cpu: nothing ran that is right" in found.data["notes"]
+    assert sweeping.table(found)[1][1][-2] == "-"
 
 
 def test_every_scheme_is_named_in_the_help() -> None:
