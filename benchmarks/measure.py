@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import deploykit
 from deploykit.benchmarks.environment import environment
-from deploykit.benchmarks.parity import Outputs, Verdict, check_vacuity, compare, compare_lossy, without_padding
-from deploykit.benchmarks.plan import MIN_ROUNDS, Candidate, Settings
-from deploykit.benchmarks.report import Report, Row, build_report
+from deploykit.benchmarks.journal import Journal, key_of
+from deploykit.benchmarks.outputs import judge_outputs, read_outputs, write_feeds
+from deploykit.benchmarks.parity import check_vacuity
+from deploykit.benchmarks.plan import MIN_ROUNDS, Candidate, Entry, Settings
+from deploykit.benchmarks.process import ChildError, Process
+from deploykit.benchmarks.rates import RateSearch
+from deploykit.benchmarks.report import Report, build_report, keeps_accuracy, ranking
+from deploykit.benchmarks.rounds import run_round, together, try_rate
+from deploykit.benchmarks.statistics import percentile
 from deploykit.data import Dataset
 from deploykit.errors import BenchmarkError
+from deploykit.machine import allowed_cores
 from deploykit.progress import Progress
-from deploykit.specs import Array, Feeds
+from deploykit.specs import Feeds
 
-# The slowest thing that is waited for: loading a large model, ten runs of it, and the timed seconds.
-_GRACE_S = 1800.0
-
-
-@dataclass(slots=True)
-class Entry:
-    """A candidate while it is measured.
-
-    Attributes:
-        candidate: What.
-        probe: What the first process found.
-        outputs: Its outputs on the inputs of the benchmark.
-        status: "ok", or why it does not enter the measurement.
-        parity: Comparison with the reference.
-        rounds: One result a round.
-    """
-
-    candidate: Candidate
-    probe: dict[str, Any] = field(default_factory=dict)
-    outputs: list[dict[str, Array]] = field(default_factory=list)
-    status: str = "ok"
-    parity: dict[str, Any] | None = None
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+# Of how many the best are measured once more.
+_CONFIRMED = 3
+_SWEEP_S, _SWEEP_PASSES = 0.5, 3
+# The smallest number of requests in flight that gives this share of the highest throughput is the knee.
+_KNEE = 0.97
 
 
 def measure(
@@ -57,6 +40,8 @@ def measure(
     *,
     data: Dataset | None = None,
     progress: Progress | None = None,
+    journal: Path | None = None,
+    resume: bool = False,
 ) -> Report:
     """Measure candidates in shuffled interleaved rounds, each in a fresh process.
 
@@ -69,24 +54,71 @@ def measure(
         settings: Rounds, seconds and limits.
         data: With `labels`: accuracy is measured over all of it.
         progress: Told about steps; an interrupt after three rounds keeps them.
+        journal: A file that keeps every finished round until the measurement is whole.
+        resume: Go on with what the journal holds.
 
     Raises:
-        BenchmarkError: Settings that give no result, or the reference does not run.
+        BenchmarkError: Settings that give no result, the reference does not run, or the journal is of another
+            measurement.
     """
     settings.check()
-    told = progress or Progress()
-    with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
-        folder = Path(name)
-        arrays = {f"{i}/{k}": v for i, f in enumerate(feeds) for k, v in f.items()}
-        # Object arrays would need pickle; strings are stored as numpy's own.
-        plain = {k: v.astype(str) if v.dtype.kind == "O" else v for k, v in arrays.items()}
-        np.savez(folder / "feeds.npz", **plain)  # type: ignore[arg-type]
-        entries = [Entry(c) for c in candidates]
-        labelled = data.source if data is not None and _has_labels(data) else None
+    return _Measurement(candidates, feeds, settings, data, progress or Progress(), Journal(journal)).run(resume)
+
+
+class _Measurement:
+    """The steps of `measure`, with what they share."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        feeds: Sequence[Feeds],
+        settings: Settings,
+        data: Dataset | None,
+        told: Progress,
+        journal: Journal,
+    ) -> None:
+        self._entries = [Entry(c) for c in candidates]
+        self._twin = Entry(candidates[0])
+        self._feeds = feeds
+        self._settings = settings
+        self._labelled = data.source if data is not None and _has_labels(data) else None
+        self._told = told
+        self._journal = journal
+        self._began = time.monotonic()
+
+    def run(self, resume: bool) -> Report:
+        told, settings = self._told, self._settings
+        key = key_of(self._entries, self._feeds, settings)
+        everything = [*self._entries, self._twin]
+        with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
+            folder = Path(name)
+            write_feeds(folder / "feeds.npz", self._feeds)
+            if resume and self._journal.resume(everything, key):
+                told.note(f"resumed: {len(self._twin.rounds)} of {settings.rounds} rounds were there already")
+            else:
+                self._check_outputs(folder)
+                self._journal.write(everything, key)
+            running = [e for e in self._entries if e.status == "ok"]
+            if not together([*running, self._twin]):
+                told.note("processes run one after the other: not all on CPUs, or too large to be loaded side by side")
+            interrupted = self._run_rounds("rounds", running, folder, key)
+            best = [] if interrupted else self._best(running)
+            if best:
+                interrupted = self._run_rounds("again", [self._entries[0], *best], folder, key)
+        report = build_report(
+            self._entries, self._twin, settings, environment(),
+            notes=told.notes, labelled=self._labelled, interrupted=interrupted,
+        )  # fmt: skip
+        if not interrupted:
+            self._journal.remove()
+        return report
+
+    def _check_outputs(self, folder: Path) -> None:
+        entries, told = self._entries, self._told
         with told.step(f"check the outputs of {len(entries)} candidates"):
             for number, entry in enumerate(entries):
                 told.advance(number, len(entries), "candidates")
-                _probe(entry, entries[0], folder, feeds, settings, labelled)
+                self._probe(entry, folder)
                 if entries[0].status != "ok":
                     raise BenchmarkError(
                         f"the reference {entries[0].candidate.label} does not run: {entries[0].status}",
@@ -94,15 +126,77 @@ def measure(
                     )
                 if entry.status != "ok":
                     told.note(f"{entry.candidate.label} does not enter: {entry.status}")
-            vacuous = check_vacuity(entries[0].outputs)
-            if vacuous:
-                told.note(f"equal outputs prove nothing here: {vacuous}")
-        twin = Entry(entries[0].candidate)
-        interrupted = _run_rounds(entries, twin, folder, settings, told)
-        rows = [Row(e.candidate, e.status, e.probe, e.parity, e.rounds) for e in entries]
-        return build_report(
-            rows, twin.rounds, settings, environment(), notes=told.notes, labelled=labelled, interrupted=interrupted
-        )
+        vacuous = check_vacuity(entries[0].outputs)
+        if vacuous:
+            told.note(f"equal outputs prove nothing here: {vacuous}")
+        for entry in entries:
+            entry.outputs = []
+        self._twin.probe = entries[0].probe
+
+    def _probe(self, entry: Entry, folder: Path) -> None:
+        outputs = folder / "outputs.npz"
+        outputs.unlink(missing_ok=True)
+        try:
+            with Process(entry.candidate, self._settings, folder) as child:
+                found = child.loaded | child.ask("probe", outputs=str(outputs), labelled=self._labelled)
+                entry.outputs = read_outputs(outputs)
+                if entry is not self._entries[0]:
+                    entry.parity, why = judge_outputs(
+                        self._entries[0].outputs, entry.outputs, self._feeds, self._settings.min_cosine
+                    )
+                    entry.outputs = []
+                    entry.status = f"wrong outputs: {why}" if why else "ok"
+                if entry.status == "ok" and self._settings.scenario != "latency":
+                    found |= _find_load(child, entry.candidate, self._settings)
+                    entry.status = found.pop("status", "ok")
+                entry.probe = found | child.end()
+        except ChildError as exc:
+            entry.status = f"failed: {exc}"
+
+    def _run_rounds(self, kind: str, entries: list[Entry], folder: Path, key: dict[str, Any]) -> bool:
+        """Measure; True where an interrupt ended it after enough rounds.
+
+        Args:
+            kind: "rounds", or "again" for those that confirm the best.
+            entries: The reference first; its twin is measured too.
+            folder: Where the inputs are.
+            key: Of the journal.
+        """
+        told, settings = self._told, self._settings
+        running = [*entries, self._twin]
+        what = f"measure {len(entries)} candidates" if kind == "rounds" else f"measure the best {len(entries) - 1} anew"
+        total = settings.rounds * len(running)
+        offset = settings.rounds if kind == "again" else 0
+        with told.step(f"{what} in {settings.rounds} rounds"):
+            for number in range(len(getattr(self._twin, kind)), settings.rounds):
+                done = number * len(running)
+                told.advance(done, total, "runs")
+                try:
+                    results = run_round(
+                        running, number + offset, folder, settings, self._began,
+                        lambda n, done=done: told.advance(done + n, total, "runs"),  # type: ignore[misc]
+                    )  # fmt: skip
+                except KeyboardInterrupt:
+                    if kind == "rounds" and number < MIN_ROUNDS:
+                        raise
+                    told.note(f"interrupted: {number} of {settings.rounds} {_WORDS[kind]} were measured")
+                    return True
+                for entry, result in zip(running, results, strict=True):
+                    getattr(entry, kind).append(result)
+                self._journal.write([*self._entries, self._twin], key)
+        return False
+
+    def _best(self, running: list[Entry]) -> list[Entry]:
+        """The candidates that are measured once more: what was chosen out of many was chosen for its luck too."""
+        settings = self._settings
+        eligible = [e for e in running if keeps_accuracy(e, running[0], settings.max_drop)]
+        if not settings.confirm or len(eligible) < _CONFIRMED:
+            return []
+        best = [eligible[i] for i in ranking([e.rounds for e in eligible])[:_CONFIRMED]]
+        return [e for e in best if e is not running[0]]
+
+
+_WORDS = {"rounds": "rounds", "again": "rounds of confirmation"}
 
 
 def _has_labels(data: Dataset) -> bool:
@@ -111,101 +205,40 @@ def _has_labels(data: Dataset) -> bool:
     return "labels" in data.head(1)
 
 
-def _probe(
-    entry: Entry, reference: Entry, folder: Path, feeds: Sequence[Feeds], settings: Settings, labelled: str | None
-) -> None:
-    outputs = folder / "outputs.npz"
-    job = {"mode": "probe", "outputs": str(outputs), "labelled": labelled}
-    entry.probe = _spawn(entry.candidate, job, folder, settings)
-    if "error" in entry.probe:
-        entry.status = f"failed: {entry.probe['error']}"
-        return
-    with np.load(outputs, allow_pickle=False) as archive:
-        found: dict[int, dict[str, Array]] = {}
-        for key in archive.files:
-            number, _, name = key.partition("/")
-            found.setdefault(int(number), {})[name] = archive[key]
-    entry.outputs = [found[n] for n in sorted(found)]
-    if entry is not reference:
-        entry.parity, why = _judge(reference.outputs, entry.outputs, feeds, settings.min_cosine)
-        entry.status = f"wrong outputs: {why}" if why else "ok"
-        entry.outputs = []
+def _find_load(child: Process, candidate: Candidate, settings: Settings) -> dict[str, Any]:
+    """How many requests in flight, and for a server the rate to begin the rounds at; "status" where there is none."""
+    child.ask("warm", seconds=settings.warmup_s, within_s=settings.warmup_s)
+    asked = candidate.concurrency or settings.concurrency
+    counts = [asked] if asked else _concurrencies(candidate)
+    told = child.ask("sweep", concurrencies=counts, seconds=_SWEEP_S, passes=_SWEEP_PASSES)
+    points = [_point(p, settings.batch) for p in told["points"]]
+    most = max(p["throughput_per_s"] for p in points)
+    knee = next(p for p in points if p["throughput_per_s"] >= _KNEE * most)
+    found: dict[str, Any] = {"sweep": points, "knee": knee, "concurrency": knee["concurrency"]}
+    if settings.scenario == "offline":
+        return found
+    child.ask("widen", concurrency=knee["concurrency"])
+    search = RateSearch(0.7 * knee["throughput_per_s"] / settings.batch)
+    trials = []
+    while not search.done:
+        trial, _ = try_rate(child, search.rate_per_s, settings, settings.seed)
+        search.learn(trial)
+        trials.append(trial.as_dict())
+    found["trials"] = trials
+    if search.best is None:
+        return found | {"status": f"no rate keeps its p99 within {settings.slo_p99_ms:g} ms"}
+    return found | {"rate_per_s": search.best.rate_per_s}
 
 
-def _judge(
-    expected: Sequence[Outputs], actual: Sequence[Outputs], feeds: Sequence[Feeds], min_cosine: float
-) -> tuple[dict[str, Any], str]:
-    """A parity record, and why the outputs are wrong; empty where they are the reference's, or near enough."""
-    strict = compare(expected, actual)
-    if strict.verdict is Verdict.PASSED:
-        return {"kind": "equal", **strict.as_dict(), "cosine": strict.cosine}, ""
-    lossy = compare_lossy(without_padding(expected, feeds), without_padding(actual, feeds), min_cosine)
-    return {"kind": "near", **lossy.as_dict(), "cosine": lossy.cosine}, lossy.reason
+def _concurrencies(candidate: Candidate) -> list[int]:
+    """1, 2, 4, ... up to twice the cores, but no fewer than there are sessions."""
+    most = max(2 * allowed_cores(), candidate.sessions)
+    return [n for n in (2**k for k in range(12)) if candidate.sessions <= n <= most] or [candidate.sessions]
 
 
-def _run_rounds(entries: list[Entry], twin: Entry, folder: Path, settings: Settings, told: Progress) -> bool:
-    """Measure; True where an interrupt ended it after enough rounds."""
-    running = [e for e in entries if e.status == "ok"] + [twin]
-    order = random.Random(settings.seed)
-    done = 0
-    with told.step(f"measure {len(running) - 1} candidates in {settings.rounds} rounds"):
-        for number in range(settings.rounds):
-            order.shuffle(running)
-            try:
-                results = []
-                for entry in running:
-                    told.advance(done, settings.rounds * len(running), "runs")
-                    results.append(_time(entry, folder, settings))
-                    done += 1
-            except KeyboardInterrupt:
-                if number < MIN_ROUNDS:
-                    raise
-                told.note(f"interrupted: {number} of {settings.rounds} rounds were measured")
-                return True
-            for position, (entry, result) in enumerate(zip(running, results, strict=True)):
-                entry.rounds.append(result | {"position": position})
-    return False
-
-
-def _time(entry: Entry, folder: Path, settings: Settings) -> dict[str, Any]:
-    job = {"mode": "time", "warmup_s": settings.warmup_s, "seconds": settings.seconds}
-    result = _spawn(entry.candidate, job, folder, settings)
-    if "error" in result:
-        raise BenchmarkError(
-            f"{entry.candidate.label} ran once and failed while it was measured: {result['error']}",
-            hint="measure the others without it",
-        )
-    return result
-
-
-def _spawn(candidate: Candidate, job: dict[str, Any], folder: Path, settings: Settings) -> dict[str, Any]:
-    """Run a worker and block until it ends; a poll would take time from it."""
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    job_file = folder / "job.json"
-    full = job | {
-        "model": candidate.path,
-        "device": candidate.device,
-        "threads": settings.threads,
-        "precision": candidate.precision or settings.precision,
-        "feeds": str(folder / "feeds.npz"),
-        "result": str(result),
-    }
-    job_file.write_text(json.dumps(full), encoding="utf-8")
-    # The child has to find this very copy of DeployKit, also in a bare checkout and from another directory.
-    home = str(Path(deploykit.__file__).resolve().parent.parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "deploykit.benchmarks.worker", str(job_file)],
-            capture_output=True, text=True, errors="replace", env=env, check=False,
-            stdin=subprocess.DEVNULL, timeout=_GRACE_S + settings.seconds + settings.warmup_s,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"error": "it did not finish in time"}
-    if not result.is_file():
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        return {"error": f"its process ended with {how} ({lines[-1][:200] if lines else 'no message'})"}
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
+def _point(found: dict[str, Any], batch: int) -> dict[str, Any]:
+    samples = np.asarray(found["samples_ns"], np.int64)
+    p50, p99 = (None if (q := percentile(samples, p)) is None else q / 1e6 for p in (50.0, 99.0))
+    # Each pass ends with its slowest request; their wall times are added up.
+    per_s = samples.size * batch / (found["wall_ns"] / 1e9)
+    return {"concurrency": found["concurrency"], "throughput_per_s": per_s, "p50_ms": p50, "p99_ms": p99}

@@ -11,30 +11,26 @@ from typing import Any
 import numpy as np
 
 import deploykit
-from deploykit.benchmarks.plan import Candidate, Settings
-from deploykit.benchmarks.statistics import Comparison, Outcome, compare_rounds, noise_floor, percentile
+from deploykit.benchmarks.plan import Entry, Settings
+from deploykit.benchmarks.statistics import (
+    Comparison,
+    Outcome,
+    decide,
+    drift_of,
+    floor_of,
+    log_ratios,
+    pace_of,
+    percentile,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_INTERVAL = (
+    "mean over rounds of the logarithm of the ratio; paired percentile bootstrap over rounds, expanded for few rounds, "
+    "and never narrower than Student's t interval; nominal 95 %"
+)
+# Half of a round's requests slower than the other by this much, or by the noise floor: no steady state.
+_DRIFT = 0.05
 _MS = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What was measured of one candidate, raw.
-
-    Attributes:
-        candidate: What.
-        status: "ok", or why it was not timed.
-        probe: Load time, placement, accuracy.
-        parity: Comparison with the reference; None for the reference.
-        rounds: Raw samples, one entry a round.
-    """
-
-    candidate: Candidate
-    status: str
-    probe: dict[str, Any]
-    parity: dict[str, Any] | None
-    rounds: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +67,8 @@ class Report:
     def headline(self) -> str:
         """One sentence: who won, or that it is a tie."""
         winner = self.winner
+        if winner["verdict"] == "none":
+            return "no winner: no candidate met the objective and kept the accuracy"
         names = ", ".join(winner["candidates"])
         if winner["verdict"] == "tie":
             return f"tie: {names} (no difference outside the noise)"
@@ -78,12 +76,13 @@ class Report:
             return f"winner: {names}, the reference; nothing else was faster and right"
         found = winner["against_reference"]
         ratio = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}]"
-        return f"winner: {names}, {ratio} as fast as {winner['reference']}"
+        anew = " on new rounds" if names in winner.get("measured_again", ()) else ""
+        return f"winner: {names}, {ratio} as fast as {winner['reference']}{anew}"
 
 
 def build_report(
-    rows: Sequence[Row],
-    twin: Sequence[dict[str, Any]],
+    entries: Sequence[Entry],
+    twin: Entry,
     settings: Settings,
     environment: dict[str, Any],
     *,
@@ -94,110 +93,185 @@ def build_report(
     """Derive medians, percentiles and verdicts from raw samples.
 
     Args:
-        rows: One a candidate, the reference first.
-        twin: Rounds of the reference measured once more, for the noise floor.
+        entries: One a candidate, the reference first.
+        twin: The reference measured once more, for the noise floor.
         settings: How it was measured.
         environment: Where.
         notes: What the user must know.
         labelled: The dataset that accuracy was measured on.
         interrupted: Whether fewer rounds were measured than asked for.
     """
-    medians = {i: _medians(row.rounds) for i, row in enumerate(rows) if row.rounds}
-    floor = noise_floor(medians[0], _medians(twin), settings.seed)
-    compared = {i: compare_rounds(medians[0], found, floor, settings.seed) for i, found in medians.items() if i}
-    eligible = [i for i in medians if _keeps_accuracy(rows[i], rows[0], settings.max_drop)]
-    entries = [
-        _entry(row, compared.get(i), settings, accurate=i not in medians or i in eligible) for i, row in enumerate(rows)
-    ]
+    judge = _Judge(entries, twin, settings)
     data = {
         "schema_version": SCHEMA_VERSION,
         "deploykit": deploykit.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "scenario": settings.scenario,
         "settings": settings.as_dict() | {"labelled_data": labelled},
         "environment": environment,
         "notes": list(notes),
         "interrupted": interrupted,
-        "interval": "paired percentile bootstrap over rounds, nominal 95 %; below 10 rounds it covers less",
-        "noise_floor": round(floor, 4),
-        "winner": _winner(rows, medians, eligible, floor, settings.seed),
-        "candidates": entries,
-        "reference_again": list(twin),
+        "interval": _INTERVAL,
+        "noise_floor": round(judge.floor, 4),
+        "winner": judge.winner(),
+        "candidates": [_entry(entry, place, judge, settings) for place, entry in enumerate(entries)],
+        "reference_again": list(twin.rounds),
     }
     return Report(data)
 
 
-def _medians(rounds: Sequence[dict[str, Any]]) -> list[float]:
-    return [float(np.median(r["samples_ns"])) for r in rounds]
+class _Judge:
+    """Verdicts: over all rounds, and over the new ones of those that were measured again."""
+
+    def __init__(self, entries: Sequence[Entry], twin: Entry, settings: Settings) -> None:
+        self._entries = entries
+        self._seed = settings.seed
+        self._timed = [i for i, e in enumerate(entries) if e.rounds]
+        self.floor = floor_of(log_ratios(entries[0].rounds, twin.rounds))
+        done = min([len(twin.again), *(len(e.again) for e in entries if e.again)])
+        self._again = [i for i, e in enumerate(entries) if e.again] if done else []
+        self.floor_again = floor_of(log_ratios(entries[0].again[:done], twin.again[:done])) if done else self.floor
+        self._done = done
+        self.eligible = [
+            i for i in self._timed
+            if keeps_accuracy(entries[i], entries[0], settings.max_drop) and not missed_rounds(entries[i])
+        ]  # fmt: skip
+
+    def against(self, other: int, this: int) -> Comparison:
+        """How many times faster `this` is, over the rounds that both were in."""
+        return decide(log_ratios(self._entries[other].rounds, self._entries[this].rounds), self.floor, self._seed)
+
+    def confirmed(self, other: int, this: int) -> Comparison | None:
+        """The same over the new rounds; None where there are none of both."""
+        if not self._done or not {other, this} <= set(self._again):
+            return None
+        pair = self._entries[other].again[: self._done], self._entries[this].again[: self._done]
+        return decide(log_ratios(*pair), self.floor_again, self._seed)
+
+    def winner(self) -> dict[str, Any]:
+        """The fastest eligible candidate, with all that cannot be told from it."""
+        entries = self._entries
+        if not self.eligible:
+            return {
+                "verdict": "none", "candidates": [], "models": [], "reference": entries[0].candidate.label,
+                "against_reference": None,
+            }  # fmt: skip
+        order = [self.eligible[i] for i in ranking([entries[i].rounds for i in self.eligible])]
+        # The new rounds decide among those that were in them; the others were behind already, or tie.
+        anew = [i for i in self._again if i in self.eligible]
+        leaders = [anew[i] for i in ranking([entries[i].again[: self._done] for i in anew])]
+        best = leaders[0] if leaders else order[0]
+        tied = [i for i in [*leaders, *(i for i in order if i not in leaders)] if i == best or self._ties(i, best)]
+        against = None
+        if best:
+            against = (self.confirmed(0, best) or self.against(0, best)).as_dict()
+        return {
+            "verdict": "tie" if len(tied) > 1 else "winner",
+            "candidates": [entries[i].candidate.label for i in tied],
+            "models": [entries[i].candidate.path for i in tied],
+            "reference": entries[0].candidate.label,
+            "against_reference": against,
+            "measured_again": [entries[i].candidate.label for i in self._again],
+        }
+
+    def _ties(self, this: int, best: int) -> bool:
+        found = self.confirmed(best, this) or self.against(best, this)
+        return found.outcome is not Outcome.SLOWER
 
 
-def _keeps_accuracy(row: Row, reference: Row, max_drop: float) -> bool:
-    have, want = row.probe.get("accuracy"), reference.probe.get("accuracy")
-    return have is None or want is None or have["accuracy"] >= want["accuracy"] - max_drop
+def ranking(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
+    """Numbers of candidates, the fastest first, by the rounds of each."""
+    if not rounds:
+        return []
+    means = [float(np.mean(log_ratios(rounds[0], found))) for found in rounds]
+    return sorted(range(len(rounds)), key=lambda i: -means[i])
 
 
-def _entry(row: Row, compared: Comparison | None, settings: Settings, *, accurate: bool) -> dict[str, Any]:
-    candidate, probe = row.candidate, row.probe
-    entry: dict[str, Any] = {
+def keeps_accuracy(entry: Entry, reference: Entry, max_drop: float) -> bool:
+    """Whether a candidate is as accurate as the reference, but for ``max_drop``; without labels, nothing says no."""
+    have, want = entry.probe.get("accuracy"), reference.probe.get("accuracy")
+    return have is None or want is None or bool(have["accuracy"] >= want["accuracy"] - max_drop)
+
+
+def missed_rounds(entry: Entry) -> int:
+    """In how many rounds no rate met the objective."""
+    return sum(not found.get("met", True) for found in entry.rounds)
+
+
+def _status(entry: Entry, place: int, judge: _Judge, settings: Settings) -> str:
+    if not entry.rounds or place in judge.eligible:
+        return entry.status
+    missed = missed_rounds(entry)
+    if missed:
+        return f"no rate kept its p99 within {settings.slo_p99_ms:g} ms in {missed} of {len(entry.rounds)} rounds"
+    return f"accuracy dropped by more than {settings.max_drop}"
+
+
+def _entry(entry: Entry, place: int, judge: _Judge, settings: Settings) -> dict[str, Any]:
+    candidate, probe = entry.candidate, entry.probe
+    found: dict[str, Any] = {
         "name": candidate.name,
         "device": candidate.device,
         "model": candidate.path,
         "sha256": candidate.sha256,
         "size_bytes": candidate.size_bytes,
         "precision": candidate.precision or settings.precision,
-        "status": row.status if accurate else f"accuracy dropped by more than {settings.max_drop}",
+        "status": _status(entry, place, judge, settings),
         "settings": probe.get("settings"),
-        "outputs": row.parity,
+        "tuned": candidate.identity if candidate.tuned else None,
+        "outputs": entry.parity,
         "accuracy": probe.get("accuracy"),
         "placement": probe.get("placement"),
     }
-    if not row.rounds:
-        return entry
-    samples = np.concatenate([np.asarray(r["samples_ns"], np.int64) for r in row.rounds])
-    wall = sum(r["wall_ns"] for r in row.rounds)
-    memory = [r["peak_memory_bytes"] for r in row.rounds if r["peak_memory_bytes"] is not None]
-    ms = {q: None if (found := percentile(samples, q)) is None else found / _MS for q in (50.0, 90.0, 99.0)}
-    return entry | {
-        "samples": int(samples.size),
-        "median_ms": float(np.median(_medians(row.rounds))) / _MS,
-        "p50_ms": ms[50.0],
-        "p90_ms": ms[90.0],
-        "p99_ms": ms[99.0],
-        "throughput_per_s": samples.size * settings.batch / (wall / 1e9),
-        "load_ms": float(np.median([r["load_ms"] for r in row.rounds])),
-        "first_ms": float(np.median([r["first_ms"] for r in row.rounds])),
-        "peak_memory_bytes": max(memory) if memory else None,
+    if not entry.rounds:
+        return found
+    compared = judge.against(0, place) if place else None
+    anew = judge.confirmed(0, place) if place else None
+    return found | _figures(entry, settings, judge.floor) | {
         "against_reference": compared.as_dict() if compared else None,
-        "rounds": row.rounds,
-    }
+        "confirmed": anew.as_dict() if anew else None,
+        "rounds": entry.rounds,
+        "rounds_again": entry.again,
+    }  # fmt: skip
 
 
-def _winner(
-    rows: Sequence[Row], medians: dict[int, list[float]], eligible: Sequence[int], floor: float, seed: int
-) -> dict[str, Any]:
-    """The fastest eligible candidate, with all that cannot be told from it."""
-
-    def total(i: int) -> float:
-        return float(np.log(medians[i]).mean())
-
-    best = min(eligible, key=total)
-    tied = [
-        i
-        for i in eligible
-        if i == best or compare_rounds(medians[i], medians[best], floor, seed).outcome is Outcome.TIE
-    ]
-    against = compare_rounds(medians[0], medians[best], floor, seed).as_dict() if best else None
-    return {
-        "verdict": "tie" if len(tied) > 1 else "winner",
-        "candidates": [rows[i].candidate.label for i in sorted(tied, key=total)],
-        "models": [rows[i].candidate.path for i in sorted(tied, key=total)],
-        "reference": rows[0].candidate.label,
-        "against_reference": against,
-    }
+def _figures(entry: Entry, settings: Settings, floor: float) -> dict[str, Any]:
+    """Percentiles over all samples; medians over rounds."""
+    rounds = entry.rounds
+    samples = np.concatenate([np.asarray(r["samples_ns"], np.int64) for r in rounds])
+    wall = sum(r["wall_ns"] for r in rounds)
+    memory = [r["peak_memory_bytes"] for r in rounds if r["peak_memory_bytes"] is not None]
+    ms = {q: None if (v := percentile(samples, q)) is None else v / _MS for q in (50.0, 90.0, 95.0, 99.0, 99.9)}
+    drift = drift_of(rounds)
+    found = {
+        "samples": int(samples.size),
+        "median_ms": float(np.median([np.median(r["samples_ns"]) for r in rounds])) / _MS,
+        "p50_ms": ms[50.0], "p90_ms": ms[90.0], "p95_ms": ms[95.0], "p99_ms": ms[99.0], "p999_ms": ms[99.9],
+        "throughput_per_s": samples.size * settings.batch / (wall / 1e9),
+        "load_ms": float(np.median([r["load_ms"] for r in rounds])),
+        "first_ms": float(np.median([r["first_ms"] for r in rounds])),
+        "peak_memory_bytes": max(memory) if memory else None,
+        "drift": {"ratio": round(drift, 4), "flagged": abs(drift - 1) > max(_DRIFT, floor)},
+    }  # fmt: skip
+    if settings.scenario == "offline":
+        pace = float(np.median([pace_of(r) for r in rounds]))
+        found |= {
+            "concurrency": entry.concurrency, "sweep": entry.probe["sweep"], "knee": entry.probe["knee"],
+            "throughput_per_s": settings.batch * 1e9 / pace if entry.concurrency > 1 else found["throughput_per_s"],
+        }  # fmt: skip
+    elif settings.scenario == "server":
+        trials = [*entry.probe["trials"], *(t for r in rounds for t in r["trials"])]
+        met = [r["rate_per_s"] for r in rounds if r["met"]]
+        found |= {
+            "concurrency": entry.concurrency, "rates": sorted(trials, key=lambda t: t["rate_per_s"]),
+            "highest_rate_per_s": float(np.median(met)) if len(met) == len(rounds) else None,
+        }  # fmt: skip
+    return found
 
 
 COLUMNS = (
-    "model", "device", "size MB", "median ms", "p90 ms", "p99 ms", "per s", "load ms", "mem MB", "int8", "outputs",
-    "accuracy", "F1", "vs first",
+    "model", "device", "size MB", "median ms", "p90 ms", "p99 ms", "per s", "in flight", "rate/s", "load ms", "mem MB",
+    "placed", "int8", "outputs", "accuracy", "F1", "vs first",
 )  # fmt: skip
 
 
@@ -212,11 +286,15 @@ def _cells(c: dict[str, Any], *, reference: bool) -> tuple[str, ...]:
     timed = "median_ms" in c
     outputs = c["outputs"]
     accuracy = c["accuracy"] or {}
-    precisions = (c["placement"] or {}).get("compute_precisions", {})
+    placement = c["placement"] or {}
+    precisions = placement.get("compute_precisions", {})
+    rate = c.get("highest_rate_per_s")
     compared = c.get("against_reference")
     verdict = "reference" if reference else ""
     if compared:
         verdict = f"{compared['verdict']} {compared['ratio']:.2f}x [{compared['low']:.2f}, {compared['high']:.2f}]"
+    if c.get("drift", {}).get("flagged"):
+        verdict += f"{', ' if verdict else ''}drifts {c['drift']['ratio']:.2f}x"
     if c["status"] != "ok":
         verdict = f"{verdict}, {c['status']}" if verdict else c["status"][:80]
     return (
@@ -227,8 +305,11 @@ def _cells(c: dict[str, Any], *, reference: bool) -> tuple[str, ...]:
         _or_na(c.get("p90_ms"), timed=timed),
         _or_na(c.get("p99_ms"), timed=timed),
         f"{c['throughput_per_s']:.0f}" if timed else "",
+        str(c.get("concurrency", "")),
+        "" if rate is None else f"{rate:.4g}",
         f"{c['load_ms']:.0f}" if timed else "",
         f"{c['peak_memory_bytes'] / 1e6:.0f}" if timed and c["peak_memory_bytes"] else "",
+        f"{placement['share_of_nodes']:.0%}/{placement['share_of_time']:.0%}" if placement else "",
         f"{precisions.get('int8', 0)}/{sum(precisions.values())}" if precisions else "",
         "" if outputs is None else "equal" if outputs["kind"] == "equal" else f"cos {outputs['cosine']:.4f}",
         f"{accuracy['accuracy']:.4f}" if accuracy else "",

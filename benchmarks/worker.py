@@ -1,59 +1,125 @@
-"""Child process of `measure`: python -m deploykit.benchmarks.worker JOB.json.
+"""Child process of a measurement: python -m deploykit.benchmarks.worker JOB.json.
 
-Two jobs: "probe" runs the inputs once and keeps the outputs, predictions and placement; "time" runs them in a loop and
-keeps every latency. The result goes to the file that the job names; what goes wrong is in there too.
+It loads one model, says on standard output that it is ready, and then does what it is told on standard input, a JSON
+document a line each way: "probe" runs the inputs once and keeps outputs, predictions and placement; "warm" and "time"
+run them in a loop; "serve" sends them by a schedule; "end" asks for the peak of its memory. Where its parent dies, the
+input ends, and so does the process.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from deploykit.benchmarks.loops import closed_loop, concurrent_loop, open_loop, poisson_schedule
 from deploykit.errors import DataError, DeploykitError
 from deploykit.runtimes import Session, open_session, require_device
 from deploykit.specs import Array, fit_feeds
 
 _MIN_WARMUP_RUNS = 10
+# Before each block: what a neighbour left in the caches and spinning on the cores must not count.
+_SETTLE_NS = 10_000_000
 _EVALUATION_BATCH = 32
+_SWEPT_S = 0.2
 
 
 def main(job_file: str) -> int:
-    """Do the job; 0 also where the model failed, with the reason in the result."""
+    """Serve until told to end; 0 also where the model failed, with the reason in the last line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C the parent decides
+    # Native libraries print to standard output; what the parent reads is a copy of it that they do not know.
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
-        result = _work(job)
+        _serve(job, sys.stdin, answers)
     except DeploykitError as exc:
-        result = {"error": str(exc)}
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+        _say(answers, {"error": str(exc)})
+    except BrokenPipeError:
+        return 1
     return 0
 
 
-def _work(job: dict[str, Any]) -> dict[str, Any]:
+def _say(answers: IO[str], found: dict[str, Any]) -> None:
+    answers.write(json.dumps(found) + "\n")
+    answers.flush()
+
+
+def _serve(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
     feeds = _read_feeds(job["feeds"])
     require_device(job["device"])  # imports the runtime: that is no part of loading a model
-    started = time.perf_counter_ns()
-    with open_session(job["model"], job["device"], threads=job["threads"], precision=job["precision"]) as session:
+    with ExitStack() as stack:
+        started = time.perf_counter_ns()
+        lanes = Lanes(job, stack)
         loaded = time.perf_counter_ns()
-        chosen = [_for(session, f) for f in feeds]
+        # The inputs that this model has; a simplified one may have fewer.
+        chosen = [fit_feeds(lanes.session.signature, f) for f in feeds]
         before_first = time.perf_counter_ns()
-        session.run(chosen[0])
+        lanes.session.run(chosen[0])
         first = time.perf_counter_ns()
-        result: dict[str, Any] = {
-            "load_ms": (loaded - started) / 1e6,
-            "first_ms": (first - before_first) / 1e6,
-            "settings": {k: str(v) for k, v in session.settings.items()},
-        }
-        if job["mode"] == "probe":
-            result |= _probe(session, chosen, job)
-        else:
-            result |= _time(session, chosen, job["warmup_s"], job["seconds"])
-        result["peak_memory_bytes"] = peak_memory_bytes()
-        return result
+        _say(
+            answers,
+            {
+                "load_ms": (loaded - started) / 1e6,
+                "first_ms": (first - before_first) / 1e6,
+                "settings": {k: str(v) for k, v in lanes.session.settings.items()},
+            },
+        )
+        for line in commands:
+            told = json.loads(line)
+            if told["do"] == "end":
+                _say(answers, {"peak_memory_bytes": peak_memory_bytes()})
+                return
+            _say(answers, _DEEDS[told["do"]](lanes, chosen, told))
+
+
+class Lanes:
+    """The requests that may be in flight at a time.
+
+    Args:
+        job: "concurrency" of them, over "sessions" sessions of "threads" threads each.
+        stack: Closes the sessions.
+    """
+
+    def __init__(self, job: dict[str, Any], stack: ExitStack) -> None:
+        self._job = job
+        self._stack = stack
+        self.session = self._open()
+        self._sessions = [self.session]
+        self._sessions += [self._open() for _ in range(1, job.get("sessions") or 1)]
+        self._calls: list[Callable[[Any], object]] = [self.session.run]
+        self.cursor = 0
+        self.widen(max(job.get("concurrency") or 1, len(self._sessions)))
+
+    def _open(self) -> Session:
+        job = self._job
+        return self._stack.enter_context(
+            open_session(
+                job["model"], job["device"], threads=job["threads"], precision=job["precision"],
+                optimize=job.get("optimize", True), settings=job.get("settings"),
+            )
+        )  # fmt: skip
+
+    def widen(self, count: int) -> None:
+        """Have ``count`` requests, spread over the sessions."""
+        if count == 1:
+            self._calls = [self.session.run]
+            return
+        shares = [count // len(self._sessions) + (i < count % len(self._sessions)) for i in range(len(self._sessions))]
+        self._calls = [r.run for s, n in zip(self._sessions, shares, strict=True) for r in s.requests(n)]
+
+    @property
+    def calls(self) -> Sequence[Callable[[Any], object]]:
+        """One callable a request in flight."""
+        return self._calls
 
 
 def _read_feeds(path: str) -> list[dict[str, Array]]:
@@ -65,18 +131,19 @@ def _read_feeds(path: str) -> list[dict[str, Array]]:
     return [feeds[n] for n in sorted(feeds)]
 
 
-def _for(session: Session, feeds: dict[str, Array]) -> dict[str, Array]:
-    """The inputs that this model has; a simplified one may have fewer."""
-    return fit_feeds(session.signature, feeds)
-
-
-def _probe(session: Session, feeds: list[dict[str, Array]], job: dict[str, Any]) -> dict[str, Any]:
-    outputs = {f"{i}/{name}": array for i, f in enumerate(feeds) for name, array in session.run(f).items()}
+def _keep_outputs(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    outputs = {f"{i}/{name}": array for i, f in enumerate(feeds) for name, array in lanes.session.run(f).items()}
     outputs = {k: a.astype(str) if a.dtype.kind == "O" else a for k, a in outputs.items()}
-    np.savez(job["outputs"], **outputs)  # type: ignore[arg-type]
+    np.savez(told["outputs"], **outputs)  # type: ignore[arg-type]
+    return {"peak_memory_bytes": peak_memory_bytes()}
+
+
+def _probe(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    session = lanes.session
+    _keep_outputs(lanes, feeds, told)
     result: dict[str, Any] = {"placement": session.placement(feeds[0]).summary()}
-    if job.get("labelled"):
-        result["accuracy"] = _evaluate(session, job["labelled"])
+    if told.get("labelled"):
+        result["accuracy"] = _evaluate(session, told["labelled"])
     return result
 
 
@@ -100,24 +167,62 @@ def _evaluate(session: Session, source: str) -> dict[str, Any]:
     return classification_scores(np.concatenate(labels), decide(guesses)).as_dict()
 
 
-def _time(session: Session, feeds: list[dict[str, Array]], warmup_s: float, seconds: float) -> dict[str, Any]:
-    clock, run, count = time.perf_counter_ns, session.run, len(feeds)
-    runs = 0
-    end = clock() + int(warmup_s * 1e9)
-    while runs < _MIN_WARMUP_RUNS or clock() < end:
-        run(feeds[runs % count])
-        runs += 1
-    samples: list[int] = []
-    started = now = clock()
-    end = started + int(seconds * 1e9)
-    index = 0
-    while now < end:
-        began = clock()
-        run(feeds[index])
-        now = clock()
-        samples.append(now - began)
-        index = index + 1 if index + 1 < count else 0
-    return {"samples_ns": samples, "wall_ns": now - started, "warmup_runs": runs}
+def _warm(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    """Run for some seconds, and at least ten times; says how long a request takes by now."""
+    runs, latest = 0, [0]
+    end = time.perf_counter_ns() + int(told["seconds"] * 1e9)
+    while runs < _MIN_WARMUP_RUNS or time.perf_counter_ns() < end:
+        left = max(0, end - time.perf_counter_ns()) if runs >= _MIN_WARMUP_RUNS else 0
+        timed = concurrent_loop(lanes.calls, feeds, left / 1e9, start=runs)
+        runs += len(timed.samples_ns)
+        latest = timed.samples_ns[-1:]
+    return {"warmup_runs": runs, "request_ns": latest[0], "peak_memory_bytes": peak_memory_bytes()}
+
+
+def _time(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    """A block of requests, after a few that do not count."""
+    closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9, start=lanes.cursor)
+    timed = concurrent_loop(lanes.calls, feeds, told["seconds"], start=lanes.cursor)
+    lanes.cursor = timed.cursor
+    return timed.as_dict()
+
+
+def _sweep(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    """Requests in a second at each number of requests in flight, in several passes."""
+    found: dict[int, dict[str, Any]] = {}
+    for _ in range(told["passes"]):
+        for count in told["concurrencies"]:
+            lanes.widen(count)
+            concurrent_loop(lanes.calls, feeds, _SWEPT_S)
+            timed = concurrent_loop(lanes.calls, feeds, told["seconds"])
+            kept = found.setdefault(count, {"concurrency": count, "samples_ns": [], "wall_ns": 0})
+            kept["samples_ns"] += timed.samples_ns
+            kept["wall_ns"] += timed.wall_ns
+    return {"points": list(found.values())}
+
+
+def _widen(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    lanes.widen(told["concurrency"])
+    return {}
+
+
+def _schedule(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
+    """An open loop; latencies count from the intended times."""
+    closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9)
+    schedule = poisson_schedule(told["rate_per_s"], told["queries"], told["seed"])
+    timed = open_loop(lanes.calls, feeds, schedule, give_up_ns=told.get("give_up_ns"))
+    return timed.as_dict() | {"queries": len(timed.samples_ns), "asked": len(schedule)}
+
+
+_DEEDS: dict[str, Callable[[Lanes, list[dict[str, Array]], dict[str, Any]], dict[str, Any]]] = {
+    "outputs": _keep_outputs,
+    "probe": _probe,
+    "warm": _warm,
+    "time": _time,
+    "sweep": _sweep,
+    "widen": _widen,
+    "serve": _schedule,
+}
 
 
 def peak_memory_bytes() -> int | None:

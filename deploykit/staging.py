@@ -248,14 +248,20 @@ def _umask() -> int:
     return mask
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, replace: bool = False) -> None:
     """Write a single file (a report) atomically; refuses to overwrite.
+
+    Args:
+        path: Where.
+        data: What.
+        replace: Whether a file that is there gives way; for those that are our own.
 
     Raises:
         OutputExistsError: Something is there.
         StorageError: The file system refused.
     """
-    check_free(path)
+    if not replace:
+        check_free(path)
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
@@ -264,7 +270,10 @@ def write_file(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
-        _place(Path(temporary), path)
+        if replace:
+            Path(temporary).replace(path)
+        else:
+            _place(Path(temporary), path)
     except FileExistsError as exc:
         raise _taken(path) from exc
     except OSError as exc:

@@ -24,7 +24,7 @@ def test_a_model_against_itself_is_a_tie():
         rng = np.random.default_rng(seed)
         drift = np.exp(np.cumsum(rng.normal(0, 0.05, 10)))
         a, b, twin = (list(np.asarray(rounds(rng, 5.0, 0.02)) * drift) for _ in range(3))
-        floor = noise_floor(a, twin, seed)
+        floor = noise_floor(a, twin)
         ties += compare_rounds(a, b, floor, seed).outcome is Outcome.TIE
     assert ties >= 190
 
@@ -32,7 +32,7 @@ def test_a_model_against_itself_is_a_tie():
 def test_a_real_difference_is_found_and_has_a_direction():
     rng = np.random.default_rng(1)
     slow, twin, fast = rounds(rng, 6.0, 0.01), rounds(rng, 6.0, 0.01), rounds(rng, 4.0, 0.01)
-    floor = noise_floor(slow, twin, 0)
+    floor = noise_floor(slow, twin)
     found = compare_rounds(slow, fast, floor, 0)
     assert found.outcome is Outcome.FASTER
     assert found.low < 1.5 < found.high or found.ratio == pytest.approx(1.5, rel=0.02)
@@ -40,4 +40,4 @@ def test_a_real_difference_is_found_and_has_a_direction():
 
 
 def test_the_floor_is_never_below_one_percent():
-    assert noise_floor([5.0] * 5, [5.0] * 5, 0) == 0.01
+    assert noise_floor([5.0] * 5, [5.0] * 5) == 0.01

@@ -1,0 +1,108 @@
+"""Which rate of requests a server can take: the highest whose 99th percentile meets an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deploykit.benchmarks.statistics import MIN_SAMPLES, percentile
+
+_GROWTH = 1.5
+# The search ends when what met the objective and what did not are this close.
+_RESOLUTION = 1.03
+_MOST_TRIALS = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One open-loop run.
+
+    Attributes:
+        rate_per_s: Intended rate of requests.
+        achieved_per_s: Answers in a second.
+        queries: Requests that were answered.
+        p50_ms: Median latency from the intended start; None where too few were answered.
+        p99_ms: 99th percentile.
+        met: Whether every request was sent and the 99th percentile meets the objective.
+        wall_ns: From the beginning to the last answer.
+    """
+
+    # A request that starts later than so many objectives after its time: the queue only grows.
+    HOPELESS: ClassVar[float] = 20.0
+
+    rate_per_s: float
+    achieved_per_s: float
+    queries: int
+    p50_ms: float | None
+    p99_ms: float | None
+    met: bool
+    wall_ns: int
+
+    @staticmethod
+    def queries_for(rate_per_s: float, seconds: float) -> int:
+        """Requests that a trial needs: those of its seconds, and as many as a 99th percentile takes."""
+        return max(MIN_SAMPLES[99.0], int(rate_per_s * seconds))
+
+    @classmethod
+    def judge(cls, rate_per_s: float, told: dict[str, Any], objective_ms: float) -> Trial:
+        """From what the worker measured."""
+        samples = np.asarray(told["samples_ns"], np.int64)
+        p50, p99 = (None if (q := percentile(samples, p)) is None else q / 1e6 for p in (50.0, 99.0))
+        complete = told["queries"] == told["asked"]
+        return cls(
+            rate_per_s, samples.size / (told["wall_ns"] / 1e9), int(samples.size), p50, p99,
+            complete and p99 is not None and p99 <= objective_ms, int(told["wall_ns"]),
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready copy."""
+        return {
+            "rate_per_s": round(self.rate_per_s, 3), "achieved_per_s": round(self.achieved_per_s, 3),
+            "queries": self.queries, "p50_ms": self.p50_ms, "p99_ms": self.p99_ms, "met": self.met,
+        }  # fmt: skip
+
+
+class RateSearch:
+    """Search by doubling and halving, then bisection, on a logarithmic scale.
+
+    Args:
+        start: The first rate to try.
+
+    Attributes:
+        rate_per_s: What to try next.
+        best: The trial at the highest rate that met the objective; None before there was one.
+    """
+
+    def __init__(self, start: float) -> None:
+        self.rate_per_s = start
+        self.best: Trial | None = None
+        self._worst: float | None = None
+        self._trials = 0
+
+    def learn(self, trial: Trial) -> None:
+        """Take note of a trial at `rate_per_s`."""
+        self._trials += 1
+        if trial.met:
+            if self.best is None or trial.rate_per_s > self.best.rate_per_s:
+                self.best = trial
+        elif self._worst is None or trial.rate_per_s < self._worst:
+            self._worst = trial.rate_per_s
+        if self.best is None:
+            self.rate_per_s = trial.rate_per_s / _GROWTH
+        elif self._worst is None:
+            self.rate_per_s = self.best.rate_per_s * _GROWTH
+        elif self._worst <= self.best.rate_per_s:
+            # A rate above met it that a lower one did not: noise. What is known to be met counts.
+            self._worst = None
+            self.rate_per_s = self.best.rate_per_s * _RESOLUTION
+        else:
+            self.rate_per_s = float(np.sqrt(self.best.rate_per_s * self._worst))
+
+    @property
+    def done(self) -> bool:
+        """Whether the rate is known well enough, or there is none."""
+        if self._trials >= _MOST_TRIALS:
+            return True
+        return self.best is not None and self._worst is not None and self._worst < self.best.rate_per_s * _RESOLUTION**2
