@@ -78,10 +78,9 @@ class OrtSession(Session):
 
     def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
         ort = require("onnxruntime", extra="ort")
-        if path.suffix != ".onnx":
-            raise ModelError(
-                f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint="use --device openvino:cpu"
-            )
+        if path.suffix not in device.reads:
+            other = "torch:cpu" if path.suffix == ".pt2" else "openvino:cpu"
+            raise ModelError(f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint=f"use --device {other}")
         check_provider(device)
         _check_file(path)
         self.device = device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -140,7 +141,9 @@ class OpenVinoSession(Session):
         self._path = path
         self._ov = ov
         if path.suffix not in device.reads:
-            raise ModelError(f"OpenVINO cannot read {path}", expected="an .onnx or an .xml file")
+            raise ModelError(
+                f"OpenVINO cannot read {path}", expected="an .onnx or an .xml file", hint="use --device torch:cpu"
+            )
         core = ov.Core()
         self.settings = configure(core, device, options)
         if path.suffix == ".onnx":
@@ -165,12 +168,13 @@ class OpenVinoSession(Session):
             tuple(_spec(p, name) for name, p in zip(outputs, self._compiled.outputs, strict=True)),
         )
         self._ports = {name: i for i, name in enumerate(inputs)}
-        self._made: list[_InferRequest] = []
+        # Those that nobody holds any more are freed before the session is closed.
+        self._made: weakref.WeakSet[_InferRequest] = weakref.WeakSet()
         self._run_one = self._new().run
 
     def _new(self) -> _InferRequest:
         made = _InferRequest(self._ov, self._compiled, self.signature)
-        self._made.append(made)
+        self._made.add(made)
         return made
 
     def _compile(self, core: Any, config: dict[str, Any]) -> Any:
@@ -253,7 +257,7 @@ class OpenVinoSession(Session):
 
     def close(self) -> None:
         """Free the compiled model."""
-        for made in self._made:
+        for made in list(self._made):
             made.close()
         self._compiled = self._model = None
 
