@@ -71,14 +71,15 @@ class _InferRequest:
 
     def __init__(self, ov: Any, compiled: Any, signature: Signature) -> None:
         self._raw = compiled.create_infer_request()
-        self._lower = super(type(self._raw), self._raw).infer
+        lower: Any = super(type(self._raw), self._raw)
+        self._lower = lower.infer
         self._tensor = ov.Tensor
         self._dtypes = dtypes_of(signature.inputs)
         self._ports = {spec.name: i for i, spec in enumerate(signature.inputs)}
         self._names = [spec.name for spec in signature.outputs]
         # Strings and bfloat16 need OpenVINO's conversions.
         self._plain = all(spec.dtype not in ("string", "bfloat16") for spec in signature)
-        self._bfloat16 = dict(dtypes_of(s for s in signature.outputs if s.dtype == "bfloat16"))
+        self._bfloat16: dict[str, Any] = dict(dtypes_of(s for s in signature.outputs if s.dtype == "bfloat16"))
         self._held: dict[int, Any] = {}
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
