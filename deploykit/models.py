@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,10 @@ from deploykit.data import LABELS, Dataset, ValueRange, generate
 from deploykit.errors import DataError, ModelError
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.onnx_file import guess_sizes, vocabulary_ranges
+from deploykit.exporters.pytorch import observed_range
+from deploykit.exporters.torch_onnx import to_numpy
 from deploykit.modelfile import check_model, model_bytes, read_model, signature_of
+from deploykit.programs import load_program, read_inputs, read_outputs
 from deploykit.specs import Array, Signature, fit_feeds, terms
 
 # Distinct inputs that a benchmark rotates through.
@@ -34,7 +37,7 @@ class LoadedModel:
         lineage: Steps so far.
         size_bytes: Model and weights.
         opset: Of the default domain; None for OpenVINO IR.
-        quantized: Whether a step of the lineage changed the numbers.
+        sizes: Sizes of dynamic dimensions that the model is known to accept.
     """
 
     path: Path
@@ -45,6 +48,7 @@ class LoadedModel:
     lineage: list[StepRecord]
     size_bytes: int
     opset: int | None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def unverifiable(self) -> bool:
@@ -96,6 +100,36 @@ def _load_ir(file: Path, artifact: Artifact | None) -> LoadedModel:
             artifact.size_bytes, None,
         )  # fmt: skip
     return LoadedModel(file, signature, {}, None, sha256_of(file), [], model_bytes(file), None)
+
+
+def load_candidate(path: str | Path) -> LoadedModel:
+    """Open what can be measured: as `load_model`, and programs of `torch.export.save` (`.pt2`) for PyTorch's devices.
+
+    Raises:
+        ModelError: Missing, corrupt or unsafe.
+        ArtifactError: An artifact that was changed.
+        MissingDependencyError: torch is not installed.
+    """
+    file = Path(path)
+    return _load_program(file) if file.suffix == ".pt2" and not file.is_dir() else load_model(path)
+
+
+def _load_program(file: Path) -> LoadedModel:
+    from torch.utils import _pytree
+
+    program = load_program(file)
+    inputs = read_inputs(program)
+    outputs, _ = read_outputs(program, inputs)
+    tensors = [leaf for leaf in _pytree.tree_leaves(program.example_inputs or ()) if hasattr(leaf, "shape")]
+    ranges: dict[str, ValueRange] = {}
+    sizes: dict[str, int] = {}
+    for spec, tensor in zip(inputs.specs, tensors if len(tensors) == len(inputs.specs) else (), strict=False):
+        found = observed_range(to_numpy(tensor))
+        if found is not None:
+            ranges[spec.name] = found
+        sizes |= {d: int(size) for d, size in zip(spec.shape or (), tensor.shape, strict=True) if isinstance(d, str)}
+    signature = Signature(inputs.specs, outputs)
+    return LoadedModel(file, signature, ranges, None, sha256_of(file), [], file.stat().st_size, None, sizes)
 
 
 def probe_feeds(
@@ -188,7 +222,7 @@ def benchmark_feeds(
             raise DataError(f"{data.source} holds {have} samples", expected=f"at least one batch of {size}")
         picks = [(np.arange(size) + i * size) % have for i in range(max(1, min(_BENCHMARK_INPUTS, have)))]
         return [fit_feeds(model.signature, {k: v[p] for k, v in rows.items()}) for p in picks], data.source, size
-    sizes = {**_golden_sizes(model), **dims}
+    sizes = {**model.sizes, **_golden_sizes(model), **dims}
     full = guess_sizes(inputs, ExportOptions(dims=sizes)) | {s: size for s in _batch_symbols(model.signature)}
     return [generate(inputs, full, ranges=model.ranges, seed=i) for i in range(_BENCHMARK_INPUTS)], "generated", size
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.data import Dataset
 from deploykit.errors import OptimizationError
-from deploykit.models import load_model
+from deploykit.models import load_candidate
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from deploykit.benchmarks import Report
     from deploykit.recipe import Recipe
 
-from deploykit.comparing import MIN_COSINE, find_targets
+from deploykit.candidates import candidate_devices, enters
+from deploykit.comparing import MIN_COSINE
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.quantizing import quantize_dynamic, quantize_static
@@ -61,8 +62,9 @@ def benchmark(
     """Measure models × devices in interleaved rounds, each in a fresh process.
 
     Args:
-        models: Artifacts, `.onnx` or `.xml` files; the first, on the first device, is the reference.
-        devices: By default the CPU of every installed runtime.
+        models: Artifacts, `.onnx` or `.xml` files, and `.pt2` programs for PyTorch's devices; the first, on the first
+            device that reads it, is the reference.
+        devices: By default the CPU of every installed runtime, and of PyTorch where a model is a `.pt2` program.
         data: Inputs; with `labels`, accuracy is measured too.
         threads: Threads in one request; all allowed cores by default.
         batch: Samples in one request.
@@ -84,8 +86,8 @@ def benchmark(
     from deploykit.models import benchmark_feeds, names_of
 
     told = progress or Progress()
-    targets, _ = find_targets(devices)
-    loaded = [load_model(m) for m in models]
+    loaded = [load_candidate(m) for m in models]
+    targets = candidate_devices(loaded, devices)
     dataset = Dataset.open(data) if data else None
     if not loaded:
         raise OptimizationError("nothing to measure", hint="name a model: -m MODEL")
@@ -96,8 +98,7 @@ def benchmark(
         Candidate(name, str(model.path), str(device), model.digest, model.size_bytes)
         for name, model in zip(names_of(models), loaded, strict=True)
         for device in targets
-        # Nobody asked for ONNX Runtime by name, and it cannot read OpenVINO's format.
-        if devices or model.path.suffix != ".xml" or device.runtime != "ort"
+        if enters(model.path, device, named=bool(devices))
     ]
     settings = Settings(
         rounds=rounds, seconds=seconds, warmup_s=warmup_s, threads=threads, batch=size, precision=precision,

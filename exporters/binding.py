@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deploykit import nesting
 from deploykit.data import ValueRange, generate
 from deploykit.errors import SourceError, first_line
-from deploykit.exporters import nesting, torch_onnx
+from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import ExportOptions
 from deploykit.exporters.shapes import parse_input
 from deploykit.extras import require

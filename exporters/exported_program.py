@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +9,15 @@ from typing import Any
 
 from deploykit.data import Dataset, generate
 from deploykit.errors import ExportError, SourceError, first_line
-from deploykit.exporters import nesting, torch_onnx
+from deploykit.exporters import torch_onnx
 from deploykit.exporters.base import DEFAULT_OPSET, ExportOptions, Source, Way
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.pytorch import observed_range
 from deploykit.exporters.shapes import cases_from_data, make_cases, observed_outputs
 from deploykit.extras import require, version_of
-from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
+from deploykit.programs import ProgramModule, load_program, read_inputs
+from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
 # CPU seconds for the translation; there is no other way.
 _LIMIT_S = 1200.0
@@ -39,13 +37,13 @@ class ExportedProgramSource(Source):
     def __init__(self, path: Path, options: ExportOptions) -> None:
         self.label = str(path)
         self._limit_s = options.timeout_s or _LIMIT_S
-        self._program = _load(path)
+        self._program = load_program(path, SourceError, "export file.py:factory instead")
         if options.way == "torchscript":
             raise ExportError(f"{path} cannot go through TorchScript", hint="leave --exporter out")
         if options.inputs:
             raise ExportError(f"the inputs of {path} are fixed in the file", hint="leave --input out")
         specs, limits, slots, ties = _inputs(self._program, options)
-        self._module = _Runner(self._program, slots)
+        self._module = ProgramModule(self._program, slots)
         examples, self.data = self._examples(specs, limits, ties)
         self.ranges = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
         try:
@@ -162,152 +160,13 @@ def _ties(program: Any, symbols: Mapping[str, tuple[Any, str]]) -> _Ties:
     return _Ties(derived, named)
 
 
-def _load(path: Path) -> Any:
-    torch = require("torch", extra="torch")
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist", expected="a file written by torch.export.save")
-    if not zipfile.is_zipfile(path):
-        raise SourceError(
-            f"{path} is not a .pt2 archive, or is cut off", expected="a file written by torch.export.save"
-        )
-    _refuse_pickles(torch, path)
-    try:
-        return torch.export.load(str(path))
-    except Exception as exc:
-        raise SourceError(
-            f"torch cannot load {path} ({first_line(exc)})",
-            expected=f"a file written by torch.export.save of torch {torch.__version__} or older",
-            hint="save it again with this version",
-        ) from exc
-
-
-def _refuse_pickles(torch: Any, path: Path) -> None:
-    """Refuse what torch.export.load would unpickle without a guard.
-
-    It takes a full unpickler, which runs whatever code the file holds, for example inputs that are no plain
-    tensors, for payloads that the archive marks as pickled, and for custom objects. Plain programs have none.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            suspect = "two members of one name" if len(set(names)) < len(names) else ""
-            for name in names:
-                suspect = suspect or _pickled(torch, name, archive)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as exc:
-        raise SourceError(
-            f"{path} is damaged ({first_line(exc)})", hint="save it again with torch.export.save"
-        ) from exc
-    if suspect:
-        raise SourceError(
-            f"{path} holds {suspect}, and loading it could run code",
-            expected="a program of plain tensors",
-            hint="export file.py:factory instead",
-        )
-
-
-def _pickled(torch: Any, name: str, archive: zipfile.ZipFile) -> str:
-    """What in one member needs the full unpickler; empty where nothing does."""
-    if name.endswith(".pt"):
-        data = archive.read(name)
-        try:
-            torch.load(io.BytesIO(data), weights_only=True) if data else None
-        except Exception:  # noqa: BLE001 - whatever the reason, the full unpickler would be next
-            return f"pickled objects in {name}"
-    elif name.endswith("_config.json"):
-        payloads = json.loads(archive.read(name)).get("config", {})
-        plain = ("weight_", "tensor_")
-        if any(p.get("use_pickle") or not str(p.get("path_name")).startswith(plain) for p in payloads.values()):
-            return f"pickled payloads by {name}"
-    return ""
-
-
-class _Runner:
-    """The program's module with tensors by position and outputs by name.
-
-    Args:
-        program: The exported program.
-        slots: Every input of the program in order: a name for a tensor, a value in a tuple for a constant.
-    """
-
-    def __init__(self, program: Any, slots: tuple[str | tuple[Any], ...]) -> None:
-        self.program_module = program.module()
-        self._spec = program.call_spec.in_spec
-        self._slots = slots
-        self.output_names: tuple[str, ...] = ()
-
-    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
-        from torch.utils import _pytree
-
-        left = iter(tensors)
-        leaves = [next(left) if isinstance(slot, str) else slot[0] for slot in self._slots]
-        args, kwargs = _pytree.tree_unflatten(leaves, self._spec)
-        taken = tuple(slot for slot in self._slots if isinstance(slot, str))
-        outputs = nesting.flatten_outputs(self.program_module(*args, **kwargs), taken)
-        self.output_names = tuple(outputs)
-        return tuple(outputs.values())
-
-
 def _inputs(
     program: Any, options: ExportOptions
 ) -> tuple[tuple[TensorSpec, ...], dict[str, tuple[int, int]], tuple[str | tuple[Any], ...], _Ties]:
-    """Input specs with readable symbols, the sizes that the program allows, all slots (see `_Runner`), and ties."""
-    from torch.export.graph_signature import ConstantArgument, InputKind
-
-    placeholders = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
-    symbols: dict[str, tuple[Any, str]] = {}
-    specs: list[TensorSpec] = []
-    limits: dict[str, tuple[int, int]] = {}
-    slots: list[str | tuple[Any]] = []
-    for entry in program.graph_signature.input_specs:
-        if entry.kind is not InputKind.USER_INPUT:
-            continue
-        if isinstance(entry.arg, ConstantArgument):
-            slots.append((entry.arg.value,))
-            continue
-        name = entry.arg.name
-        value: Any = placeholders.get(name)
-        if not hasattr(value, "shape"):
-            raise SourceError(f"input {name!r} is a {type(value).__name__}", expected="tensors as inputs")
-        slots.append(name)
-        dims = tuple(_dim(program, name, axis, value, symbols, limits) for axis in range(value.ndim))
-        specs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), dims))
-    renamed, bounds, names = _renamed(specs, limits, options)
-    return renamed, bounds, tuple(slots), _ties(program, symbols).renamed(names)
-
-
-def _dim(
-    program: Any,
-    name: str,
-    axis: int,
-    value: Any,
-    symbols: dict[str, tuple[Any, str]],
-    limits: dict[str, tuple[int, int]],
-) -> Dim:
-    """Size of one axis, or its symbol; new symbols and their limits are written down."""
-    size = value.shape[axis]
-    if isinstance(size, int):
-        return size
-    if str(size) not in symbols:
-        taken = {word for _, word in symbols.values()}
-        symbols[str(size)] = size.node.expr, _readable(name, axis, value, taken)
-    symbol = symbols[str(size)][1]
-    bounds = program.range_constraints.get(size.node.expr)
-    if bounds is not None:
-        # torch writes 2 where nobody gave a lower limit, because it traces with 2; a true limit refuses to run.
-        low = 1 if bounds.lower <= 2 else int(bounds.lower)
-        limits[symbol] = (low, int(min(bounds.upper, 1 << 30)))
-    return symbol
-
-
-def _readable(name: str, axis: int, value: Any, taken: set[str]) -> str:
-    """The field's word for an axis: batch, sequence, height, width; otherwise the input's name and the axis."""
-    floating = value.dtype.is_floating_point
-    word = "batch" if axis == 0 else ""
-    if value.ndim == 4 and floating and axis >= 2:
-        word = ("height", "width")[axis - 2]
-    elif value.ndim in (2, 3) and axis == 1 and not (floating and value.ndim == 2):
-        word = "sequence"
-    return word if word and word not in taken else f"{name}_dim{axis}"
+    """Input specs as `--dynamic` names them, the sizes that the program allows, all slots, and ties."""
+    found = read_inputs(program)
+    renamed, bounds, names = _renamed(list(found.specs), dict(found.limits), options)
+    return renamed, bounds, found.slots, _ties(program, found.symbols).renamed(names)
 
 
 def _renamed(

@@ -15,11 +15,11 @@ import numpy as np
 from deploykit.errors import ExportError
 from deploykit.exporters.boundaries import ANY, compared_sizes, edges_of
 from deploykit.exporters.modules import has_projections, has_shared_weights
-from deploykit.exporters.nesting import flatten_outputs, left_out
 from deploykit.exporters.reasons import torch_reason
 from deploykit.exporters.tidy import placeholders, tidy
 from deploykit.exporters.tracing import frozen_decisions, sizes_stay_tensors, tracer_warnings
 from deploykit.extras import require
+from deploykit.nesting import flatten_outputs, left_out
 from deploykit.specs import Array, Feeds, Signature, TensorSpec
 
 if TYPE_CHECKING:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,9 @@ from typing import Any, Self
 import numpy as np
 
 from deploykit.errors import DataError, DeviceError
-from deploykit.specs import Array, Feeds, Signature, fit_feeds
+from deploykit.extras import require
+from deploykit.runtimes.requests import Bound, Request
+from deploykit.specs import Array, Feeds, Signature, TensorSpec, fit_feeds
 
 # What follows "ort:", and the execution provider that it stands for.
 ORT_PROVIDERS = {
@@ -30,6 +33,9 @@ ORT_PROVIDERS = {
     "acl": "ACLExecutionProvider",
 }
 _PROVIDERS_LOWER = {full.lower(): full for full in ORT_PROVIDERS.values()}
+# PyTorch as a baseline: operator by operator, and through torch.compile.
+TORCH_RUNTIMES = ("torch", "torch-compile")
+_TORCH_TARGET = re.compile(r"cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,9 @@ class Device:
     """Where a model runs.
 
     Attributes:
-        runtime: "ort" or "openvino".
+        runtime: "ort", "openvino", "torch" or "torch-compile".
         target: ONNX Runtime: the execution provider's full name. OpenVINO: its device ("CPU", "GPU.1", "AUTO").
+            PyTorch: its device ("cpu", "cuda", "cuda:1").
     """
 
     runtime: str
@@ -48,11 +55,18 @@ class Device:
         if self.runtime == "ort":
             short = {full: name for name, full in ORT_PROVIDERS.items()}
             return f"ort:{short.get(self.target, self.target)}"
-        return f"openvino:{self.target.lower()}"
+        return f"{self.runtime}:{self.target.lower()}"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Suffixes of the model files that its runtime reads."""
+        if self.runtime in TORCH_RUNTIMES:
+            return (".pt2",)
+        return (".onnx",) if self.runtime == "ort" else (".onnx", ".xml")
 
 
 def parse_device(text: str | Device) -> Device:
-    """Read a device name: `ort:cpu`, `ort:CUDAExecutionProvider`, `CUDAExecutionProvider`, `openvino:gpu`.
+    """Read a device name: `ort:cpu`, `ort:CUDAExecutionProvider`, `CUDAExecutionProvider`, `openvino:gpu`, `torch:cpu`.
 
     Raises:
         DeviceError: Not such a name.
@@ -73,9 +87,12 @@ def parse_device(text: str | Device) -> Device:
             return Device("ort", target)
     elif runtime in ("openvino", "ov") and lower:
         return Device("openvino", target.upper())
+    elif runtime in TORCH_RUNTIMES and _TORCH_TARGET.fullmatch(lower):
+        return Device(runtime, lower)
     raise DeviceError(
         f"unknown device {text!r}",
-        expected=f"ort:{{{'|'.join(ORT_PROVIDERS)}}}, openvino:{{cpu|gpu|npu|auto}} or a provider's full name",
+        expected=f"ort:{{{'|'.join(ORT_PROVIDERS)}}}, openvino:{{cpu|gpu|npu|auto}}, torch:{{cpu|cuda}}, "
+        "torch-compile:{cpu|cuda} or a provider's full name",
         hint="run: deploykit doctor",
     )
 
@@ -165,14 +182,45 @@ _COMPUTE = (
 )
 
 
+# PyTorch's names for them; "linear" alone is also in ONNX Runtime's QLinearAdd.
+_TORCH_COMPUTE = ("aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm")
+
+
 def is_compute(op: str) -> bool:
     """Whether an operator does the arithmetic that quantization is about."""
     lower = op.lower()
+    if lower.startswith(_TORCH_COMPUTE):
+        return True
     return any(word in lower for word in _COMPUTE) and lower not in ("convert",)
 
 
+def dtypes_of(specs: Iterable[TensorSpec]) -> tuple[tuple[str, np.dtype[Any] | None], ...]:
+    """Name and numpy's dtype of every tensor, to compare with; None for strings, which numpy has many of."""
+    found: list[tuple[str, np.dtype[Any] | None]] = []
+    for spec in specs:
+        if spec.dtype == "bfloat16":
+            found.append((spec.name, np.dtype(require("ml_dtypes").bfloat16)))
+        else:
+            found.append((spec.name, None if spec.dtype == "string" else np.dtype(spec.dtype)))
+    return tuple(found)
+
+
+def check_dtypes(expected: Iterable[tuple[str, np.dtype[Any] | None]], feeds: Feeds) -> None:
+    """Refuse what a runtime would convert in silence, or read as it lies there, whatever the byte order says.
+
+    Raises:
+        TypeError: An array is of another dtype; `Session._diagnose` says it in our words.
+        KeyError: One is missing.
+    """
+    for name, dtype in expected:
+        if feeds[name].dtype != dtype and dtype is not None:
+            raise TypeError(f"dtype of {name}")
+
+
 class Session(ABC):
-    """A model, loaded and ready. Use as a context manager; `run` is not for several threads at once.
+    """A model, loaded and ready. Use as a context manager.
+
+    `run` is not for several threads at once: take one of the `requests` for each of them.
 
     Attributes:
         device: Where it runs.
@@ -200,9 +248,55 @@ class Session(ABC):
         try:
             return self._run(feeds)
         except Exception as exc:
-            # Only a failing call pays for the diagnosis.
-            self._diagnose(feeds, exc)
+            raise self.reason(feeds, exc) from exc
+
+    def requests(self, count: int) -> tuple[Request, ...]:
+        """Independent requests over this one loaded model, each for a thread of its own.
+
+        How many really run side by side is the runtime's matter: any number in ONNX Runtime, whose requests share the
+        session's threads; `NUM_STREAMS` in OpenVINO (`settings` of `open_session`), where the others wait; in PyTorch
+        they share the process's threads.
+
+        Args:
+            count: How many, 1 or more.
+
+        Raises:
+            DeviceError: Less than one.
+            InferenceError: The runtime failed.
+        """
+        if count < 1:
+            raise DeviceError(f"{count} requests", expected="1 or more")
+        try:
+            return tuple(Request(self, self._request()) for _ in range(count))
+        except Exception as exc:
             raise self._translate(exc) from exc
+
+    def bind(self, feeds: Feeds) -> Bound:
+        """Put inputs on the device once, and run on them without copies: what the device alone takes.
+
+        Nothing else may use the session while `Bound.run` runs; the arrays have to stay as they are.
+
+        Args:
+            feeds: As for `run`; the model runs once, to see that they fit.
+
+        Raises:
+            DataError: A name, dtype or shape does not fit.
+            InferenceError: The runtime failed.
+        """
+        self.run(feeds)
+        try:
+            return self._bind(feeds)
+        except Exception as exc:
+            raise self.reason(feeds, exc) from exc
+
+    def reason(self, feeds: Feeds, exc: Exception) -> Exception:
+        """Our error for what a run failed with; only a failing call pays for the diagnosis.
+
+        Raises:
+            DataError: The feeds are to blame.
+        """
+        self._diagnose(feeds, exc)
+        return self._translate(exc)
 
     def placement(self, feeds: Feeds, *, runs: int = 1) -> Placement:
         """Run with the runtime's profiler and say which nodes ran where, and in which precision.
@@ -250,6 +344,13 @@ class Session(ABC):
 
     @abstractmethod
     def _run(self, feeds: Feeds) -> dict[str, Array]: ...
+
+    @abstractmethod
+    def _request(self) -> Callable[[Feeds], dict[str, Array]]:
+        """What runs the model once, beside others of its kind."""
+
+    @abstractmethod
+    def _bind(self, feeds: Feeds) -> Bound: ...
 
     @abstractmethod
     def _translate(self, exc: Exception) -> Exception:

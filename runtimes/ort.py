@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -12,10 +13,21 @@ from typing import Any
 
 from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import require
-from deploykit.runtimes.base import Device, ExecutedNode, NodePlacement, Placement, Session, SessionOptions
+from deploykit.runtimes.base import (
+    Device,
+    ExecutedNode,
+    NodePlacement,
+    Placement,
+    Session,
+    SessionOptions,
+    check_dtypes,
+    dtypes_of,
+)
+from deploykit.runtimes.ort_binding import DeviceBinding, device_of
+from deploykit.runtimes.ort_settings import plan
+from deploykit.runtimes.requests import Bound
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
-_CPU = "CPUExecutionProvider"
 _WHEELS = {
     "CUDAExecutionProvider": "onnxruntime-gpu",
     "TensorrtExecutionProvider": "onnxruntime-gpu",
@@ -60,28 +72,23 @@ class OrtSession(Session):
     Args:
         path: The `.onnx` file.
         device: With runtime "ort".
-        options: Threads and the like; `extra` entries with a dot in their name are session configuration, the others
-            are options of the provider.
+        options: Threads and the like; `extra` entries with a dot in their name are session configuration, those in
+            `ort_settings.NAMED` are what they say there, and all others are options of the provider.
     """
 
     def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
         ort = require("onnxruntime", extra="ort")
-        if path.suffix != ".onnx":
-            raise ModelError(
-                f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint="use --device openvino:cpu"
-            )
+        if path.suffix not in device.reads:
+            other = "torch:cpu" if path.suffix == ".pt2" else "openvino:cpu"
+            raise ModelError(f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint=f"use --device {other}")
         check_provider(device)
         _check_file(path)
         self.device = device
         self._path = path
-        self._options = options
         self._ort = ort
-        self.settings = {
-            "intra_op_num_threads": options.threads,
-            "optimize": options.optimize,
-            **(options.extra or {}),
-        }
-        self._session = self._create(self._session_options())
+        self._plan = plan(ort, device, options)
+        self.settings = {"optimize": options.optimize, **self._plan.as_dict()}
+        self._session = self._create(self._plan.apply(ort))
         used = self._session.get_providers()
         if not used or used[0] != device.target:
             raise DeviceError(
@@ -93,29 +100,14 @@ class OrtSession(Session):
             tuple(_spec(v) for v in self._session.get_outputs()),
         )
         self._outputs = [s.name for s in self.signature.outputs]
-
-    def _session_options(self) -> Any:
-        ort, options = self._ort, self._options
-        made = ort.SessionOptions()
-        made.intra_op_num_threads = options.threads or 0
-        made.inter_op_num_threads = 1
-        made.log_severity_level = 4
-        level = ort.GraphOptimizationLevel
-        levels = {"basic": level.ORT_ENABLE_BASIC, "extended": level.ORT_ENABLE_EXTENDED, False: level.ORT_DISABLE_ALL}
-        made.graph_optimization_level = levels.get(options.optimize, level.ORT_ENABLE_ALL)
-        if self.device.target != _CPU:
-            made.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        for key, value in (options.extra or {}).items():
-            if "." in key:
-                made.add_session_config_entry(key, str(value))
-        return made
+        self._dtypes = dtypes_of(self.signature.inputs)
+        self._binding = self._bindings() if self._plan.device_buffers else None
 
     def _create(self, made: Any) -> Any:
-        provider = {k: str(v) for k, v in (self._options.extra or {}).items() if "." not in k}
-        if self.device.target == "CUDAExecutionProvider" and self._options.precision == "fp32":
-            provider.setdefault("use_tf32", "0")
+        providers = [(self.device.target, dict(self._plan.provider))]
         try:
-            return self._ort.InferenceSession(str(self._path), made, providers=[(self.device.target, provider)])
+            # With its fallback, Python's side would print and go on with the CPU.
+            return self._ort.InferenceSession(str(self._path), made, providers=providers, enable_fallback=0)
         except Exception as exc:
             text = str(exc)
             if "disable_cpu_ep_fallback" in text or "fallback to CPU EP" in text:
@@ -123,17 +115,54 @@ class OrtSession(Session):
                     f"{self._path}: not every node can run on {self.device.target}",
                     hint="choose another --device",
                 ) from exc
+            if "provider option" in text or "EP option" in text:
+                raise DeviceError(f"{self.device.target} refuses its settings ({_clean(exc)})") from exc
             raise InferenceError(
                 f"ONNX Runtime cannot load {self._path} ({_clean(exc)})",
                 hint="check it: deploykit inspect -m " + str(self._path),
             ) from exc
 
     def _run(self, feeds: Feeds) -> dict[str, Array]:
+        if self._binding is not None:
+            return self._request_on(self._binding, feeds)
         for name, array in feeds.items():
             # ONNX Runtime takes the bytes as they lie there.
             if not array.dtype.isnative:
                 raise TypeError(f"byte order of {name}")
         return dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+
+    def _request(self) -> Callable[[Feeds], dict[str, Array]]:
+        """A session runs for any number of threads at once; a binding belongs to one."""
+        if not self._plan.device_buffers:
+            return self._run
+        binding = self._bindings()
+        return lambda feeds: self._request_on(binding, feeds)
+
+    def _request_on(self, binding: DeviceBinding, feeds: Feeds) -> dict[str, Array]:
+        if self._session is None:
+            raise RuntimeError("the session is closed")
+        # A binding keeps what it was given before, and takes bytes as they are: all has to be there, and right.
+        check_dtypes(self._dtypes, feeds)
+        return binding.request(feeds)
+
+    def _bind(self, feeds: Feeds) -> Bound:
+        binding = self._bindings()
+        binding.put(feeds)
+        binding.ask()
+        binding.run()
+        binding.keep()
+
+        def run() -> None:
+            if self._session is None:
+                raise RuntimeError("the session is closed")
+            binding.run()
+
+        return Bound(self, feeds, run, binding.take)
+
+    def _bindings(self) -> DeviceBinding:
+        return DeviceBinding(
+            self._ort, self._session, self._outputs, device_of(self.device.target, self._plan.provider)
+        )
 
     def _translate(self, exc: Exception) -> Exception:
         return InferenceError(f"ONNX Runtime failed while it ran {self._path} ({_clean(exc)})")
@@ -141,7 +170,7 @@ class OrtSession(Session):
     def _placement(self, feeds: Feeds, runs: int) -> Placement:
         """Profile runs (after one to warm up) in a session of its own; every executed node, with its provider."""
         with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
-            made = self._session_options()
+            made = self._plan.apply(self._ort)
             made.enable_profiling = True
             made.profile_file_prefix = str(Path(folder) / "profile")
             session = self._create(made)
@@ -160,7 +189,7 @@ class OrtSession(Session):
         """Read the graph that ONNX Runtime saves once it has optimized it; weights go beside it."""
         with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
             saved = Path(folder) / "optimized.onnx"
-            made = self._session_options()
+            made = self._plan.apply(self._ort)
             made.optimized_model_filepath = str(saved)
             # Weights are not looked at: in a file of their own they need not be parsed.
             made.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
@@ -170,7 +199,7 @@ class OrtSession(Session):
 
     def close(self) -> None:
         """Free the session."""
-        self._session = None
+        self._session = self._binding = None
 
 
 def _read_optimized(path: Path) -> tuple[ExecutedNode, ...]:

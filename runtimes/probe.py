@@ -84,8 +84,8 @@ def diagnose() -> Diagnosis:
     }
     machine = inspect_machine()
     problems = clashes(wheels)
-    devices = (*_ort_devices(problems), *_openvino_devices(problems))
-    if not any(d.usable for d in devices):
+    devices = (*_ort_devices(problems), *_openvino_devices(problems), *_torch_devices())
+    if not any(d.usable for d in devices if not d.device.startswith("torch")):
         problems.append(f"no runtime can be used; run: {install_command('ort')}")
     return Diagnosis(machine, packages, missing, devices, tuple(problems), tuple(advice(machine)))
 
@@ -162,3 +162,11 @@ def _openvino_devices(problems: list[str]) -> list[DeviceStatus]:
         if not any(d.startswith(wanted) for d in found):
             rows.append(DeviceStatus(f"openvino:{wanted.lower()}", False, "no such device, or its driver is missing"))
     return rows
+
+
+def _torch_devices() -> list[DeviceStatus]:
+    """PyTorch is not imported for this: that takes seconds."""
+    found = version_of("torch")
+    if found is None:
+        return []
+    return [DeviceStatus("torch:cpu", True, f"torch {found}; torch-compile:cpu too: baselines for .pt2 programs")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.errors import DeviceError, ModelError
 from deploykit.extras import available, install_command
 from deploykit.machine import allowed_cores
-from deploykit.runtimes.base import Device, Session, SessionOptions, parse_device
+from deploykit.runtimes.base import TORCH_RUNTIMES, Device, Session, SessionOptions, parse_device
 
 if TYPE_CHECKING:
     from deploykit.artifact import Artifact
@@ -53,6 +53,10 @@ def open_session(
         from deploykit.runtimes.ort import OrtSession
 
         return OrtSession(path, target, options)
+    if target.runtime in TORCH_RUNTIMES:
+        from deploykit.runtimes.torch_session import TorchSession
+
+        return TorchSession(path, target, options)
     from deploykit.runtimes.ov import OpenVinoSession
 
     return OpenVinoSession(path, target, options)
@@ -70,6 +74,10 @@ def require_device(device: str | Device) -> Device:
         from deploykit.runtimes.ort import check_provider
 
         check_provider(target)
+    elif target.runtime in TORCH_RUNTIMES:
+        from deploykit.runtimes.torch_session import check_torch
+
+        check_torch(target)
     else:
         from deploykit.runtimes.ov import check_device
 
@@ -101,8 +109,9 @@ def _model_file(model: str | Path | Artifact) -> Path:
         from deploykit.artifact import Artifact
 
         return Artifact.open(path).model_path
+    expected = "an artifact directory, or an .onnx, .xml or .pt2 file"
     if not path.exists():
-        raise ModelError(f"{path} does not exist", expected="an artifact directory, an .onnx or an .xml file")
-    if path.suffix not in (".onnx", ".xml"):
-        raise ModelError(f"{path} is not a model", expected="an artifact directory, an .onnx or an .xml file")
+        raise ModelError(f"{path} does not exist", expected=expected)
+    if path.suffix not in (".onnx", ".xml", ".pt2"):
+        raise ModelError(f"{path} is not a model", expected=expected)
     return path

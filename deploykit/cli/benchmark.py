@@ -12,7 +12,7 @@ from deploykit.cli import common
 @click.command()
 @click.option(
     "-m", "--model", "models", multiple=True, required=True, metavar="MODEL",
-    help="Artifact, .onnx or .xml; the first is the reference. Repeatable.",
+    help="Artifact, .onnx, .xml or .pt2; the first is the reference. Repeatable.",
 )  # fmt: skip
 @click.option("-o", "--output", metavar="FILE", help="Write the report as JSON; must not exist.")
 @common.device_option

@@ -22,8 +22,9 @@ output_option: Decorator = click.option(
 )
 device_option: Decorator = click.option(
     "--device", "devices", multiple=True, metavar="DEVICE",
-    help="ort:cpu, ort:cuda, ort:tensorrt, ort:openvino, openvino:cpu, openvino:gpu, or a provider's full name. "
-    "Repeatable. Default: the CPU of every installed runtime.",
+    help="ort:cpu, ort:cuda, ort:tensorrt, ort:openvino, openvino:cpu, openvino:gpu, or a provider's full name; "
+    "torch:cpu, torch-compile:cpu, torch:cuda for .pt2 programs. Repeatable. "
+    "Default: the CPU of every installed runtime.",
 )  # fmt: skip
 dim_option: Decorator = click.option(
     "--dim",

@@ -1,0 +1,243 @@
+"""PyTorch as a baseline: exported programs (`.pt2`), operator by operator or through `torch.compile`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit.errors import DeploykitError, DeviceError, InferenceError, ModelError, first_line
+from deploykit.extras import available, require
+from deploykit.programs import load_program, read_inputs, read_outputs
+from deploykit.runtimes.base import (
+    Device,
+    ExecutedNode,
+    Placement,
+    Session,
+    SessionOptions,
+    check_dtypes,
+    dtypes_of,
+)
+from deploykit.runtimes.requests import Bound
+from deploykit.runtimes.torch_profile import profiled_nodes
+from deploykit.specs import Array, Feeds, Signature
+
+# Arguments of torch.compile that may be set.
+_COMPILE = ("backend", "mode", "fullgraph", "dynamic", "options")
+
+
+def check_torch(device: Device) -> None:
+    """Refuse a device that PyTorch does not have, and torch.compile without a compiler.
+
+    Raises:
+        DeviceError: As said.
+        MissingDependencyError: torch is not installed.
+    """
+    torch = require("torch", extra="torch")
+    kind, _, number = device.target.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) >= count:
+            raise DeviceError(
+                f"torch {torch.__version__} finds no {device.target} (it finds {count} CUDA devices)",
+                hint="install a build of torch for CUDA and the driver, or choose another --device",
+            )
+    if device.runtime != "torch-compile":
+        return
+    if kind == "cuda":
+        if not available("triton"):
+            raise DeviceError("torch.compile needs triton on CUDA", hint="run: pip install triton")
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler) is None:
+        raise DeviceError(
+            f"torch.compile needs a C++ compiler, and there is no {compiler}", hint="install one, or name it in CXX"
+        )
+
+
+class TorchSession(Session):
+    """An exported program in PyTorch, under `torch.inference_mode`.
+
+    The number of threads and the precision of float32 products belong to the whole process: `threads` is set again for
+    a run where another session changed it, the precision holds from opening on; both are put back by `close`.
+
+    Args:
+        path: The `.pt2` file, which `torch.export.save` wrote.
+        device: With runtime "torch" or "torch-compile"; the latter compiles in the first run.
+        options: Threads and the like; `extra` holds arguments of `torch.compile`: backend, mode, fullgraph, dynamic,
+            options.
+    """
+
+    def __init__(self, path: Path, device: Device, options: SessionOptions) -> None:
+        torch = require("torch", extra="torch")
+        if path.suffix not in device.reads:
+            raise ModelError(
+                f"PyTorch cannot read {path}",
+                expected="a .pt2 file of torch.export.save",
+                hint="use another --device, such as ort:cpu",
+            )
+        check_torch(device)
+        self.device = device
+        self._path = path
+        self._torch = torch
+        self._compiles = device.runtime == "torch-compile"
+        extra = dict(options.extra or {})
+        self._check(options, extra)
+        program = load_program(path)
+        if device.target != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, device.target)
+        inputs = read_inputs(program)
+        outputs, self._picks = read_outputs(program, inputs)
+        self.signature = Signature(inputs.specs, outputs)
+        self._graph = program.graph
+        self._slots = inputs.slots
+        self._spec = program.call_spec.in_spec
+        self._dtypes = dtypes_of(inputs.specs)
+        self._written = set(program.graph_signature.user_inputs_to_mutate.values())
+        module = program.module()
+        # Outputs that lie in these may not be handed out: the caller would write into the model.
+        self._own = {t.untyped_storage().data_ptr() for t in (*module.state_dict().values(), *module.buffers())}
+        self._own |= {t.untyped_storage().data_ptr() for t in program.constants.values() if hasattr(t, "layout")}
+        self._module = self._compiled(module, extra) if self._compiles else module
+        self._threads = options.threads
+        self._before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        self.settings = {"num_threads": options.threads, **extra}
+        if options.precision == "fp32":
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+            self.settings["float32_matmul_precision"] = "highest"
+
+    def _check(self, options: SessionOptions, extra: Mapping[str, Any]) -> None:
+        allowed = _COMPILE if self._compiles else ()
+        unknown = next((key for key in extra if key not in allowed), None)
+        if unknown is not None:
+            raise DeviceError(f"{self.device} has no setting {unknown!r}", expected=", ".join(allowed) or "none")
+        if isinstance(options.optimize, str) or (self._compiles and not options.optimize):
+            what = "torch.compile always optimizes the graph" if self._compiles else "PyTorch never optimizes a graph"
+            raise DeviceError(f"{what}: optimize {options.optimize!r}", hint="use --device torch:cpu or ort:cpu")
+
+    def _compiled(self, module: Any, extra: Mapping[str, Any]) -> Any:
+        torch = self._torch
+        try:
+            if isinstance(backend := extra.get("backend", "inductor"), str):
+                import torch._dynamo as dynamo
+
+                if backend not in dynamo.list_backends(exclude_tags=None):
+                    raise ValueError(f"no backend {backend!r}")
+            return torch.compile(module, **extra)
+        except Exception as exc:
+            raise DeviceError(f"torch.compile refuses its settings ({first_line(exc)})") from exc
+
+    def _run(self, feeds: Feeds) -> dict[str, Array]:
+        tensors = self._tensors(feeds)
+        return self._arrays(self._call(tensors), tensors)
+
+    def _tensors(self, feeds: Feeds) -> list[Any]:
+        if len(feeds) != len(self._dtypes):
+            raise KeyError("one array an input")
+        check_dtypes(self._dtypes, feeds)
+        return [self._tensor(name, feeds[name]) for name, _ in self._dtypes]
+
+    def _tensor(self, name: str, array: Array) -> Any:
+        """A tensor over the array's own memory where that does no harm, or on the device."""
+        torch = self._torch
+        if not array.flags.writeable or name in self._written or any(stride < 0 for stride in array.strides):
+            array = np.array(array, order="C")
+        if array.dtype.name == "bfloat16":
+            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
+        return tensor if self.device.target == "cpu" else tensor.to(self.device.target)
+
+    def _call(self, tensors: Sequence[Any]) -> list[Any]:
+        """Run, and wait where the device works on its own."""
+        from torch.utils import _pytree
+
+        torch = self._torch
+        if self._module is None:
+            raise RuntimeError("the session is closed")
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(slot, str) else slot[0] for slot in self._slots]
+        args, kwargs = _pytree.tree_unflatten(leaves, self._spec)
+        with torch.inference_mode():
+            found = _pytree.tree_leaves(self._module(*args, **kwargs))
+        self._wait()
+        return [found[i] for i in self._picks]
+
+    def _wait(self) -> None:
+        if self.device.target != "cpu":
+            self._torch.cuda.synchronize(self.device.target)
+
+    def _arrays(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> dict[str, Array]:
+        """Arrays that nothing else lies in: neither an input, nor a weight, nor another output."""
+        torch = self._torch
+        seen = {t.untyped_storage().data_ptr() for t in inputs}
+        made = {}
+        for spec, output in zip(self.signature.outputs, outputs, strict=True):
+            place = output.untyped_storage().data_ptr()
+            tensor = output.detach().cpu().contiguous()
+            if output.device.type == "cpu" and (place in seen or place in self._own):
+                tensor = tensor.clone()
+            seen.add(place)
+            if tensor.dtype == torch.bfloat16:
+                made[spec.name] = tensor.view(torch.int16).numpy().view(require("ml_dtypes").bfloat16)
+            else:
+                made[spec.name] = tensor.numpy()
+        return made
+
+    def _request(self) -> Callable[[Feeds], dict[str, Array]]:
+        return self._run
+
+    def _bind(self, feeds: Feeds) -> Bound:
+        tensors = self._tensors(feeds)
+        latest: list[Any] = []
+
+        def run() -> None:
+            latest[:] = self._call(tensors)
+
+        run()
+        return Bound(self, feeds, run, lambda: {k: v.copy() for k, v in self._arrays(latest, tensors).items()})
+
+    def _translate(self, exc: Exception) -> Exception:
+        if isinstance(exc, DeploykitError):
+            return exc
+        return InferenceError(f"PyTorch failed while it ran {self._path} ({first_line(exc)})")
+
+    def _placement(self, feeds: Feeds, runs: int) -> Placement:
+        tensors = self._tensors(feeds)
+        nodes = profiled_nodes(self._torch, lambda: self._call(tensors), self.device.target, runs)
+        return Placement(self.device.target, nodes)
+
+    def _executed(self) -> tuple[ExecutedNode, ...]:
+        """The program's own operators: PyTorch fuses nothing; what torch.compile makes of them it does not show."""
+        if self._compiles:
+            raise InferenceError("torch.compile does not show the graph that it made", hint="use --device torch:cpu")
+        return tuple(self._operators())
+
+    def _operators(self) -> Iterator[ExecutedNode]:
+        for node in self._graph.nodes:
+            if node.op != "call_function":
+                continue
+            value = node.meta.get("val")
+            dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+            namespace, _, rest = str(node.target).partition(".")
+            yield ExecutedNode(node.name, f"{namespace}::{rest.split('.')[0]}", dtype, frozenset({node.name}))
+
+    def close(self) -> None:
+        """Free the model, and put back what belongs to the process."""
+        if self._module is None:
+            return
+        self._module = self._graph = None
+        threads, precision, tf32 = self._before
+        self._torch.set_num_threads(threads)
+        self._torch.set_float32_matmul_precision(precision)
+        self._torch.backends.cudnn.allow_tf32 = tf32
