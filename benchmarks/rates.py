@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from deploykit.benchmarks.statistics import MIN_SAMPLES, percentile
 
-_GROWTH = 1.5
+_GROWTH, _LARGEST = 1.5, 3.0
 # The search ends when what met the objective and what did not are this close.
 _RESOLUTION = 1.03
-_MOST_TRIALS = 14
+_MOST_TRIALS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,6 @@ class Trial:
         met: Whether every request was sent and the 99th percentile meets the objective.
         wall_ns: From the beginning to the last answer.
     """
-
-    # A request that starts later than so many objectives after its time: the queue only grows.
-    HOPELESS: ClassVar[float] = 20.0
 
     rate_per_s: float
     achieved_per_s: float
@@ -65,21 +62,23 @@ class Trial:
 
 
 class RateSearch:
-    """Search by doubling and halving, then bisection, on a logarithmic scale.
+    """Search by steps up or down, then by bisection, on a logarithmic scale.
 
     Args:
         start: The first rate to try.
+        growth: Factor of a step; it grows with every step in the same direction.
 
     Attributes:
         rate_per_s: What to try next.
         best: The trial at the highest rate that met the objective; None before there was one.
     """
 
-    def __init__(self, start: float) -> None:
+    def __init__(self, start: float, growth: float = _GROWTH) -> None:
         self.rate_per_s = start
         self.best: Trial | None = None
         self._worst: float | None = None
         self._trials = 0
+        self._growth = growth
 
     def learn(self, trial: Trial) -> None:
         """Take note of a trial at `rate_per_s`."""
@@ -90,15 +89,19 @@ class RateSearch:
         elif self._worst is None or trial.rate_per_s < self._worst:
             self._worst = trial.rate_per_s
         if self.best is None:
-            self.rate_per_s = trial.rate_per_s / _GROWTH
+            self._step(1 / self._growth, trial.rate_per_s)
         elif self._worst is None:
-            self.rate_per_s = self.best.rate_per_s * _GROWTH
+            self._step(self._growth, self.best.rate_per_s)
         elif self._worst <= self.best.rate_per_s:
             # A rate above met it that a lower one did not: noise. What is known to be met counts.
             self._worst = None
             self.rate_per_s = self.best.rate_per_s * _RESOLUTION
         else:
             self.rate_per_s = float(np.sqrt(self.best.rate_per_s * self._worst))
+
+    def _step(self, factor: float, rate_per_s: float) -> None:
+        self.rate_per_s = rate_per_s * factor
+        self._growth = min(_LARGEST, self._growth**1.5)
 
     @property
     def done(self) -> bool:

@@ -23,6 +23,8 @@ _TURN_S = 0.25
 # A turn holds some requests of a slow model too.
 _TURN_REQUESTS = 5
 _MEMORY_SHARE = 0.6
+# A round begins at the rate that the first process found, and looks around it.
+_STEP = 1.1
 
 
 def together(entries: Sequence[Entry]) -> bool:
@@ -131,7 +133,7 @@ def _search_rates(
     settings: Settings,
 ) -> None:
     """Each its own search for the highest rate, one trial a turn."""
-    searches = {place: RateSearch(entries[place].probe["rate_per_s"]) for place in live}
+    searches = {place: RateSearch(entries[place].probe["rate_per_s"], growth=_STEP) for place in live}
     trials: dict[int, list[tuple[Trial, list[int]]]] = {place: [] for place in live}
     order = list(live)
     while True:
@@ -168,7 +170,7 @@ def try_rate(child: Process, rate_per_s: float, settings: Settings, seed: int) -
     queries = Trial.queries_for(rate_per_s, settings.seconds)
     told = child.ask(
         "serve", rate_per_s=rate_per_s, queries=queries, seed=seed, within_s=10 * queries / rate_per_s,
-        give_up_ns=int(Trial.HOPELESS * settings.slo_p99_ms * 1e6),
+        objective_ns=int(settings.slo_p99_ms * 1e6),
     )  # fmt: skip
     return Trial.judge(rate_per_s, told, settings.slo_p99_ms), told["samples_ns"]
 

@@ -210,7 +210,7 @@ def _schedule(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any])
     """An open loop; latencies count from the intended times."""
     closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9)
     schedule = poisson_schedule(told["rate_per_s"], told["queries"], told["seed"])
-    timed = open_loop(lanes.calls, feeds, schedule, give_up_ns=told.get("give_up_ns"))
+    timed = open_loop(lanes.calls, feeds, schedule, objective_ns=told["objective_ns"])
     return timed.as_dict() | {"queries": len(timed.samples_ns), "asked": len(schedule)}
 
 

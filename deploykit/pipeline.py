@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit.data import Dataset
-from deploykit.errors import OptimizationError
-from deploykit.models import load_candidate
 from deploykit.progress import Progress
-from deploykit.runtimes import Device
 
 if TYPE_CHECKING:
-    from deploykit.benchmarks import Report
     from deploykit.recipe import Recipe
 
-from deploykit.candidates import candidate_devices, enters
-from deploykit.comparing import MIN_COSINE
+from deploykit.benchmarking import benchmark
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.quantizing import quantize_dynamic, quantize_static
@@ -40,71 +33,6 @@ __all__ = [
     "simplify",
     "verify",
 ]
-
-
-def benchmark(
-    models: Sequence[str | Path],
-    *,
-    devices: Sequence[str | Device] = (),
-    data: str | Path | None = None,
-    threads: int | None = None,
-    batch: int = 1,
-    rounds: int = 5,
-    seconds: float = 2.0,
-    warmup_s: float = 1.0,
-    precision: str = "fp32",
-    dims: Mapping[str, int] | None = None,
-    max_drop: float = 0.01,
-    min_cosine: float = MIN_COSINE,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Report:
-    """Measure models × devices in interleaved rounds, each in a fresh process.
-
-    Args:
-        models: Artifacts, `.onnx` or `.xml` files, and `.pt2` programs for PyTorch's devices; the first, on the first
-            device that reads it, is the reference.
-        devices: By default the CPU of every installed runtime, and of PyTorch where a model is a `.pt2` program.
-        data: Inputs; with `labels`, accuracy is measured too.
-        threads: Threads in one request; all allowed cores by default.
-        batch: Samples in one request.
-        rounds: At least 3; the confidence intervals are over rounds.
-        seconds: Timed seconds a candidate and round.
-        warmup_s: Warm-up seconds before them (and at least 10 runs).
-        precision: "fp32" or "native", see `open_session`.
-        dims: Sizes of dynamic dimensions where inputs are made up.
-        max_drop: A candidate whose accuracy is lower than the reference's by more does not win.
-        min_cosine: A candidate whose outputs are further from the reference's does not enter.
-        seed: Of the order of the candidates and of the bootstrap.
-        progress: Told about steps.
-
-    Raises:
-        BenchmarkError: Nothing could be measured.
-        DeviceError: A device cannot be had.
-    """
-    from deploykit.benchmarks import Candidate, Settings, measure
-    from deploykit.models import benchmark_feeds, names_of
-
-    told = progress or Progress()
-    loaded = [load_candidate(m) for m in models]
-    targets = candidate_devices(loaded, devices)
-    dataset = Dataset.open(data) if data else None
-    if not loaded:
-        raise OptimizationError("nothing to measure", hint="name a model: -m MODEL")
-    feeds, origin, size = benchmark_feeds(loaded[0], dataset, batch, dims or {})
-    if size != batch:
-        told.note(f"the model's batch is fixed to {size}")
-    candidates = [
-        Candidate(name, str(model.path), str(device), model.digest, model.size_bytes)
-        for name, model in zip(names_of(models), loaded, strict=True)
-        for device in targets
-        if enters(model.path, device, named=bool(devices))
-    ]
-    settings = Settings(
-        rounds=rounds, seconds=seconds, warmup_s=warmup_s, threads=threads, batch=size, precision=precision,
-        max_drop=max_drop, min_cosine=min_cosine, seed=seed, inputs=origin,
-    )  # fmt: skip
-    return measure(candidates, feeds, settings, data=dataset, progress=told)
 
 
 def run(

@@ -1,4 +1,5 @@
 import threading
+from itertools import pairwise
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_a_poisson_schedule_has_its_rate_and_its_spread():
     schedule = poisson_schedule(100.0, 20_000, 0)
     assert schedule == sorted(schedule)
     assert schedule[-1] / 1e9 == pytest.approx(200, rel=0.03)
-    gaps = [b - a for a, b in zip(schedule, schedule[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(schedule)]
     mean = sum(gaps) / len(gaps)
     # Of an exponential distribution the standard deviation is the mean.
     assert (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5 == pytest.approx(mean, rel=0.05)
@@ -95,13 +96,20 @@ def test_an_open_loop_shows_a_stall_to_all_that_waited(stall_ms):
         assert p99 == pytest.approx(1e6, rel=0.2)
 
 
-def test_a_queue_that_only_grows_is_given_up():
+def test_a_rate_that_cannot_meet_its_objective_any_more_is_given_up():
+    """Of 1000 requests ten may be late; the eleventh ends it."""
     clock = Clock(tick=1000)
     schedule = [n * 1_000_000 for n in range(1000)]
     timed = open_loop(
-        [lambda feed: clock.pass_ms(10)], "a", schedule, give_up_ns=50_000_000, clock=clock, sleep=clock.sleep
+        [lambda feed: clock.pass_ms(10)], "a", schedule, objective_ns=50_000_000, clock=clock, sleep=clock.sleep
     )
-    assert 1 < len(timed.samples_ns) < 20
+    assert sum(n > 50_000_000 for n in timed.samples_ns) == 11
+    assert len(timed.samples_ns) < 20
+    rare = open_loop(
+        [lambda feed: clock.pass_ms(10 if feed else 0.5)], [0] * 99 + [1], [20 * n for n in schedule],
+        objective_ns=9_000_000, clock=clock, sleep=clock.sleep,
+    )  # fmt: skip
+    assert len(rare.samples_ns) == 1000
 
 
 def test_two_servers_share_an_open_loop():

@@ -15,18 +15,18 @@ def run(capacity, start):
     return search, tried
 
 
-@pytest.mark.parametrize("start", [3.0, 90.0, 101.0, 700.0])
+@pytest.mark.parametrize("start", [20.0, 90.0, 101.0, 400.0])
 def test_it_finds_the_highest_rate_from_anywhere(start):
     search, tried = run(100.0, start)
     assert search.best.rate_per_s == pytest.approx(100, rel=0.07)
     assert search.best.rate_per_s <= 100
-    assert len(tried) <= 14
+    assert len(tried) <= 10
 
 
 def test_it_ends_where_there_is_none():
     search, tried = run(0.0, 50.0)
     assert search.best is None
-    assert len(tried) == 14
+    assert len(tried) == 10
 
 
 def test_a_lucky_trial_above_an_unlucky_one_does_not_confuse_it():
