@@ -101,7 +101,7 @@ class TorchSession(Session):
         self._slots = inputs.slots
         self._limits = dict(inputs.limits)
         self._dtypes = dtypes_of(inputs.specs)
-        self._written = set(program.graph_signature.user_inputs_to_mutate.values())
+        self._written = _written_inputs(program)
         module = _flat_module(program)
         # Outputs that lie in these may not be handed out: the caller would write into the model.
         self._own = {t.untyped_storage().data_ptr() for t in (*module.state_dict().values(), *module.buffers())}
@@ -277,3 +277,27 @@ def _flat_module(program: Any) -> Any:
     module.recompile()
     module._forward_pre_hooks.clear()
     return module
+
+
+def _written_inputs(program: Any) -> set[str]:
+    """Inputs that the program writes into, itself or through a view of them: they need a copy of the caller's array."""
+    found = set(program.graph_signature.user_inputs_to_mutate.values())
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        written = [a for a, given in zip(node.args, schema.arguments, strict=False) if given.is_write]
+        written += [node.kwargs.get(a.name) for a in schema.arguments if a.is_write and a.name in node.kwargs]
+        left = [a for a in written if hasattr(a, "op")]
+        while left:
+            source = left.pop()
+            if source.op == "placeholder":
+                found.add(source.name)
+            elif _is_view(source):
+                left += source.all_input_nodes
+    return found
+
+
+def _is_view(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
