@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, parse_device
+from deploykit.runtimes.requests import Bound, Request
 from deploykit.runtimes.sessions import default_devices, open_session, require_device
+from deploykit.runtimes.settings import RuntimeSettings
 
 __all__ = [
+    "Bound",
     "Device",
     "NodePlacement",
     "Placement",
+    "Request",
+    "RuntimeSettings",
     "Session",
     "default_devices",
     "open_session",

@@ -43,7 +43,7 @@ def configure(core: Any, device: Device, options: SessionOptions) -> dict[str, A
     cpu = _cpu_defaults(options, given)
     if base == "CPU":
         return config | cpu | given
-    if base == "AUTO":
+    if base == "AUTO" and set(behind) - {"CPU"}:
         # It would begin on the CPU while another device gets ready, and go back there when that fails.
         config |= {"ENABLE_STARTUP_FALLBACK": False, "ENABLE_RUNTIME_FALLBACK": False}
     if not behind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from deploykit.errors import DeviceError, ModelError
 from deploykit.extras import available, install_command
 from deploykit.machine import allowed_cores
 from deploykit.runtimes.base import TORCH_RUNTIMES, Device, Session, SessionOptions, parse_device
+from deploykit.runtimes.settings import RuntimeSettings
 
 if TYPE_CHECKING:
     from deploykit.artifact import Artifact
@@ -18,37 +20,64 @@ PRECISIONS = ("fp32", "native")
 
 def open_session(
     model: str | Path | Artifact,
-    device: str | Device = "ort:cpu",
+    device: str | Device | None = None,
     *,
     threads: int | None = None,
-    optimize: bool | str = True,
-    precision: str = "fp32",
-    settings: dict[str, Any] | None = None,
+    optimize: bool | str | None = None,
+    precision: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tuned: str | Path | RuntimeSettings | None = None,
 ) -> Session:
     """Load a model on a device.
 
     Args:
-        model: An artifact or its directory (verified first), an `.onnx` file, or an OpenVINO `.xml`.
-        device: `ort:cpu`, `ort:cuda`, `openvino:cpu`, ... or a provider's full name.
+        model: An artifact or its directory (verified first), an `.onnx` file, an OpenVINO `.xml`, or a `.pt2` program
+            for PyTorch's devices.
+        device: `ort:cpu` by default; `ort:cuda`, `openvino:cpu`, `torch:cpu`, ... or a provider's full name.
         threads: Threads inside one request; None for all cores that this process may use.
-        optimize: Whether the runtime may rewrite the graph; for ONNX Runtime also a level: "basic", "extended", "all".
-        precision: "fp32" keeps floating-point models in single precision (no silent bf16 or TF32); "native" leaves it
-            to the runtime.
-        settings: The runtime's own settings: session configuration and provider options, or OpenVINO properties.
+        optimize: Whether the runtime may rewrite the graph, which is the default; for ONNX Runtime also a level:
+            "basic", "extended", "layout", "all".
+        precision: "fp32", the default, keeps floating-point models in single precision (no silent bf16 or TF32);
+            "native" leaves it to the runtime.
+        settings: The runtime's own settings. ONNX Runtime: `intra_op_num_threads`, `inter_op_num_threads`,
+            `execution_mode`, `graph_optimization_level`, `device_buffers` (an IOBinding with buffers on the device for
+            every run), session configuration (a dot in the name), and options of the provider. OpenVINO: its
+            properties. torch.compile: its arguments.
+        tuned: Settings that a tuner found, or their file. What is given beside them wins; another device is an error.
+            `settings["tuned_notes"]` of the session lists what is not as it was when they were found.
 
     Raises:
-        DeviceError: Unknown, or cannot be had. Nothing falls back to another device.
+        DeviceError: Unknown, or cannot be had, or a setting is wrong. Nothing falls back to another device.
+        DataError: The file of tuned settings is missing, corrupt, or of an unknown schema version.
         MissingDependencyError: The runtime is not installed.
         ModelError: The file is missing, corrupt or unsafe.
         InferenceError: The runtime cannot load it.
     """
-    target = parse_device(device)
+    found = None
+    if tuned is not None:
+        found = tuned if isinstance(tuned, RuntimeSettings) else RuntimeSettings.load(tuned)
+        if device is not None:
+            found.check_device(parse_device(device))
+        device = found.device
+        threads = found.threads if threads is None else threads
+        optimize = found.optimize if optimize is None else optimize
+        precision = found.precision if precision is None else precision
+        settings = {**found.settings, **(settings or {})}
+    target = parse_device("ort:cpu" if device is None else device)
+    precision = "fp32" if precision is None else precision
     if threads is not None and threads < 1:
         raise DeviceError(f"{threads} threads", expected="1 or more")
     if precision not in PRECISIONS:
         raise DeviceError(f"unknown precision {precision!r}", expected=" or ".join(PRECISIONS))
-    path = _model_file(model)
-    options = SessionOptions(threads or allowed_cores(), optimize, precision, settings)
+    path, digest = _model_file(model)
+    optimize = True if optimize is None else optimize
+    session = _open(path, target, SessionOptions(threads or allowed_cores(), optimize, precision, settings))
+    if found is not None:
+        session.settings["tuned_notes"] = found.notes_for(path, digest)
+    return session
+
+
+def _open(path: Path, target: Device, options: SessionOptions) -> Session:
     if target.runtime == "ort":
         from deploykit.runtimes.ort import OrtSession
 
@@ -101,17 +130,19 @@ def default_devices() -> tuple[Device, ...]:
     return tuple(found)
 
 
-def _model_file(model: str | Path | Artifact) -> Path:
+def _model_file(model: str | Path | Artifact) -> tuple[Path, str | None]:
+    """The model's file, and the artifact's digest where it is in one."""
     if not isinstance(model, str | Path):
-        return model.model_path
+        return model.model_path, model.digest
     path = Path(model)
     if path.is_dir():
         from deploykit.artifact import Artifact
 
-        return Artifact.open(path).model_path
+        artifact = Artifact.open(path)
+        return artifact.model_path, artifact.digest
     expected = "an artifact directory, or an .onnx, .xml or .pt2 file"
     if not path.exists():
         raise ModelError(f"{path} does not exist", expected=expected)
     if path.suffix not in (".onnx", ".xml", ".pt2"):
         raise ModelError(f"{path} is not a model", expected=expected)
-    return path
+    return path, None

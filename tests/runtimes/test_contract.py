@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ from deploykit.optimizers import StaticConfig, optimize
 from deploykit.runtimes import Session, default_devices, open_session, parse_device, require_device
 
 CPU_DEVICES = ("ort:cpu", "openvino:cpu")
-OTHER_DEVICES = ("ort:cuda", "ort:tensorrt", "ort:openvino", "openvino:gpu")
+OTHER_DEVICES = (
+    "ort:cuda",
+    "ort:tensorrt",
+    "ort:openvino",
+    "ort:directml",
+    "ort:coreml",
+    "ort:xnnpack",
+    "openvino:gpu",
+    "openvino:npu",
+)
 
 
 def had(device: str) -> str:
@@ -385,12 +395,156 @@ def test_graph_is_left_alone_on_request(tmp_path: Path) -> None:
         open_session(model, "openvino:cpu", optimize=False)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"NO_SUCH_SETTING": 1},
+        {"session.intra_op.allow_spining": "1"},
+        {"execution_mode": "fast"},
+        {"graph_optimization_level": "most"},
+        {"intra_op_num_threads": 0},
+        {"INFERENCE_NUM_THREAD": 2},
+        {"FULL_DEVICE_NAME": "x"},
+        {"NUM_STREAMS": 2, "PERFORMANCE_HINT": "LATENCY"},
+    ],
+    ids=lambda s: next(iter(s)),
+)
+def test_settings_that_would_be_ignored(two_by_two: Path, cpu_device: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError) as caught:
+        open_session(two_by_two, cpu_device, settings=settings)
+    assert next(iter(settings)) in one_line(caught.value)
+
+
+# --- requests side by side, and inputs that stay on the device -------------------------------------------------------
+
+THROUGHPUT: dict[str, dict[str, Any]] = {
+    "ort:cpu": {"session.intra_op.allow_spinning": False},
+    "openvino:cpu": {"NUM_STREAMS": 2},
+}
+
+
+@pytest.mark.parametrize("settings", ["default", "throughput", "buffers"])
+def test_requests_from_threads_of_their_own(tmp_path: Path, device: str, settings: str) -> None:
+    """Every request gets its own inputs' results, whatever the others do at that time."""
+    chosen = {"throughput": THROUGHPUT.get(device), "buffers": {"device_buffers": True}}.get(settings)
+    if settings != "default" and (chosen is None or (settings == "buffers" and device.startswith("openvino"))):
+        pytest.skip("for ONNX Runtime" if settings == "buffers" else "for the CPU")
+    rng = np.random.default_rng(0)
+    inputs = [rng.normal(size=(1 + n % 3, 3, 8, 8)).astype(np.float32) for n in range(12)]
+    model = conv_model(tmp_path / "m.onnx")
+    with open_session(model, device, threads=1) as session:
+        expected = [session.run({"x": x})["y"] for x in inputs]
+    wrong: list[int] = []
+    start = threading.Barrier(4)
+
+    def work(request: Any, first: int) -> None:
+        start.wait(30)
+        for turn in range(30):
+            number = (first + turn) % len(inputs)
+            if not np.allclose(request.run({"x": inputs[number]})["y"], expected[number], rtol=1e-4, atol=1e-5):
+                wrong.append(number)
+
+    with open_session(model, device, threads=1, settings=chosen) as session:
+        requests = session.requests(4)
+        threads = [threading.Thread(target=work, args=(r, 3 * i)) for i, r in enumerate(requests)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert not start.broken
+        with pytest.raises(DataError):
+            requests[1].run({"y": inputs[0]})
+        with pytest.raises(DeviceError):
+            session.requests(0)
+    with pytest.raises(InferenceError):
+        requests[0].run({"x": inputs[0]})
+
+
+def test_bound_inputs_run_again(two_by_two: Path, device: str) -> None:
+    first, second = feeds(seed=1), feeds(4, seed=2)
+    with open_session(two_by_two, device) as session:
+        bound, other = session.bind(first), session.bind(second)
+        for _ in range(3):
+            bound.run()
+        other.run()
+        for given, made in ((first, bound), (second, other)):
+            results = made.outputs()
+            assert list(results) == ["total", "product"]
+            np.testing.assert_allclose(results["total"], given["left"] + 2 * given["right"], rtol=1e-6)
+            np.testing.assert_allclose(results["product"], given["left"] * given["right"], rtol=1e-6)
+        kept = bound.outputs()
+        kept["total"][:] = 7  # a copy: neither the next results nor the inputs are touched
+        bound.run()
+        np.testing.assert_allclose(bound.outputs()["total"], first["left"] + 2 * first["right"], rtol=1e-6)
+        np.testing.assert_allclose(session.run(second)["product"], second["left"] * second["right"], rtol=1e-6)
+        with pytest.raises(DataError):
+            session.bind({"left": first["left"]})
+    with pytest.raises(InferenceError):
+        bound.run()
+
+
+def test_bound_inputs_are_read_where_they_lie(two_by_two: Path, cpu_device: str) -> None:
+    """On the CPU nothing is copied: what is written into the array is what the next run reads."""
+    given = feeds()
+    with open_session(two_by_two, cpu_device) as session:
+        bound = session.bind(given)
+        given["left"][:] = 5
+        bound.run()
+        np.testing.assert_allclose(bound.outputs()["product"], 5 * given["right"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("device", [d for d in CPU_DEVICES + OTHER_DEVICES if d.startswith("ort:")])
+def test_device_buffers_give_the_same(two_by_two: Path, device: str) -> None:
+    had(device)
+    with (
+        open_session(two_by_two, device) as plain,
+        open_session(two_by_two, device, settings={"device_buffers": True}) as session,
+    ):
+        assert session.settings["device_buffers"] is True
+        for batch, seed in ((2, 1), (2, 2), (5, 3), (2, 4)):
+            given = feeds(batch, seed)
+            expected, found = plain.run(given), session.run(given)
+            assert list(found) == list(expected)
+            for name, array in expected.items():
+                np.testing.assert_array_equal(found[name], array)
+        kept = session.run(feeds(seed=5))
+        again = session.run(feeds(seed=6))
+        assert not np.array_equal(kept["total"], again["total"])
+        wide = np.zeros((2, 6), np.float32)
+        wide[:, ::2] = feeds()["left"]
+        strided = session.run({"left": wide[:, ::2], "right": feeds()["right"]})
+        np.testing.assert_array_equal(strided["total"], plain.run(feeds())["total"])
+        for case, (change, word) in WRONG.items():
+            bad = {n: a for n, a in (feeds() | change).items() if a is not None}
+            with pytest.raises(DataError) as caught:
+                session.run(bad)
+            assert word in one_line(caught.value), case
+
+
 # --- device names ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "cpu", "ort", "ort:", "ort:gpuu", "tpu:0", "openvino", "openvino:", ":cpu", "CUDA", "ort:cpu:0", "ort :cpu"],
+    [
+        "",
+        "cpu",
+        "ort",
+        "ort:",
+        "ort:gpuu",
+        "tpu:0",
+        "openvino",
+        "openvino:",
+        ":cpu",
+        "CUDA",
+        "ort:cpu:0",
+        "ort :cpu",
+        "torch",
+        "torch:",
+        "torch:tpu",
+        "torch:cuda:x",
+    ],
 )
 def test_unknown_device_names(text: str) -> None:
     with pytest.raises(DeviceError) as caught:
@@ -409,6 +563,8 @@ def test_unknown_device_names(text: str) -> None:
         ("ort:NewVendorExecutionProvider", "ort:NewVendorExecutionProvider", "NewVendorExecutionProvider"),
         ("openvino:gpu.1", "openvino:gpu.1", "GPU.1"),
         ("ov:AUTO:GPU,CPU", "openvino:auto:gpu,cpu", "AUTO:GPU,CPU"),
+        ("torch:cpu", "torch:cpu", "cpu"),
+        ("Torch-Compile:CUDA:1", "torch-compile:cuda:1", "cuda:1"),
     ],
 )
 def test_device_names(text: str, name: str, target: str) -> None:

@@ -1,0 +1,293 @@
+"""Our harness against a bare loop and benchmark_app: harness_check.py [--model FILE] [--threads N] [--rounds N]
+
+The same model, threads and precision are timed in five ways, each in a fresh process and in random order once a round:
+our worker on ONNX Runtime and on OpenVINO; a bare loop of `InferenceSession.run` and of `InferRequest.infer` with
+nothing of ours imported; and OpenVINO's own `benchmark_app`. benchmark_app fills its inputs once, so that all five get
+one and the same input from a file, and ours, which rotates through 32 otherwise, gets that one only.
+
+Printed are the medians of the rounds' medians and the median of the ratios within rounds (ours to theirs), with a 95 %
+bootstrap interval over rounds; beside it the same ratio of the shortest latencies, which other load on the machine
+moves less. Ends with 1 where a ratio of medians is further than 2 % from 1. Without `--model`, the shape of a
+ResNet-18 with random weights is made, at 224 x 224.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WITHIN = 0.02
+_WARMUP_S = 1.0
+_LEAST_WARMUP = 10
+_KINDS = {
+    "float32": "f32", "float64": "f64", "float16": "f16", "bool": "bool", "int8": "i8", "uint8": "u8", "int16": "i16",
+    "int32": "i32", "int64": "i64",
+}  # fmt: skip
+
+
+def make(path: Path, size: int) -> None:
+    """Write a ResNet-18 with one fixed input, from transformers."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")
+    torch.onnx.export(
+        ResNetForImageClassification(config).eval(), (torch.randn(1, 3, size, size),), str(path), dynamo=False,
+        opset_version=17, input_names=["x"], output_names=["logits"],
+    )  # fmt: skip
+
+
+def draw(model: Path) -> dict[str, Any]:
+    """One input for a model; dynamic dimensions become 1."""
+    import onnx
+
+    initial = onnx.load(str(model), load_external_data=False).graph
+    weights = {tensor.name for tensor in initial.initializer}
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for value in initial.input:
+        if value.name in weights:
+            continue
+        kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        shape = [d.dim_value or 1 for d in value.type.tensor_type.shape.dim]
+        feeds[value.name] = rng.standard_normal(shape).astype(kind) if kind.kind == "f" else np.ones(shape, kind)
+    return feeds
+
+
+# --- one process each ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One way in one round.
+
+    Attributes:
+        median_ms: Median latency.
+        shortest_ms: The shortest.
+    """
+
+    median_ms: float
+    shortest_ms: float
+
+    @classmethod
+    def of(cls, samples_ns: list[int]) -> Timed:
+        """From latencies in nanoseconds."""
+        return cls(float(np.median(samples_ns)) / 1e6, min(samples_ns) / 1e6)
+
+
+def loop(run: Any, seconds: float) -> Timed:
+    """A plain loop, after the same warm-up as ours."""
+    clock = time.perf_counter_ns
+    end, runs = clock() + int(_WARMUP_S * 1e9), 0
+    while runs < _LEAST_WARMUP or clock() < end:
+        run()
+        runs += 1
+    found = []
+    end = clock() + int(seconds * 1e9)
+    while clock() < end:
+        begun = clock()
+        run()
+        found.append(clock() - begun)
+    return Timed.of(found)
+
+
+def bare(runtime: str, folder: Path, threads: int, seconds: float) -> Timed:
+    """The runtime alone, in this process."""
+    with np.load(folder / "feeds.npz") as archive:
+        feeds = {key.partition("/")[2]: archive[key] for key in archive.files}
+    if runtime == "ort":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        return loop(lambda: session.run(None, feeds), seconds)
+    import openvino
+
+    config = {
+        "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }  # fmt: skip
+    request = openvino.Core().compile_model(str(folder / "model.onnx"), "CPU", config).create_infer_request()
+    return loop(lambda: request.infer(feeds), seconds)
+
+
+def ours(device: str, folder: Path, threads: int, seconds: float) -> Timed:
+    """Our worker, as `deploykit benchmark` starts it."""
+    job = {
+        "mode": "time", "model": str(folder / "model.onnx"), "device": device, "threads": threads,
+        "precision": "fp32", "feeds": str(folder / "feeds.npz"), "result": str(folder / "result.json"),
+        "warmup_s": _WARMUP_S, "seconds": seconds,
+    }  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    spawn([sys.executable, "-m", "deploykit.benchmarks.worker", str(folder / "job.json")])
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if "error" in result:
+        raise RuntimeError(result["error"])
+    return Timed.of(result["samples_ns"])
+
+
+def benchmark_app(program: str, folder: Path, threads: int, seconds: float) -> Timed:
+    """OpenVINO's tool, by what it prints."""
+    inputs = sorted(folder.glob("input_*.npy"))
+    names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+    given = ",".join(f"{name}:{path}" for name, path in zip(names, inputs, strict=True))
+    # Left to itself, it would take what looks like an image for bytes, and put a conversion before the model.
+    kinds = ",".join(f"{name}:{_KINDS[str(np.load(path).dtype)]}" for name, path in zip(names, inputs, strict=True))
+    text = spawn([
+        program, "-m", str(folder / "model.onnx"), "-d", "CPU", "-hint", "none", "-nstreams", "1", "-nireq", "1",
+        "-nthreads", str(threads), "-api", "sync", "-t", str(max(1, round(seconds))), "-infer_precision", "f32",
+        "-i", given, "-iop", kinds,
+    ])  # fmt: skip
+    median, shortest = (re.search(rf"{word}:\s*([\d.]+) ms", text) for word in ("Median", "Min"))
+    if median is None or shortest is None:
+        raise RuntimeError(f"benchmark_app printed no median: {text[-300:]}")
+    return Timed(float(median.group(1)), float(shortest.group(1)))
+
+
+def spawn(command: list[str]) -> str:
+    """Run to the end, and return what was printed."""
+    home = str(Path(__file__).resolve().parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(
+            f"{Path(command[0]).name} ended with {done.returncode}: {(done.stderr + done.stdout).strip()[-300:]}"
+        )
+    return done.stdout
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """95 % bootstrap of the median over rounds."""
+    rng = np.random.default_rng(0)
+    draws = np.median(rng.choice(values, (10_000, len(values))), axis=1)
+    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
+
+
+def rounds_of(ways: dict[str, Any], rounds: int, seed: int) -> dict[str, list[Timed]]:
+    """Every way once a round, in random order."""
+    order = random.Random(seed)
+    found: dict[str, list[Timed]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name in order.sample(list(ways), len(ways)):
+            found[name].append(ways[name]())
+        latest = ", ".join(f"{name} {times[-1].median_ms:.3f} ms" for name, times in found.items())
+        print(f"round {number + 1} of {rounds}: {latest}", file=sys.stderr, flush=True)
+    return found
+
+
+def table(found: dict[str, list[Timed]]) -> list[dict[str, Any]]:
+    """Ours against each of theirs."""
+    pairs = [
+        ("our worker, ort:cpu", "bare loop, onnxruntime"),
+        ("our worker, openvino:cpu", "bare loop, openvino"),
+        ("our worker, openvino:cpu", "benchmark_app"),
+    ]
+    rows = []
+    for mine, theirs in pairs:
+        if mine not in found or theirs not in found:
+            continue
+        medians = [np.array([t.median_ms for t in found[name]]) for name in (mine, theirs)]
+        shortest = [np.array([t.shortest_ms for t in found[name]]) for name in (mine, theirs)]
+        ratios = medians[0] / medians[1]
+        low, high = interval(ratios)
+        rows.append({
+            "ours": mine, "theirs": theirs, "ours_ms": float(np.median(medians[0])),
+            "theirs_ms": float(np.median(medians[1])), "ratio": float(np.median(ratios)), "low": low, "high": high,
+            "shortest_ratio": float(np.median(shortest[0] / shortest[1])),
+            "within": bool(abs(np.median(ratios) - 1) <= WITHIN),
+        })  # fmt: skip
+    return rows
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> None:
+    """The model, and one input in the forms that all of them read."""
+    if options.model is None:
+        # Not in this process: what torch starts would go on running beside the measurements.
+        spawn([sys.executable, __file__, "--child", "make", str(folder), str(options.size), "0"])
+    else:
+        shutil.copy(options.model, folder / "model.onnx")
+        for data in options.model.parent.glob(options.model.name + "*data"):
+            shutil.copy(data, folder)
+    feeds = draw(folder / "model.onnx")
+    np.savez(folder / "feeds.npz", **{f"0/{name}": array for name, array in feeds.items()})
+    for number, array in enumerate(feeds.values()):
+        np.save(folder / f"input_{number:03}.npy", array)
+    (folder / "names.json").write_text(json.dumps(list(feeds)), encoding="utf-8")
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="An .onnx file; dynamic dimensions become 1.")
+    parser.add_argument("--size", type=int, default=224, help="Of the images for the ResNet-18.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="Timed a way and round; whole ones, for benchmark_app."
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        what, folder, number, seconds = options.child
+        if what == "make":
+            make(Path(folder) / "model.onnx", int(number))
+        else:
+            print(json.dumps(asdict(bare(what, Path(folder), int(number), float(seconds)))))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="harness-") as name:
+        folder = Path(name)
+        prepare(folder, options)
+        own = (folder, options.threads, options.seconds)
+
+        def alone(runtime: str) -> Timed:
+            arguments = [runtime, str(folder), str(options.threads), str(options.seconds)]
+            return Timed(**json.loads(spawn([sys.executable, __file__, "--child", *arguments]).splitlines()[-1]))
+
+        ways: dict[str, Any] = {
+            "our worker, ort:cpu": lambda: ours("ort:cpu", *own),
+            "bare loop, onnxruntime": lambda: alone("ort"),
+            "our worker, openvino:cpu": lambda: ours("openvino:cpu", *own),
+            "bare loop, openvino": lambda: alone("openvino"),
+        }
+        program = shutil.which("benchmark_app", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+        if program is None:
+            print("benchmark_app is not installed: it comes with the openvino wheel", file=sys.stderr)
+        else:
+            ways["benchmark_app"] = lambda: benchmark_app(program, *own)
+        found = rounds_of(ways, options.rounds, options.seed)
+    rows = table(found)
+    print(f"{options.rounds} rounds of {options.seconds:g} s, {options.threads} threads, one input for all")
+    for row in rows:
+        print(
+            f"{row['ours']:25} {row['ours_ms']:8.3f} ms  to {row['theirs']:23} {row['theirs_ms']:8.3f} ms: "
+            f"{row['ratio']:.4f} [{row['low']:.4f}, {row['high']:.4f}], shortest {row['shortest_ratio']:.4f}  "
+            f"{'within' if row['within'] else 'NOT within'} {WITHIN:.0%}"
+        )
+    if options.json:
+        raw = {name: [asdict(one) for one in times] for name, times in found.items()}
+        options.json.write_text(json.dumps({"rows": rows, "rounds": raw}, indent=1) + "\n")
+    return 0 if len(rows) == 3 and all(row["within"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
