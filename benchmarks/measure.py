@@ -28,7 +28,7 @@ from deploykit.specs import Feeds
 
 # Of how many the best are measured once more.
 _CONFIRMED = 3
-_SWEEP_S, _SWEEP_PASSES = 0.5, 3
+_SWEEP_S, _SWEEP_PASSES = 0.5, 2
 # The smallest number of requests in flight that gives this share of the highest throughput is the knee.
 _KNEE = 0.97
 
@@ -210,7 +210,7 @@ def _find_load(child: Process, candidate: Candidate, settings: Settings) -> dict
     child.ask("warm", seconds=settings.warmup_s, within_s=settings.warmup_s)
     asked = candidate.concurrency or settings.concurrency
     counts = [asked] if asked else _concurrencies(candidate)
-    told = child.ask("sweep", concurrencies=counts, seconds=_SWEEP_S, passes=_SWEEP_PASSES)
+    told = child.ask("sweep", concurrencies=counts, seconds=min(_SWEEP_S, settings.seconds), passes=_SWEEP_PASSES)
     points = [_point(p, settings.batch) for p in told["points"]]
     most = max(p["throughput_per_s"] for p in points)
     knee = next(p for p in points if p["throughput_per_s"] >= _KNEE * most)

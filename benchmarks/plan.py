@@ -46,7 +46,7 @@ class Candidate:
     sessions: int = 1
     concurrency: int | None = None
     optimize: bool | str = True
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     tuned: bool = False
 
     @property

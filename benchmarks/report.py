@@ -320,3 +320,23 @@ def _cells(c: dict[str, Any], *, reference: bool) -> tuple[str, ...]:
 
 def _or_na(value: float | None, *, timed: bool) -> str:
     return "" if not timed else "n/a" if value is None else f"{value:.3f}"
+
+
+def summary(report: Report) -> list[str]:
+    """How it was measured, what the search chose, and who won: lines below the table."""
+    machine, settings = report.data["environment"]["machine"], report.data["settings"]
+    objective = f", p99 within {settings['slo_p99_ms']:g} ms" if settings.get("slo_p99_ms") else ""
+    lines = [
+        f"{report.data['scenario']}: {settings['rounds']} rounds of {settings['seconds']:g} s, batch "
+        f"{settings['batch']}, {settings['threads'] or machine['cores_allowed']} threads{objective}, inputs: "
+        f"{settings['inputs']}; noise floor {report.data['noise_floor']:.1%} (the reference against itself)"
+    ]
+    tuning = report.data.get("tuning")
+    if tuning:
+        lines.append(
+            f"tuned for {tuning['objective']} in {tuning['spent_s']:g} s (search and measurement), "
+            f"{len(tuning['trials'])} trials:"
+        )
+        kept = {(t["model"], t["device"]): t["label"] for t in tuning["trials"] if t["kept"]}
+        lines += [f"  {model} on {device}: {label}" for (model, device), label in kept.items()]
+    return [*lines, report.headline()]

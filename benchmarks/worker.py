@@ -193,7 +193,7 @@ def _sweep(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) ->
     for _ in range(told["passes"]):
         for count in told["concurrencies"]:
             lanes.widen(count)
-            concurrent_loop(lanes.calls, feeds, _SWEPT_S)
+            concurrent_loop(lanes.calls, feeds, min(_SWEPT_S, told["seconds"]))
             timed = concurrent_loop(lanes.calls, feeds, told["seconds"])
             kept = found.setdefault(count, {"concurrency": count, "samples_ns": [], "wall_ns": 0})
             kept["samples_ns"] += timed.samples_ns

@@ -16,7 +16,7 @@ from deploykit.runtimes import Device
 from deploykit.tuning import Tuner, tuned_candidates
 
 if TYPE_CHECKING:
-    from deploykit.benchmarks import Candidate, Report, Settings
+    from deploykit.benchmarks import Report
 
 
 def benchmark(

@@ -175,6 +175,9 @@ class BenchmarkStep(_Step):
     models: list[str] = []
     devices: list[str] = []
     data: str | None = None
+    scenario: Literal["latency", "offline", "server"] = "latency"
+    slo_p99_ms: float | None = Field(default=None, gt=0)
+    concurrency: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
     rounds: int = Field(default=5, ge=3)
@@ -183,6 +186,11 @@ class BenchmarkStep(_Step):
     precision: Literal["fp32", "native"] = "fp32"
     max_drop: float = Field(default=0.01, ge=0, le=1)
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    confirm: bool = True
+    tune: bool = False
+    budget_s: float = Field(default=120.0, gt=0)
+    tuned: list[str] = []
+    save_settings: str | None = None
     dims: dict[str, int] = {}
     seed: int = 0
 

@@ -32,6 +32,7 @@ from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
 _PATHS = ("data", "eval_data", "source", "model")
+_FILES = ("merge", "tuned")
 _CONFIG = tuple(field.name for field in fields(StaticConfig))
 
 
@@ -79,7 +80,9 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     """Hash of all that a step's result follows from: its parameters, its parents, the files that it reads."""
     step = recipe.steps[name]
     params = step.model_dump()
-    texts = [str(params[k]) for k in _PATHS if params.get(k) is not None] + list(params.get("merge", []))
+    texts = [str(params[k]) for k in _PATHS if params.get(k) is not None] + [
+        text for name in _FILES for text in params.get(name, [])
+    ]
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
     else:
@@ -157,11 +160,12 @@ def _run_step(
 ) -> Artifact | Report:
     target = output / name
     params = step.model_dump(exclude={"step"})
-    for key in (*_PATHS, "save_calibration"):
+    for key in (*_PATHS, "save_calibration", "save_settings"):
         if params.get(key) is not None:
             params[key] = _located(params[key], recipe, output, is_model=key == "model")
-    if "merge" in params:
-        params["merge"] = [_located(file, recipe, output, is_model=False) for file in params["merge"]]
+    for key in _FILES:
+        if key in params:
+            params[key] = [_located(file, recipe, output, is_model=False) for file in params[key]]
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n, s in recipe.steps.items() if not isinstance(s, BenchmarkStep)]
         earlier = models if step.models else models[: models.index(previous) + 1] if previous else models

@@ -35,6 +35,7 @@ class RuntimeSettings:
         device: Device name.
         threads: Threads inside one request; None for all allowed cores.
         sessions: Sessions (ONNX Runtime, PyTorch) that are to serve side by side, see `open_all`.
+        concurrency: Requests in flight, over all sessions, that it was tuned for.
         precision: "fp32" or "native".
         batch: Samples in one request that it was tuned for.
         optimize: As for `open_session`.
@@ -46,6 +47,7 @@ class RuntimeSettings:
     device: str
     threads: int | None = None
     sessions: int = 1
+    concurrency: int = 1
     precision: str = "fp32"
     batch: int = 1
     optimize: bool | str = True
@@ -94,7 +96,7 @@ class RuntimeSettings:
                 raise DataError(f"{label}: {name} is {values[name]!r}", expected=_names(kinds), hint=_AGAIN)
         if "device" not in values:
             raise DataError(f"{label} names no device", hint=_AGAIN)
-        for name in ("threads", "sessions", "batch"):
+        for name in ("threads", "sessions", "concurrency", "batch"):
             if values.get(name) is not None and values[name] < 1:
                 raise DataError(f"{label}: {name} is {values[name]}", expected="1 or more", hint=_AGAIN)
         parse_device(values["device"])
@@ -180,6 +182,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "device": (str,),
     "threads": (int, type(None)),
     "sessions": (int,),
+    "concurrency": (int,),
     "precision": (str,),
     "batch": (int,),
     "optimize": (bool, str),

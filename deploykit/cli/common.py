@@ -44,17 +44,18 @@ dry_run_option: Decorator = click.option(
 
 
 def seconds(text: str) -> float:
-    """Read a time, which is positive and ends.
+    """Read a time, which is positive and ends: "90", "90s", "1.5m", "1h".
 
     Raises:
         click.BadParameter: It is not.
     """
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
     try:
-        found = float(text)
+        found = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
         found = math.nan
     if not 0 < found < math.inf:
-        raise click.BadParameter(f"{text!r} is not a positive number of seconds.")
+        raise click.BadParameter(f"{text!r} is not a positive number of seconds (90, 90s, 1.5m).")
     return found
 
 

@@ -1,0 +1,208 @@
+"""Settings of a runtime: searched for, measured beside the defaults, and kept in a file."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.data import Dataset
+from deploykit.errors import BenchmarkError
+from deploykit.machine import inspect_machine
+from deploykit.progress import Progress
+from deploykit.runtimes.settings import RuntimeSettings, machine_fingerprint
+from deploykit.specs import Feeds
+from deploykit.staging import check_free, check_writable
+
+if TYPE_CHECKING:
+    from deploykit.benchmarks import Candidate, Report, Settings
+    from deploykit.benchmarks.tuner import Config, Tuning
+
+TUNED = " tuned"
+# Of the budget, what the final measurement takes; and what a process takes besides its timed seconds.
+_FINAL_SHARE, _START_S = 0.4, 1.5
+# What comparing a candidate's outputs takes before that; "offline" finds out the requests in flight as well.
+_CHECK_S = {"latency": 2.0, "offline": 5.0}
+_SHORTEST_S, _LEAST_ROUNDS = 0.25, 3
+
+
+def tuned_candidates(candidates: Sequence[Candidate], files: Sequence[str | Path]) -> list[Candidate]:
+    """Each candidate once more with the settings of every file that is of its device.
+
+    Raises:
+        DataError: A file cannot be read.
+        BenchmarkError: A file is of no candidate's device.
+    """
+    found: list[Candidate] = []
+    for file in files:
+        kept = RuntimeSettings.load(file)
+        mine = [c for c in candidates if c.device == kept.device]
+        if not mine:
+            raise BenchmarkError(
+                f"{file} is for {kept.device}, which is not measured", hint=f"add --device {kept.device}"
+            )
+        suffix = TUNED if len(files) == 1 else f"{TUNED} ({Path(file).name})"
+        found += [
+            replace(
+                c, name=c.name + suffix, tuned=True, precision=kept.precision, threads=kept.threads,
+                sessions=kept.sessions, concurrency=kept.concurrency, optimize=kept.optimize,
+                settings=dict(kept.settings),
+            )
+            for c in mine
+        ]  # fmt: skip
+    return found
+
+
+class Tuner:
+    """A search, and the measurement that judges it.
+
+    Args:
+        candidates: With the runtimes' defaults; the reference first.
+        settings: Of the measurement.
+        feeds_for: Inputs at a batch size.
+        told: Told about steps.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        settings: Settings,
+        feeds_for: Callable[[int], Sequence[Feeds]],
+        told: Progress,
+    ) -> None:
+        self._candidates = list(candidates)
+        self._settings = settings
+        self._feeds_for = feeds_for
+        self._told = told
+        self._began = time.monotonic()
+
+    def run(self, data: Dataset | None, budget_s: float | None, save: Path | None, batches: bool) -> Report:
+        """Search, measure, and keep the winner's settings.
+
+        Args:
+            data: With labels, for accuracy.
+            budget_s: Seconds for all; None: measure as told, without a search.
+            save: File for the settings of the winner.
+            batches: Whether the model takes batches of any size.
+
+        Raises:
+            BenchmarkError: Nothing could be measured.
+            OutputExistsError: The file is there.
+        """
+        from deploykit.benchmarks import measure
+
+        if save is not None:
+            check_free(save)
+            check_writable(save.parent)
+        if self._settings.scenario == "server" and budget_s is not None:
+            raise BenchmarkError(
+                "the scenario server cannot be tuned", hint="tune for throughput: --scenario offline --tune"
+            )
+        tunings: dict[Candidate, Tuning] = {}
+        settings = self._settings
+        if budget_s is not None:
+            tunings = self._search(budget_s, batches)
+            settings = self._cut(tunings, budget_s)
+        chosen = [self._with(c, t.chosen) for c, t in tunings.items() if t.chosen != self._base(c)]
+        for candidate, tuning in tunings.items():
+            if tuning.chosen == self._base(candidate):
+                self._told.note(f"{candidate.label}: nothing is faster than the settings it has")
+        candidates = [*self._candidates, *chosen]
+        report = measure(candidates, self._feeds_for(settings.batch), settings, data=data, progress=self._told)
+        if tunings:
+            report.data["tuning"] = self._record(tunings, budget_s)
+        if save is not None:
+            self._save(report, candidates, settings.batch, save)
+        return report
+
+    @property
+    def _objective(self) -> str:
+        return "throughput" if self._settings.scenario == "offline" else "latency"
+
+    def _base(self, candidate: Candidate) -> Config:
+        from deploykit.benchmarks.tuner import Config
+
+        settings = self._settings
+        return Config(
+            candidate.threads or settings.threads or inspect_machine().cores_allowed,
+            sessions=candidate.sessions,
+            concurrency=candidate.concurrency or settings.concurrency or 1,
+            batch=settings.batch,
+            precision=candidate.precision or settings.precision,
+            optimize=candidate.optimize,
+            settings=tuple(sorted(candidate.settings.items())),
+        )
+
+    def _search(self, budget_s: float, batches: bool) -> dict[Candidate, Tuning]:
+        from deploykit.benchmarks.arena import ProcessArena
+        from deploykit.benchmarks.tuner import search, stages_for
+
+        machine, found = inspect_machine(), {}
+        deadline = self._began + budget_s * (1 - _FINAL_SHARE)
+        mine = [c for c in self._candidates if not c.tuned]
+        for number, candidate in enumerate(mine):
+            share = (deadline - time.monotonic()) / (len(mine) - number)
+            stages = stages_for(
+                candidate.device, self._objective, machine, native=self._settings.precision == "native",
+                batches=batches and len(mine) == 1 and self._settings.batch == 1,
+            )  # fmt: skip
+            with tempfile.TemporaryDirectory(prefix="deploykit-tune-") as name:
+                step = self._told.step(f"tune {candidate.label} for {self._objective}")
+                with step, ProcessArena(candidate, self._settings, self._feeds_for, Path(name)) as arena:
+                    found[candidate] = search(
+                        self._base(candidate), stages, arena, share,
+                        told=lambda text, left, of: self._told.advance(of - left, of, f"settings of {text}"),
+                    )  # fmt: skip
+        return found
+
+    def _cut(self, tunings: dict[Candidate, Tuning], budget_s: float) -> Settings:
+        """Rounds and seconds that the rest of the budget allows, and the batch that was chosen."""
+        settings = self._settings
+        batch = max([t.chosen.batch for t in tunings.values()], default=settings.batch)
+        settings = replace(settings, batch=batch, confirm=False)
+        changed = sum(t.chosen != self._base(c) for c, t in tunings.items())
+        runs = len(self._candidates) + changed + 1
+        left = self._began + budget_s - time.monotonic() - (runs - 1) * _CHECK_S[settings.scenario]
+        for rounds in range(settings.rounds, _LEAST_ROUNDS - 1, -1):
+            each = left / (rounds * runs) - _START_S
+            warmup = min(settings.warmup_s, each / 3)
+            if each - warmup >= _SHORTEST_S or rounds == _LEAST_ROUNDS:
+                seconds = min(settings.seconds, max(_SHORTEST_S, each - warmup))
+                return replace(settings, rounds=rounds, seconds=seconds, warmup_s=max(0.1, warmup))
+        return settings
+
+    def _with(self, candidate: Candidate, config: Config) -> Candidate:
+        return replace(
+            candidate, name=candidate.name + TUNED, tuned=True, precision=config.precision, threads=config.threads,
+            sessions=config.sessions, concurrency=None if self._objective == "latency" else config.concurrency,
+            optimize=config.optimize, settings=dict(config.settings),
+        )  # fmt: skip
+
+    def _record(self, tunings: dict[Candidate, Tuning], budget_s: float | None) -> dict[str, Any]:
+        return {
+            "objective": self._objective,
+            "budget_s": budget_s,
+            "spent_s": round(time.monotonic() - self._began, 1),
+            "chosen": {c.label: t.chosen.as_dict() for c, t in tunings.items()},
+            "trials": [
+                s.as_dict() | {"device": c.device, "model": c.name} for c, t in tunings.items() for s in t.trials
+            ],
+        }
+
+    def _save(self, report: Report, candidates: Sequence[Candidate], batch: int, path: Path) -> None:
+        """Write the settings of the winner, or of the first that ties with it."""
+        labels = report.winner["candidates"]
+        best = next((c for label in labels for c in candidates if c.label == label), None)
+        if best is None:
+            raise BenchmarkError("no candidate won, so there are no settings to keep", hint=report.headline())
+        base = self._base(best)
+        found = next(e for e in report.candidates if (e["name"], e["device"]) == (best.name, best.device))
+        RuntimeSettings(
+            device=best.device, threads=base.threads, sessions=best.sessions,
+            concurrency=found.get("concurrency") or 1, precision=base.precision, batch=batch, optimize=best.optimize,
+            settings=dict(best.settings), machine=machine_fingerprint(best.device), model_sha256=best.sha256,
+        ).save(path)  # fmt: skip
+        self._told.note(f"settings of {best.label} are in {path}")
