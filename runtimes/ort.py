@@ -45,6 +45,8 @@ _TYPES = {
 }  # fmt: skip
 # Kernels that compute on integers whatever the type of their first input says.
 _INT8_OPS = ("QLinear", "Integer", "QGemm", "QAttention", "DynamicQuantize", "QMoE")
+# What providers say to an option that they do not have.
+_REFUSED = re.compile(r"(invalid|unknown)[^.()]{0,40}\boption\b.{0,200}", re.IGNORECASE)
 # What ONNX Runtime appends to names when it changes a layout, makes a name its own, or fuses.
 _SUFFIXES = re.compile(r"(_nchwc|_token_\d+|/MatmulTransposeFusion/)+$")
 
@@ -112,11 +114,11 @@ class OrtSession(Session):
             text = str(exc)
             if "disable_cpu_ep_fallback" in text or "fallback to CPU EP" in text:
                 raise DeviceError(
-                    f"{self._path}: not every node can run on {self.device.target}",
-                    hint="choose another --device",
+                    f"{self._path}: not every node can run on {self.device.target}, or it did not start",
+                    hint="choose another --device, or check its settings and driver: deploykit doctor",
                 ) from exc
-            if "provider option" in text or "EP option" in text:
-                raise DeviceError(f"{self.device.target} refuses its settings ({_clean(exc)})") from exc
+            if refused := _REFUSED.search(text):
+                raise DeviceError(f"{self.device.target} refuses its settings ({refused.group().strip()})") from exc
             raise InferenceError(
                 f"ONNX Runtime cannot load {self._path} ({_clean(exc)})",
                 hint="check it: deploykit inspect -m " + str(self._path),

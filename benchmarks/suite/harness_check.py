@@ -8,7 +8,7 @@ one and the same input from a file, and ours, which rotates through 32 otherwise
 Printed are the medians of the rounds' medians and the median of the ratios within rounds (ours to theirs), with a 95 %
 bootstrap interval over rounds; beside it the same ratio of the shortest latencies, which other load on the machine
 moves less. Ends with 1 where a ratio of medians is further than 2 % from 1. Without `--model`, the shape of a
-ResNet-18 with random weights is made, at 224 x 224.
+ResNet-18 with random weights is made, for small images: most of its short requests see nothing of other work.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 
 WITHIN = 0.02
-_WARMUP_S = 1.0
 _LEAST_WARMUP = 10
 _KINDS = {
     "float32": "f32", "float64": "f64", "float16": "f16", "bool": "bool", "int8": "i8", "uint8": "u8", "int16": "i16",
@@ -89,10 +88,10 @@ class Timed:
         return cls(float(np.median(samples_ns)) / 1e6, min(samples_ns) / 1e6)
 
 
-def loop(run: Any, seconds: float) -> Timed:
+def loop(run: Any, seconds: float, warmup_s: float) -> Timed:
     """A plain loop, after the same warm-up as ours."""
     clock = time.perf_counter_ns
-    end, runs = clock() + int(_WARMUP_S * 1e9), 0
+    end, runs = clock() + int(warmup_s * 1e9), 0
     while runs < _LEAST_WARMUP or clock() < end:
         run()
         runs += 1
@@ -105,7 +104,7 @@ def loop(run: Any, seconds: float) -> Timed:
     return Timed.of(found)
 
 
-def bare(runtime: str, folder: Path, threads: int, seconds: float) -> Timed:
+def bare(runtime: str, folder: Path, threads: int, seconds: float, warmup_s: float) -> Timed:
     """The runtime alone, in this process."""
     with np.load(folder / "feeds.npz") as archive:
         feeds = {key.partition("/")[2]: archive[key] for key in archive.files}
@@ -115,7 +114,7 @@ def bare(runtime: str, folder: Path, threads: int, seconds: float) -> Timed:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        return loop(lambda: session.run(None, feeds), seconds)
+        return loop(lambda: session.run(None, feeds), seconds, warmup_s)
     import openvino
 
     config = {
@@ -123,15 +122,15 @@ def bare(runtime: str, folder: Path, threads: int, seconds: float) -> Timed:
         "INFERENCE_PRECISION_HINT": "f32",
     }  # fmt: skip
     request = openvino.Core().compile_model(str(folder / "model.onnx"), "CPU", config).create_infer_request()
-    return loop(lambda: request.infer(feeds), seconds)
+    return loop(lambda: request.infer(feeds), seconds, warmup_s)
 
 
-def ours(device: str, folder: Path, threads: int, seconds: float) -> Timed:
+def ours(device: str, folder: Path, threads: int, seconds: float, warmup_s: float) -> Timed:
     """Our worker, as `deploykit benchmark` starts it."""
     job = {
         "mode": "time", "model": str(folder / "model.onnx"), "device": device, "threads": threads,
         "precision": "fp32", "feeds": str(folder / "feeds.npz"), "result": str(folder / "result.json"),
-        "warmup_s": _WARMUP_S, "seconds": seconds,
+        "warmup_s": warmup_s, "seconds": seconds,
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     spawn([sys.executable, "-m", "deploykit.benchmarks.worker", str(folder / "job.json")])
@@ -142,7 +141,7 @@ def ours(device: str, folder: Path, threads: int, seconds: float) -> Timed:
 
 
 def benchmark_app(program: str, folder: Path, threads: int, seconds: float) -> Timed:
-    """OpenVINO's tool, by what it prints."""
+    """OpenVINO's tool, by what it prints; it warms up with one run."""
     inputs = sorted(folder.glob("input_*.npy"))
     names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
     given = ",".join(f"{name}:{path}" for name, path in zip(names, inputs, strict=True))
@@ -153,10 +152,15 @@ def benchmark_app(program: str, folder: Path, threads: int, seconds: float) -> T
         "-nthreads", str(threads), "-api", "sync", "-t", str(max(1, round(seconds))), "-infer_precision", "f32",
         "-i", given, "-iop", kinds,
     ])  # fmt: skip
-    median, shortest = (re.search(rf"{word}:\s*([\d.]+) ms", text) for word in ("Median", "Min"))
-    if median is None or shortest is None:
-        raise RuntimeError(f"benchmark_app printed no median: {text[-300:]}")
-    return Timed(float(median.group(1)), float(shortest.group(1)))
+    return Timed(printed(text, "Median"), printed(text, "Min"))
+
+
+def printed(text: str, word: str) -> float:
+    """A latency that benchmark_app printed, in milliseconds; of short ones it prints microseconds."""
+    found = re.search(rf"{word}:\s*([\d.]+) (ms|us)", text)
+    if found is None:
+        raise RuntimeError(f"benchmark_app printed no {word}: {text[-300:]}")
+    return float(found.group(1)) / {"ms": 1, "us": 1e3}[found.group(2)]
 
 
 def spawn(command: list[str]) -> str:
@@ -221,7 +225,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """The model, and one input in the forms that all of them read."""
     if options.model is None:
         # Not in this process: what torch starts would go on running beside the measurements.
-        spawn([sys.executable, __file__, "--child", "make", str(folder), str(options.size), "0"])
+        spawn([sys.executable, __file__, "--child", "make", str(folder), str(options.size), "0", "0"])
     else:
         shutil.copy(options.model, folder / "model.onnx")
         for data in options.model.parent.glob(options.model.name + "*data"):
@@ -237,7 +241,7 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="An .onnx file; dynamic dimensions become 1.")
-    parser.add_argument("--size", type=int, default=224, help="Of the images for the ResNet-18.")
+    parser.add_argument("--size", type=int, default=64, help="Of the images for the ResNet-18.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
@@ -245,14 +249,15 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--warmup", type=float, default=1.0, help="Seconds before, and at least 10 runs.")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        what, folder, number, seconds = options.child
+        what, folder, number, seconds, warmup = options.child
         if what == "make":
             make(Path(folder) / "model.onnx", int(number))
         else:
-            print(json.dumps(asdict(bare(what, Path(folder), int(number), float(seconds)))))
+            print(json.dumps(asdict(bare(what, Path(folder), int(number), float(seconds), float(warmup)))))
         return 0
     with tempfile.TemporaryDirectory(prefix="harness-") as name:
         folder = Path(name)
@@ -260,13 +265,13 @@ def main() -> int:
         own = (folder, options.threads, options.seconds)
 
         def alone(runtime: str) -> Timed:
-            arguments = [runtime, str(folder), str(options.threads), str(options.seconds)]
+            arguments = [runtime, str(folder), str(options.threads), str(options.seconds), str(options.warmup)]
             return Timed(**json.loads(spawn([sys.executable, __file__, "--child", *arguments]).splitlines()[-1]))
 
         ways: dict[str, Any] = {
-            "our worker, ort:cpu": lambda: ours("ort:cpu", *own),
+            "our worker, ort:cpu": lambda: ours("ort:cpu", *own, options.warmup),
             "bare loop, onnxruntime": lambda: alone("ort"),
-            "our worker, openvino:cpu": lambda: ours("openvino:cpu", *own),
+            "our worker, openvino:cpu": lambda: ours("openvino:cpu", *own, options.warmup),
             "bare loop, openvino": lambda: alone("openvino"),
         }
         program = shutil.which("benchmark_app", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
