@@ -15,6 +15,8 @@ from deploykit.cli import common
     help="Artifact, .onnx or .xml; the first is the reference. Repeatable.",
 )  # fmt: skip
 @click.option("-o", "--output", metavar="FILE", help="Write the report as JSON; must not exist.")
+@common.html_option
+@common.markdown_option
 @common.device_option
 @common.data_option("Inputs, with 'labels' for accuracy:")
 @click.option("--threads", type=click.IntRange(1), help="Threads in one request; all allowed cores by default.")
@@ -43,6 +45,8 @@ from deploykit.cli import common
 def command(
     models: tuple[str, ...],
     output: str | None,
+    html: str | None,
+    markdown: str | None,
     devices: tuple[str, ...],
     data: str | None,
     threads: int | None,
@@ -70,9 +74,11 @@ def command(
     if dry_run:
         common.show_recipe("benchmark", {"models": list(models), "devices": list(devices), **settings})
         return
+    from deploykit.cli.report import check_views, write_views
     from deploykit.pipeline import benchmark
     from deploykit.staging import check_free, check_writable, write_file
 
+    check_views(html, markdown, output)
     if output is not None:
         check_free(Path(output))
         check_writable(Path(output).parent)
@@ -83,6 +89,7 @@ def command(
         show_report(report)
     if output is not None:
         write_file(Path(output), report.to_json().encode())
+    write_views(report, html, markdown)
     if report.interrupted:
         raise KeyboardInterrupt
 
