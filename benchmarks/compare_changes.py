@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,11 @@ class Change:
             return words[self.old] if self.old == self.new else f"{words[self.old]} -> {words[self.new]}"
         unit = unit or ("pt" if own.name in ("accuracy", "f1") else "%")
         change, low, high = self.in_unit(unit)
+        gap = "" if unit == "%" else " "
         if self.exact:
-            return "=" if self.new == self.old else f"{change:+.2f} {unit}".replace(" %", "%")
-        ends = f"[{_signed(low)}, {_signed(high)}]"
-        return f"{_signed(change)}% {ends}" if unit == "%" else f"{_signed(change)} {unit} {ends}"
+            return "=" if self.new == self.old else f"{change:+.3g}{gap}{unit}"
+        sign = _percent if unit == "%" else _signed
+        return f"{sign(change)}{gap}{unit} [{sign(low)}, {sign(high)}]"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; infinite ends become None."""
@@ -80,10 +82,15 @@ class Change:
         }  # fmt: skip
 
 
-def _signed(value: float) -> str:
+def _percent(value: float) -> str:
     if not math.isfinite(value) or abs(value) >= 1e6:
         return "-inf" if value < 0 else "+inf"
-    return f"{value:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
+    # No -0.0.
+    return f"{round(value, 1) + 0.0:+.1f}" if abs(value) < 100 else f"{value:+.0f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value + 0.0:+.3g}"
 
 
 def _finite(value: float) -> float | None:
@@ -169,17 +176,36 @@ def _median(samples: Sequence[int] | Array) -> float:
     return float(np.median(np.asarray(samples, np.float64)))
 
 
-def judge(rule: Rule, change: Change, *, strict: bool) -> tuple[bool, bool]:
-    """Whether a condition fails, and whether it would by the measured change alone.
+class Check(StrEnum):
+    """What became of a condition."""
+
+    FAILED = "FAILED"
+    UNPROVEN = "not proven"
+    OPEN = "not excluded"
+    HELD = "ok"
+
+
+def judge(rule: Rule, change: Change, *, strict: bool) -> Check:
+    """Whether a condition fails.
 
     Args:
         rule: The condition.
         change: What was measured.
         strict: Whether the measured change alone decides.
+
+    Returns:
+        `FAILED`: the whole interval is beyond the limit. `UNPROVEN`: the measured change is, the interval is not.
+        `OPEN`: the interval reaches beyond. `HELD`: all of it is within. With ``strict`` only the first and the last.
     """
     point, low, high = change.in_unit(rule.unit)
-    by_point = rule.applies(point, point)
-    return (by_point if strict else rule.applies(low, high)), by_point
+    beyond = rule.applies(point, point)
+    if strict or change.exact:
+        return Check.FAILED if beyond else Check.HELD
+    if rule.applies(low, high):
+        return Check.FAILED
+    if beyond:
+        return Check.UNPROVEN
+    return Check.OPEN if any(rule.applies(end, end) for end in (low, high)) else Check.HELD
 
 
 def old_and_new(change: Change) -> str:

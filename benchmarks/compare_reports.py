@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploykit.benchmarks.compare_changes import Change, change_of, judge, old_and_new, value_of
+from deploykit.benchmarks.compare_changes import Change, Check, change_of, judge, old_and_new, value_of
 from deploykit.benchmarks.compare_rules import METRICS, Rule
 from deploykit.benchmarks.compare_settings import machine_differences, notes_about, settings_differences
 from deploykit.benchmarks.markdown import escape, pipe_table
@@ -27,7 +27,8 @@ class Pair:
     Attributes:
         old: Its label then.
         new: Its label now.
-        status: "ok"; or why it is out of the race now and was not then.
+        raced: Whether it was in the race then; if not, no condition is about it.
+        status: As the new report has it: "ok", or why it is out of the race.
         same_file: Whether the model is the same, by its sha256.
         changes: By the metric's name.
         lost: Metrics that the old report held of it and the new one does not.
@@ -35,10 +36,16 @@ class Pair:
 
     old: str
     new: str
+    raced: bool
     status: str
     same_file: bool
     changes: Mapping[str, Change]
     lost: tuple[str, ...]
+
+    @property
+    def fell_out(self) -> bool:
+        """Whether it was in the race then and is not now."""
+        return self.raced and self.status != "ok"
 
     @property
     def label(self) -> str:
@@ -53,16 +60,19 @@ class Judgement:
     Attributes:
         rule: As it was written; "" where a candidate is missing.
         candidate: Its label.
-        failed: Whether the condition makes the comparison fail.
-        unproven: Whether the measured change is beyond the limit, but its interval is not.
+        outcome: What became of it.
         text: What was measured.
     """
 
     rule: str
     candidate: str
-    failed: bool
-    unproven: bool
+    outcome: Check
     text: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether it makes the comparison fail."""
+        return self.outcome is Check.FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,9 @@ class ReportComparison:
             return f"failed: {len(failed)} of {len(self.judgements)} checks"
         if not any(j.rule for j in self.judgements):
             return "compared; no condition was asked for"
-        return f"passed: {len(self.judgements)} checks"
+        unsure = sum(j.outcome in (Check.UNPROVEN, Check.OPEN) for j in self.judgements)
+        doubt = f", {unsure} of them because the measurement is too noisy to tell" if unsure else ""
+        return f"passed: {len(self.judgements)} checks{doubt}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
@@ -107,7 +119,8 @@ class ReportComparison:
             "winners": {"old": self.winners[0], "new": self.winners[1]},
             "candidates": [
                 {
-                    "old": p.old, "new": p.new, "status": p.status, "same_file": p.same_file, "lost": list(p.lost),
+                    "old": p.old, "new": p.new, "raced": p.raced, "status": p.status, "same_file": p.same_file,
+                    "lost": list(p.lost),
                     "changes": [c.as_dict() for c in p.changes.values()],
                 }
                 for p in self.pairs
@@ -115,7 +128,7 @@ class ReportComparison:
             "missing": list(self.missing),
             "added": list(self.added),
             "judgements": [
-                {"rule": j.rule, "candidate": j.candidate, "failed": j.failed, "unproven": j.unproven, "text": j.text}
+                {"rule": j.rule, "candidate": j.candidate, "outcome": str(j.outcome), "text": j.text}
                 for j in self.judgements
             ],
             "notes": list(self.notes),
@@ -131,15 +144,14 @@ class ReportComparison:
     def _row(pair: Pair, used: Sequence[str]) -> tuple[str, ...]:
         cells = [pair.label, "same" if pair.same_file else "changed"]
         if "latency" in used:
-            cells.append(old_and_new(pair.changes["latency"]) if "latency" in pair.changes else pair.status)
+            cells.append(old_and_new(pair.changes["latency"]) if "latency" in pair.changes else "not timed")
         return (*cells, *(pair.changes[n].shown() if n in pair.changes else "-" for n in used))
 
     def lines(self) -> list[str]:
         """Judgements, what is missing or new, winners and notes; one line each."""
         found = []
         for j in self.judgements:
-            word = "FAILED" if j.failed else "not proven" if j.unproven else "ok"
-            found.append(f"{word}: {j.rule + ', ' if j.rule else ''}{j.candidate}: {j.text}")
+            found.append(f"{j.outcome}: {j.rule + ', ' if j.rule else ''}{j.candidate}: {j.text}")
         found += [f"new: {label}" for label in self.added]
         then, now = self.winners
         found.append(f"before and now: {now}" if then == now else f"before: {then}; now: {now}")
@@ -256,33 +268,27 @@ def _pair(a: Mapping[str, Any], b: Mapping[str, Any], batches: tuple[int, int], 
         if change is not None:
             changes[metric] = change
     lost = tuple(m for m in METRICS if m not in changes and value_of(a, m) is not None)
-    status = str(b["status"]) if in_race(a) and not in_race(b) else "ok"
-    return Pair(label_of(a), label_of(b), status, a["sha256"] == b["sha256"], changes, lost)
+    return Pair(label_of(a), label_of(b), in_race(a), str(b["status"]), a["sha256"] == b["sha256"], changes, lost)
 
 
 def _missing(missing: Sequence[str], pairs: Sequence[Pair], asked: CompareOptions) -> list[Judgement]:
     """Candidates that are gone, or out of the race, fail the comparison unless that is allowed."""
-    found = [Judgement("", label, not asked.allow_missing, False, "is not in the new report") for label in missing]
-    return found + [
-        Judgement("", p.label, not asked.allow_missing, False, f"is out of the race now: {p.status}")
-        for p in pairs
-        if p.status != "ok"
-    ]
+    outcome = Check.HELD if asked.allow_missing else Check.FAILED
+    found = [Judgement("", label, outcome, "is not in the new report") for label in missing]
+    return found + [Judgement("", p.label, outcome, f"is out of the race now: {p.status}") for p in pairs if p.fell_out]
 
 
 def _judged(rule: Rule, pairs: Sequence[Pair], asked: CompareOptions) -> list[Judgement]:
     name, found = rule.metric.name, []
-    for pair in pairs:
+    for pair in (p for p in pairs if p.raced):
         change = pair.changes.get(name)
         if change is not None:
-            failed, by_point = judge(rule, change, strict=asked.strict)
-            unit = None if name == "verdict" else rule.unit
-            said = change.shown(unit)
-            found.append(Judgement(rule.text, pair.label, failed, by_point and not failed, said))
+            outcome = judge(rule, change, strict=asked.strict)
+            found.append(Judgement(rule.text, pair.label, outcome, change.shown(rule.unit)))
         elif name in pair.lost and pair.status == "ok":
-            text = f"the new report holds no {name} of it"
-            found.append(Judgement(rule.text, pair.label, not asked.allow_missing, False, text))
-    if not found and not any(p.status != "ok" and name in p.lost for p in pairs):
+            outcome = Check.HELD if asked.allow_missing else Check.FAILED
+            found.append(Judgement(rule.text, pair.label, outcome, f"the new report holds no {name} of it"))
+    if not found and not any(p.fell_out and name in p.lost for p in pairs):
         raise BenchmarkError(
             f"no candidate has {name} in both reports, so {rule.text} says nothing", hint=_ABSENT.get(name)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -13,8 +13,7 @@ from deploykit.specs import Array
 _RESAMPLES = 10_000
 _LEVEL = 0.95
 # Values that a percentile of resampled rounds is read from; finer than the intervals are wide.
-_GRID = 2048
-_CHUNK = 500
+_GRID = 256
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -98,19 +97,20 @@ def _nearest_rank(samples: Array, q: float) -> float:
 
 
 def _resampled(rounds: Sequence[Array], q: float, rng: np.random.Generator) -> Array:
-    """Percentiles of pools of resampled rounds, read from a grid of values that occur."""
-    pool = np.sort(np.concatenate(rounds))
-    grid = np.unique(pool[np.linspace(0, pool.size - 1, min(_GRID, pool.size)).round().astype(np.int64)])
+    """Percentiles of pools of resampled rounds, read from values that occur.
+
+    A pool's percentile lies between the least and the greatest of its rounds', so that only values there can be it.
+    """
+    own = [_nearest_rank(r, q) for r in rounds]
+    pool = np.unique(np.concatenate(rounds))
+    pool = pool[(pool >= min(own)) & (pool <= max(own))]
+    grid = pool[np.unique(np.linspace(0, pool.size - 1, min(_GRID, pool.size)).round().astype(np.int64))]
     # counts[r, g]: samples of round r up to the grid's value g.
     counts = np.stack([np.searchsorted(np.sort(r), grid, side="right") for r in rounds]).astype(np.float64)
-    found = []
-    for start in range(0, _RESAMPLES, _CHUNK):
-        size = min(_CHUNK, _RESAMPLES - start)
-        often = rng.multinomial(len(rounds), [1 / len(rounds)] * len(rounds), size=size)
-        below = often @ counts
-        wanted = np.ceil(q / 100 * below[:, -1:])
-        found.append(grid[(below >= wanted).argmax(axis=1)])
-    return np.maximum(np.concatenate(found).astype(np.float64), 1e-9)
+    sizes = np.asarray([r.size for r in rounds], np.float64)
+    often = rng.multinomial(len(rounds), [1 / len(rounds)] * len(rounds), size=_RESAMPLES).astype(np.float64)
+    enough = often @ counts >= np.ceil(q / 100 * (often @ sizes))[:, None] - 1e-9
+    return np.asarray(grid[enough.argmax(axis=1)], np.float64)
 
 
 def _welch(a: Array, b: Array) -> float:
@@ -139,6 +139,3 @@ def student_975(freedom: int) -> float:
 
 def _exp(value: float) -> float:
     return math.exp(min(float(value), 700.0))
-
-
-Interval = Callable[[Sequence[float], Sequence[float], int], tuple[float, float, float]]

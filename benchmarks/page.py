@@ -121,11 +121,12 @@ def _thin(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """A deep copy without what JSON cannot say."""
+    """A copy without what JSON cannot say; lists of samples are shared."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        # Samples are integers, and many.
+        return {k: v if k == "samples_ns" else _finite(v) for k, v in value.items()}
     if isinstance(value, list):
-        return value[:] if value and isinstance(value[0], int) else [_finite(v) for v in value]
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

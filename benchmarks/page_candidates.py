@@ -369,14 +369,14 @@ def timeline(report: Report) -> str:
 def _draw_timeline(found: Sequence[tuple[int, str, Sequence[Mapping[str, Any]]]], floor: float, width: int) -> str:
     phone = width <= NARROW
     height, bottom, right = (320, 268, width - 14) if phone else (360, 308, width - 20)
-    clock = all("started_s" in r for _, _, rounds in found for r in rounds)
-    most = max((r.get("position", 0) for _, _, rounds in found for r in rounds), default=0) + 1
+    clock = all(r.get("started_s") is not None for _, _, rounds in found for r in rounds)
+    most = max(r.get("position") or 0 for _, _, rounds in found for r in rounds) + 1
     lines = []
     for index, label, rounds in found:
         medians = medians_ms(rounds)
         own = float(np.median(medians))
         # Without a clock: the place of the round, and within it.
-        times = [r["started_s"] if clock else n + 1 + r.get("position", 0) / most for n, r in enumerate(rounds)]
+        times = [r["started_s"] if clock else n + 1 + (r.get("position") or 0) / most for n, r in enumerate(rounds)]
         lines.append((index, label, times, medians, [100 * (m / own - 1) for m in medians]))
     axis = fit([t for line in lines for t in line[2]], 58, right, pad=0.03)
     values = [v for line in lines for v in line[4]]

@@ -84,10 +84,11 @@ def _normal(data: dict[str, Any]) -> dict[str, Any]:
         if candidate.get("median_ms") is None or not candidate.get("rounds"):
             for key in ("median_ms", "rounds"):
                 candidate.pop(key, None)
+        else:
+            candidate.setdefault("peak_memory_bytes", None)
         outputs = candidate["outputs"]
         if outputs is not None and outputs.get("cosine") is None:
             outputs["cosine"] = math.nan
         if candidate.get("drift") is None:
             candidate.pop("drift", None)
-        candidate.setdefault("peak_memory_bytes", None)
     return data
