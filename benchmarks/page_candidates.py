@@ -11,6 +11,7 @@ import numpy as np
 
 from deploykit.benchmarks.intervals import median_interval, wilson
 from deploykit.benchmarks.page_drawing import (
+    LETTER,
     NARROW,
     Axis,
     Rows,
@@ -186,7 +187,7 @@ def _labels(
         full = f"{p.index + 1} {p.candidate['name']} {p.candidate['device']}"
         fallen = f" ▾ {p.y:.3g}" if p.index in low else ""
         for content in ([] if phone else [shorten(full, 34) + fallen]) + [f"{p.index + 1}{fallen}"]:
-            box = _free(x, y, p.radius + 6, len(content) * 6.7, width, taken, bubbles)
+            box = _free(x, y, p.radius + 6, len(content) * LETTER, width, taken, bubbles)
             if box is not None:
                 taken.append(box)
                 parts.append(tag("g", text(box[0], box[3] - 3, content, "name"), data_c=p.index))

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deploykit.benchmarks.page_drawing import (
+    LETTER,
     NARROW,
     Rows,
     both,
     bottom_axis,
+    clean,
     color,
     escape,
     fit,
@@ -36,26 +38,29 @@ _RAMP = ((253, 231, 137), (144, 210, 137), (59, 160, 145), (50, 105, 142), (61, 
 
 def heat_maps(report: Report) -> str:
     """Trials of the tuner, a map for each candidate; empty where nothing was tuned."""
-    trials = (report.data.get("tuning") or {}).get("trials") or []
+    tuning = report.data.get("tuning") or {}
+    trials = tuning.get("trials") or []
+    throughput = tuning.get("objective") == "throughput" or scenario_of(report) == "offline"
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for trial in trials:
         groups.setdefault(_trial_label(trial), []).append(trial)
-    return "".join(_heat_map(label, found, scenario_of(report) != "latency") for label, found in groups.items())
+    return "".join(_heat_map(label, found, throughput) for label, found in groups.items())
 
 
 def _trial_label(trial: Mapping[str, Any]) -> str:
-    label, device = str(trial["label"]), str(trial["device"])
-    return label if label.endswith(device) else f"{label} on {device}"
+    """The candidate; where the trial does not name its model, its label is the candidate's."""
+    name, device = str(trial.get("model") or trial["label"]), str(trial["device"])
+    return name if name.endswith(device) else f"{name} on {device}"
 
 
 def _heat_map(label: str, trials: Sequence[Mapping[str, Any]], throughput: bool) -> str:
     """Rows are settings, columns threads; of a cell that was tried in several stages the last trial counts."""
-    throughput = throughput or any(t.get("median_ms") is None for t in trials)
+    throughput = throughput or all(t.get("median_ms") is None for t in trials)
     key, title = ("throughput_per_s", "per s") if throughput else ("median_ms", "ms")
     cells: dict[tuple[str, int], Mapping[str, Any]] = {}
     for trial in trials:
         if trial.get(key) is not None:
-            cells[_settings_text(trial["settings"]), int(trial["threads"])] = trial
+            cells[_settings_text(trial), int(trial["threads"])] = trial
     if not cells:
         return ""
     values = [float(t[key]) for t in cells.values()]
@@ -65,7 +70,7 @@ def _heat_map(label: str, trials: Sequence[Mapping[str, Any]], throughput: bool)
     names = list(dict.fromkeys(name for name, _ in cells))
 
     def draw(width: int) -> str:
-        rows = Rows(len(names), width, 30, label=min(380.0, 40 + 6.6 * max(len(n) for n in names)))
+        rows = Rows(len(names), width, 30, label=min(380.0, 20 + LETTER * max(len(n) for n in names)))
         size = min(110.0, (width - rows.left - 8) / len(columns))
         parts = []
         for row, name in enumerate(names):
@@ -91,7 +96,7 @@ def _cell(trial: Mapping[str, Any], key: str, unit: str, share: float, box: tupl
     value = float(trial[key])
     kept = bool(trial.get("kept"))
     best = share == 0
-    tip = f"{plain(trial['settings'])}, {trial['threads']} threads: {short(value)} {unit}, stage {trial.get('stage')}"
+    tip = f"{_settings_text(trial)}, {trial['threads']} threads: {short(value)} {unit}, stage {trial.get('stage')}"
     tip += ("; the best" if best else "") + ("; kept" if kept else "; dropped")
     drawn = mark(
         "rect", tip, focus=True, x=x + 1, y=y, width=width - 2, height=height, rx=3, fill=fill,
@@ -110,14 +115,12 @@ def ramp(share: float) -> tuple[str, str]:
     return "#" + "".join(f"{round(c):02x}" for c in mixed), "on-light" if light else "on-dark"
 
 
-def _settings_text(settings: Mapping[str, Any]) -> str:
-    """All but the threads, which are the columns; what is not set is left out."""
-    kept = {k.rpartition(".")[2]: v for k, v in settings.items() if k != "threads" and v not in (None, {}, [])}
-    flat = {**{k: v for k, v in kept.items() if not isinstance(v, Mapping)}}
-    for value in kept.values():
-        if isinstance(value, Mapping):
-            flat |= {k.rpartition(".")[2]: v for k, v in value.items()}
-    return ", ".join(f"{k}={plain(v)}" for k, v in flat.items()) or "defaults"
+def _settings_text(trial: Mapping[str, Any]) -> str:
+    """All but the threads, which are the columns; what is as it is by default is left out."""
+    usual = {"sessions": 1, "concurrency": 1, "batch": 1, "precision": "fp32", "optimize": True}
+    found = {k: trial[k] for k, value in usual.items() if trial.get(k) not in (None, value)}
+    found |= {str(k).rpartition(".")[2]: v for k, v in trial["settings"].items() if k != "threads" and v is not None}
+    return ", ".join(f"{k}={plain(v)}" for k, v in found.items()) or "defaults"
 
 
 # --- load curves -----------------------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ _LAYER_FACTS = ("on", "kernel", "macs", "gflops", "bytes", "gbytes_per_s", "boun
 
 def _layer_name(layer: Mapping[str, Any], rows: Rows) -> str:
     """The operator and the end of the name, which tells layers apart."""
-    name, room = str(layer["name"]), (46 if rows.phone else 42) - len(str(layer["op"])) - 1
+    name, room = clean(layer["name"]), rows.room - len(clean(layer["op"])) - 1
     return f"{layer['op']} " + (name if len(name) <= room else "…" + name[-max(room - 1, 1) :])
 
 
@@ -304,7 +307,7 @@ def _finding(found: Mapping[str, Any]) -> str:
     return tag(
         "div",
         tag("b", escape(f"{severity}: {found['what']}")),
-        tag("span", escape(f" {found['cure']}")) if found.get("cure") else "",
+        tag("span", escape(f": {found['cure']}")) if found.get("cure") else "",
         tag("small", escape(" " + "; ".join(extra))) if extra else "",
         class_="finding severe" if severity in ("high", "error", "warning", "severe") else "finding",
     )

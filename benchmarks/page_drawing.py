@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 WIDE, NARROW = 900, 340
 COLORS = 8
+# Pixels of a letter of 12 px, in a wide font.
+LETTER = 7.3
 _STEPS = (1.0, 2.0, 5.0)
 _LOG_FROM = 6.0
 
@@ -229,6 +231,11 @@ class Rows:
         return self.width <= NARROW
 
     @property
+    def room(self) -> int:
+        """Letters that a label may have, also in a wide font."""
+        return int((self.width - 16 if self.phone else self.label - 16) / LETTER)
+
+    @property
     def left(self) -> float:
         """Where rows begin."""
         return 8.0 if self.phone else self.label
@@ -250,6 +257,5 @@ class Rows:
     def name(self, row: int, content: str, class_: str = "name") -> str:
         """A row's label."""
         if self.phone:
-            return text(8, self.top(row) - 6, shorten(content, 46), class_)
-        room = int((self.label - 12) / 6.6)
-        return text(self.left - 12, self.top(row) + self.height / 2 + 4, shorten(content, room), class_, "end")
+            return text(8, self.top(row) - 6, shorten(content, self.room), class_)
+        return text(self.left - 12, self.top(row) + self.height / 2 + 4, shorten(content, self.room), class_, "end")

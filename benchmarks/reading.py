@@ -79,7 +79,9 @@ def _read(path: Path) -> str:
 
 
 def _normal(data: dict[str, Any]) -> dict[str, Any]:
-    """Figures that are null stand for a candidate that was not timed, as figures that are not there."""
+    """Null figures stand for a candidate that was not timed, as absent ones do; version 1 knew one scenario."""
+    if data.get("scenario") is None:
+        data["scenario"] = data["settings"].get("scenario") or "latency"
     for candidate in data["candidates"]:
         if candidate.get("median_ms") is None or not candidate.get("rounds"):
             for key in ("median_ms", "rounds"):

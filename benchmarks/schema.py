@@ -183,9 +183,10 @@ class SettingsEntry(_Open):
 
 
 class TrialEntry(_Open):
-    """One trial of the tuner."""
+    """One trial of the tuner; `model` and `device` are the candidate's, `label` is short for its settings."""
 
     label: str
+    model: str | None = None
     device: str
     settings: dict[str, JsonValue]
     threads: Count
@@ -198,6 +199,7 @@ class TrialEntry(_Open):
 class TuningEntry(_Open):
     """What the tuner tried."""
 
+    objective: Literal["latency", "throughput"] | None = None
     trials: list[TrialEntry]
     chosen: dict[str, JsonValue] | None = None
     budget_s: NotNegative | None = None

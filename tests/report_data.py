@@ -190,7 +190,8 @@ def add_optional(data: dict[str, Any]) -> dict[str, Any]:
             ms = 6.0 / threads**0.6 * (1.1 if settings else 1.0)
             trials.append(
                 {
-                    "label": "fp32 on ort:cpu",
+                    "label": f"{threads} threads",
+                    "model": "fp32",
                     "device": "ort:cpu",
                     "settings": settings,
                     "threads": threads,
