@@ -15,8 +15,6 @@ from deploykit.cli import common
     help="Artifact, .onnx or .xml; the first is the reference. Repeatable.",
 )  # fmt: skip
 @click.option("-o", "--output", metavar="FILE", help="Write the report as JSON; must not exist.")
-@common.html_option
-@common.markdown_option
 @common.device_option
 @common.data_option("Inputs, with 'labels' for accuracy:")
 @click.option("--threads", type=click.IntRange(1), help="Threads in one request; all allowed cores by default.")
@@ -40,13 +38,13 @@ from deploykit.cli import common
 )
 @common.dim_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the candidates.")
+@common.html_option
+@common.markdown_option
 @common.json_option
 @common.dry_run_option
 def command(
     models: tuple[str, ...],
     output: str | None,
-    html: str | None,
-    markdown: str | None,
     devices: tuple[str, ...],
     data: str | None,
     threads: int | None,
@@ -59,6 +57,8 @@ def command(
     min_cosine: float,
     dims: tuple[str, ...],
     seed: int,
+    html: str | None,
+    markdown: str | None,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -75,10 +75,11 @@ def command(
         common.show_recipe("benchmark", {"models": list(models), "devices": list(devices), **settings})
         return
     from deploykit.cli.report import check_views, write_views
+
+    check_views(html, markdown, output)
     from deploykit.pipeline import benchmark
     from deploykit.staging import check_free, check_writable, write_file
 
-    check_views(html, markdown, output)
     if output is not None:
         check_free(Path(output))
         check_writable(Path(output).parent)
