@@ -27,6 +27,7 @@ _EXPORTS = {
     "Signature": "specs",
     "TensorSpec": "specs",
     "benchmark": "pipeline",
+    "compare": "pipeline",
     "export": "pipeline",
     "export_parts": "pipeline",
     "open_session": "runtimes",
@@ -52,6 +53,7 @@ __all__ = [
     "TensorSpec",
     "__version__",
     "benchmark",
+    "compare",
     "export",
     "export_parts",
     "open_session",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from deploykit.errors import DeploykitError
     from deploykit.pipeline import (
         benchmark,
+        compare,
         export,
         export_parts,
         quantize_dynamic,

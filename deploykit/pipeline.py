@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from deploykit.recipe import Recipe
 
 from deploykit.benchmarking import benchmark
+from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.quantizing import quantize_dynamic, quantize_static
@@ -21,6 +22,7 @@ from deploykit.verifying import verify
 
 __all__ = [
     "benchmark",
+    "compare",
     "export",
     "export_parts",
     "quantize_dynamic",

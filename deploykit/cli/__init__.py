@@ -22,6 +22,8 @@ _COMMANDS = {
     "verify": "Compare a model with another, or with its own golden outputs.",
     "inspect": "Show what a model is and costs: operators, MACs, memory, runtimes, contracts.",
     "benchmark": "Measure models on devices, in interleaved rounds.",
+    "report": "Show a report again: table, HTML page, Markdown, or the schema of reports.",
+    "compare": "Compare two reports; fail where a condition on the change fails.",
     "run": "Run a recipe: the whole chain.",
 }
 
@@ -51,6 +53,8 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 a `DeploykitError`, 2 wrong usage, 130 interrupted.
+
+    `compare` ends with 3 where a condition failed.
 
     Anything else is a bug of ours and keeps its traceback.
     """

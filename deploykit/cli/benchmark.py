@@ -71,6 +71,8 @@ from deploykit.cli import common
 @click.option("--save-settings", metavar="FILE", help="Write the winner's settings, for open_session and serving.")
 @common.dim_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the candidates.")
+@common.html_option
+@common.markdown_option
 @common.json_option
 @common.dry_run_option
 def command(
@@ -83,6 +85,8 @@ def command(
     seconds: float | None,
     preset: str | None,
     dims: tuple[str, ...],
+    html: str | None,
+    markdown: str | None,
     as_json: bool,
     dry_run: bool,
     **rest: object,
@@ -101,9 +105,11 @@ def command(
     if dry_run:
         common.show_recipe("benchmark", {"models": list(models), "devices": list(devices), **settings})
         return
+    from deploykit.cli.report import check_views, write_views
     from deploykit.pipeline import benchmark
     from deploykit.staging import write_file
 
+    check_views(html, markdown, output)
     file = Path(output) if output is not None else None
     replace = _check_output(file, resume=resume)
     journal = _journal(file, resume=resume, keeps=not (rest["tune"] or rest["save_settings"]))
@@ -118,6 +124,7 @@ def command(
         write_file(file, report.to_json().encode(), replace=replace)
     if report.interrupted:
         raise KeyboardInterrupt
+    write_views(report, html, markdown)
 
 
 def _check_output(file: Path | None, *, resume: bool) -> bool:

@@ -38,6 +38,12 @@ contract_option: Decorator = click.option(
     help="A runtime that has to be able to run it: triton:24.08, ort:1.18, openvino:2024.6. Repeatable.",
 )  # fmt: skip
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+html_option: Decorator = click.option(
+    "--html", metavar="FILE", help="Write the report as one HTML page that needs no network; must not exist."
+)
+markdown_option: Decorator = click.option(
+    "--markdown", metavar="FILE", help="Write it as Markdown, - for standard output; must not exist."
+)
 dry_run_option: Decorator = click.option(
     "--dry-run", is_flag=True, help="Print the recipe that this amounts to, and stop."
 )

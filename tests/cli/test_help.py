@@ -10,7 +10,7 @@ HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "p
 COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["verify"],
-    ["inspect"], ["benchmark"], ["run"],
+    ["inspect"], ["benchmark"], ["report"], ["compare"], ["run"],
 ]  # fmt: skip
 
 

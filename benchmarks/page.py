@@ -1,0 +1,227 @@
+"""The report as one HTML page that needs nothing else: no network, no library, no file beside it.
+
+Everything that comes out of the report is escaped, and the page's own security policy lets only its one script run, so
+that a model's name cannot become code. Plots are SVG; without JavaScript they are all there, with the browser's own
+tooltips.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from deploykit.benchmarks.page_candidates import distributions, pareto, speed, timeline
+from deploykit.benchmarks.page_details import heat_maps, layers, placement, rates, sweep
+from deploykit.benchmarks.page_drawing import color, escape, tag
+from deploykit.benchmarks.page_style import SCRIPT, STYLE
+from deploykit.benchmarks.report import Report, table
+from deploykit.benchmarks.wording import environment_facts, how_measured, label_of, notes_of, out_of_race, scenario_of
+
+# Latencies of a round that stay in the page's copy of the report.
+KEPT_SAMPLES = 101
+
+_PARETO = (
+    "The dashed line joins the candidates that no other beats in both (of medians, whatever the intervals say). Bars "
+    "are 95% intervals: of the median, by bootstrap over rounds; of an accuracy, Wilson's. A dotted ring: ties with "
+    "the fastest. Hollow: out of the race, for the reason named above."
+)
+_SPEED = (
+    "Intervals over rounds, each candidate against the reference of the same round. The grey band is the noise: how "
+    "far the reference strays from itself. Hollow: a tie, no difference outside the noise."
+)
+_DISTRIBUTION = (
+    "Every latency of every round, each row as high as its own mode. Percentiles stand where there are samples enough "
+    "for them."
+)
+_TIMELINE = (
+    "What all candidates show at the same time came from the machine; what one shows alone is its own. The grey band "
+    "is the noise floor; dashed: the reference, measured twice a round."
+)
+_HEAT = "★ the best, outlined: kept for the next stage. Where a cell was tried more than once, the last trial counts."
+_SWEEP = "The full mark is the knee: from there on, more requests in flight buy little but latency."
+_RATES = "Full marks meet the objective; hollow ones do not. Latency counts from the intended start of a request."
+_LAYERS = "By the runtime's own profile; colours are the precisions that the kernels computed in."
+_PLACEMENT = (
+    "Nodes that compute (convolutions, matrix products, recurrences), by the precision that their kernels ran in."
+)
+
+
+def to_html(report: Report) -> str:
+    """The page.
+
+    Args:
+        report: Of any schema version that `read_report` reads.
+
+    Returns:
+        A whole HTML document. Sections appear where the report holds their data.
+    """
+    sections = [
+        _section("candidates", "Candidates", _table(report) + _reasons(report)),
+        _toggles(report),
+        _section("pareto", _pareto_title(report), pareto(report), _PARETO),
+        _section("speed", "Speed against the reference", speed(report), _SPEED),
+        _section("distributions", "Distributions of the latencies", distributions(report), _DISTRIBUTION),
+        _section("timeline", "Rounds in time", timeline(report), _TIMELINE),
+        _section("tuning", "Tuner", heat_maps(report) + _budget(report), _HEAT),
+        _section("sweep", "Throughput over concurrency", sweep(report), _SWEEP),
+        _section("rates", "Latency over the rate of requests", rates(report), _RATES),
+        _section("layers", "Slowest layers", layers(report), _LAYERS),
+        _section("placement", "Placement and precisions", placement(report), _PLACEMENT),
+        _section("notes", "Notes", "".join(tag("p", escape(note)) for note in notes_of(report))),
+        _section("environment", "Environment and settings", _facts(report)),
+        _section("raw", "The report as JSON", _raw(report)),
+    ]
+    title = f"DeployKit benchmark: {report.headline()}"
+    head = [
+        '<meta charset="utf-8"/>',
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
+        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", escape(title)),
+        f"<style>{STYLE}</style>",
+    ]
+    body = [
+        tag("header", tag("h1", _origin(report)), tag("p", escape(report.headline()), class_="headline")),
+        tag("p", escape(how_measured(report)), class_="dim"),
+        tag("main", *sections),
+        tag("div", id="tip", role="status", hidden="hidden"),
+        f'<script type="application/json" id="report">{_embedded(report)}</script>',
+        f"<script>{SCRIPT}</script>",
+    ]
+    return f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head>\n<body>{"".join(body)}</body></html>\n'
+
+
+def thinned(report: Report) -> dict[str, Any]:
+    """The report with at most `KEPT_SAMPLES` latencies a round, evenly spaced among the sorted ones; finite numbers.
+
+    The result is a report too, and says in `thinned` what it is.
+    """
+    found: dict[str, Any] = _finite(report.data)
+    for candidate in found["candidates"]:
+        for key in ("rounds", "rounds_again"):
+            if candidate.get(key):
+                candidate[key] = [_thin(r) for r in candidate[key]]
+    if found.get("reference_again"):
+        found["reference_again"] = [_thin(r) for r in found["reference_again"]]
+    return found | {"thinned": {"samples_per_round": KEPT_SAMPLES}}
+
+
+def _thin(found: dict[str, Any]) -> dict[str, Any]:
+    samples = np.sort(np.asarray(found["samples_ns"], np.int64))
+    if samples.size <= KEPT_SAMPLES:
+        return found
+    places = np.linspace(0, samples.size - 1, KEPT_SAMPLES).round().astype(np.int64)
+    # Blocks are of the samples in their order, which is lost.
+    kept = {k: v for k, v in found.items() if not k.startswith("block_")}
+    return kept | {"samples_ns": samples[places].tolist(), "samples": int(samples.size)}
+
+
+def _finite(value: Any) -> Any:
+    """A copy without what JSON cannot say; lists of samples are shared."""
+    if isinstance(value, dict):
+        # Samples are integers, and many.
+        return {k: v if k == "samples_ns" else _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _embedded(report: Report) -> str:
+    """JSON that cannot end its script element, nor begin a comment in it."""
+    text = json.dumps(thinned(report), separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _policy() -> str:
+    """Nothing is loaded from anywhere; this one script and this one style sheet count."""
+    style, script = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (STYLE, SCRIPT))
+    rest = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    return f"{rest}; style-src 'sha256-{style}'; script-src 'sha256-{script}'"
+
+
+def _section(name: str, title: str, content: str, caption: str = "") -> str:
+    if not content:
+        return ""
+    below = tag("p", escape(caption), class_="dim") if caption else ""
+    return tag("section", tag("h2", escape(title)), content, below, id=name)
+
+
+def _origin(report: Report) -> str:
+    machine = report.data["environment"]["machine"]
+    return escape(f"DeployKit benchmark, {scenario_of(report)}, {report.data['created']}, {machine['cpu']}")
+
+
+def _pareto_title(report: Report) -> str:
+    measured = report.candidates[0]["accuracy"] is not None
+    return f"{'Accuracy' if measured else 'Likeness to the reference'}, latency and size"
+
+
+def _table(report: Report) -> str:
+    header, rows = table(report)
+    best = set(report.winner["candidates"])
+    # The verdict is what a phone has to show without scrolling, so it comes before the figures.
+    header, rows = _verdict_first(header), [_verdict_first(cells) for cells in rows]
+    head = tag("tr", *(tag("th", escape(h), scope="col") for h in ("#", *header)))
+    body = []
+    for index, (cells, c) in enumerate(zip(rows, report.candidates, strict=True)):
+        wins = label_of(c) in best
+        badge = ""
+        if wins:
+            tie = report.winner["verdict"] == "tie"
+            badge = tag("span", "tie for first" if tie else "winner", class_="badge tie" if tie else "badge")
+        elif c["status"] != "ok":
+            badge = tag("span", "out", class_="badge bad")
+        first = tag("td", tag("i", class_="dot"), str(index + 1), class_=color(index))
+        names = [tag("td", escape(cells[0]), class_="name"), tag("td", escape(cells[1]))]
+        names.append(tag("td", badge, escape(cells[2]), class_="verdict"))
+        figures = [tag("td", escape(text)) for text in cells[3:]]
+        classes = "out" if c["status"] != "ok" else "best" if wins and len(best) == 1 else None
+        body.append(tag("tr", first, *names, *figures, class_=classes))
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex=0, role="region",
+               aria_label="table of the candidates")  # fmt: skip
+
+
+def _verdict_first(cells: tuple[str, ...]) -> tuple[str, ...]:
+    return (*cells[:2], cells[-1], *cells[2:-1])
+
+
+def _reasons(report: Report) -> str:
+    return "".join(
+        tag("p", tag("b", escape(f"{label} is out of the race: ")), escape(reason))
+        for label, reason in out_of_race(report)
+    )
+
+
+def _toggles(report: Report) -> str:
+    """Which candidates the plots show; works where JavaScript does, and is not shown elsewhere."""
+    boxes = [
+        tag(
+            "label",
+            tag("input", type="checkbox", checked="checked", data_toggle=index, autocomplete="off"),
+            escape(f"{index + 1} {label_of(c)}"),
+            class_=color(index),
+        )
+        for index, c in enumerate(report.candidates)
+    ]
+    return tag("div", *boxes, class_="toggles", role="group", aria_label="candidates shown in the plots")
+
+
+def _budget(report: Report) -> str:
+    tuning = report.data.get("tuning") or {}
+    if tuning.get("spent_s") is None:
+        return ""
+    budget = f" of {tuning['budget_s']:.0f} s" if tuning.get("budget_s") is not None else ""
+    return tag("p", f"The search took {tuning['spent_s']:.0f} s{budget}.", class_="dim")
+
+
+def _facts(report: Report) -> str:
+    return tag("dl", *(tag("dt", escape(name)) + tag("dd", escape(text)) for name, text in environment_facts(report)))
+
+
+def _raw(report: Report) -> str:
+    said = f"At most {KEPT_SAMPLES} latencies a round, evenly spaced among the sorted ones; -o writes all of them."
+    return tag("p", said) + tag("button", "Download JSON", id="download", type="button")

@@ -1,0 +1,416 @@
+"""Plots with every candidate in them: accuracy over latency, speed with intervals, distributions, rounds in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deploykit.benchmarks.intervals import median_interval, wilson
+from deploykit.benchmarks.page_drawing import (
+    LETTER,
+    NARROW,
+    Axis,
+    Rows,
+    both,
+    bottom_axis,
+    color,
+    fit,
+    left_axis,
+    mark,
+    short,
+    shorten,
+    svg,
+    tag,
+    text,
+)
+from deploykit.benchmarks.report import Report
+from deploykit.benchmarks.wording import cosine_of, in_race, label_of, timed
+from deploykit.specs import Array
+
+_BINS = 80
+_SMALLEST, _LARGEST = 5.0, 22.0
+_PERCENTILES = ((50, "p50_ms"), (90, "p90_ms"), (99, "p99_ms"))
+
+
+def medians_ms(rounds: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Median latency of each round."""
+    return [float(np.median(r["samples_ns"])) / 1e6 for r in rounds]
+
+
+# --- accuracy over latency -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A candidate among accuracy and latency; `x` is None where it was not timed."""
+
+    index: int
+    candidate: Mapping[str, Any]
+    x: float | None
+    x_ends: tuple[float, float] | None
+    y: float
+    y_ends: tuple[float, float] | None
+    radius: float
+    front: bool
+    tie: bool
+
+
+def pareto(report: Report) -> str:
+    """Quality over latency, the size as a bubble; empty where nothing was timed."""
+    measured = report.candidates[0]["accuracy"] is not None
+    points = _points(report, measured=measured)
+    if not any(p.x is not None for p in points):
+        return ""
+    return both(lambda width: _draw_pareto(points, width, measured=measured))
+
+
+def _points(report: Report, *, measured: bool) -> list[_Point]:
+    found = report.candidates
+    largest = max(max(c["size_bytes"] for c in found), 1)
+    tied = set(report.winner["candidates"]) if report.winner["verdict"] == "tie" else set()
+    quality = {}
+    for i, c in enumerate(found):
+        accuracy = c["accuracy"]
+        value = (accuracy or {}).get("accuracy") if measured else cosine_of(c, reference=i == 0)
+        if value is not None:
+            quality[i] = float(value)
+    front = _front({i: (c["median_ms"], quality[i]) for i, c in enumerate(found) if in_race(c) and i in quality})
+    return [
+        _Point(
+            i,
+            found[i],
+            found[i]["median_ms"] if timed(found[i]) else None,
+            median_interval(medians_ms(found[i]["rounds"])) if timed(found[i]) else None,
+            y,
+            wilson(y, found[i]["accuracy"]["samples"]) if measured else None,
+            max(_SMALLEST, _LARGEST * math.sqrt(found[i]["size_bytes"] / largest)),
+            i in front,
+            label_of(found[i]) in tied,
+        )
+        for i, y in quality.items()
+    ]
+
+
+def _front(points: Mapping[int, tuple[float, float]]) -> set[int]:
+    """Those that no other beats in one of latency and quality without losing in the other."""
+    return {
+        i
+        for i, (x, y) in points.items()
+        if not any(a <= x and b >= y and (a < x or b > y) for j, (a, b) in points.items() if j != i)
+    }
+
+
+def _draw_pareto(points: Sequence[_Point], width: int, *, measured: bool) -> str:
+    phone = width <= NARROW
+    height, bottom = (340, 292) if phone else (430, 380)
+    untimed = [p for p in points if p.x is None]
+    right = width - (64 if untimed else 16)
+    xs = [v for p in points if p.x is not None for v in (p.x, *(p.x_ends or ()))]
+    x_axis = fit(xs, 58, right, log=None, pad=0.1)
+    y_axis = fit(_worth_showing(points), bottom, 34, pad=0.1)
+    title = "accuracy" if measured else "cosine of the outputs to the reference's"
+    parts = [
+        bottom_axis(x_axis, 34, bottom, "median latency, ms", 5 if phone else 9),
+        left_axis(y_axis, 58, right, f"{title} (higher is better)", 6, limit=1.0),
+    ]
+    # What lies far below stands at the lower edge, with its value.
+    low = {p.index for p in points if p.y < y_axis.low}
+    places = {
+        p.index: (
+            x_axis.at(p.x) if p.x is not None else right + 32,
+            bottom - p.radius if p.index in low else y_axis.at(p.y),
+        )
+        for p in points
+    }
+    if untimed:
+        parts.append(tag("line", x1=right, x2=right, y1=34, y2=bottom, class_="edge"))
+        parts.append(text(right + 32, 26, "not timed", "tick", "middle"))
+    front = sorted((p for p in points if p.front), key=lambda p: places[p.index])
+    if len(front) > 1:
+        line = " ".join(f"{places[p.index][0]:.1f},{places[p.index][1]:.1f}" for p in front)
+        parts.append(tag("polyline", points=line, class_="front"))
+    for p in sorted(points, key=lambda p: -p.radius):
+        parts.append(_bubble(p, *places[p.index], x_axis, None if p.index in low else y_axis, measured=measured))
+    parts += _labels(points, places, width, low, phone=phone)
+    return svg(width, height, f"{title} over median latency; the area of a bubble is the size", *parts)
+
+
+def _worth_showing(points: Sequence[_Point]) -> list[float]:
+    """Qualities that the axis covers: of all in the race, and of others that do not crush it."""
+
+    def ends(p: _Point) -> tuple[float, ...]:
+        return (p.y, *(p.y_ends or ()))
+
+    racing = [v for p in points if p.candidate["status"] == "ok" for v in ends(p)] or [
+        v for p in points for v in ends(p)
+    ]
+    room = max(1.5 * (max(racing) - min(racing)), 0.02)
+    return racing + [v for p in points for v in ends(p) if min(racing) - room <= p.y]
+
+
+def _bubble(p: _Point, x: float, y: float, x_axis: Axis, y_axis: Axis | None, *, measured: bool) -> str:
+    """A bubble with its whiskers; without a vertical axis it stands at the edge and has none there."""
+    c, key = p.candidate, color(p.index)
+    out = c["status"] != "ok"
+    whiskers = ""
+    if p.x_ends is not None:
+        whiskers += tag("line", x1=x_axis.at(p.x_ends[0]), x2=x_axis.at(p.x_ends[1]), y1=y, y2=y, class_="whisker")
+    if p.y_ends is not None and y_axis is not None:
+        whiskers += tag("line", x1=x, x2=x, y1=y_axis.at(p.y_ends[0]), y2=y_axis.at(p.y_ends[1]), class_="whisker")
+    tip = [label_of(c), f"{c['size_bytes'] / 1e6:.2f} MB"]
+    if p.x is not None and p.x_ends is not None:
+        tip.insert(1, f"{short(p.x)} ms [{short(p.x_ends[0])}, {short(p.x_ends[1])}]")
+    ends = f" [{p.y_ends[0]:.4f}, {p.y_ends[1]:.4f}]" if p.y_ends else ""
+    tip.append(f"{'accuracy' if measured else 'cosine'} {p.y:.4f}{ends}")
+    tip += ["on the Pareto front"] * p.front + ["ties with the fastest"] * p.tie + [c["status"]] * out
+    ring = tag("circle", cx=x, cy=y, r=p.radius + 4, class_="tie-ring") if p.tie else ""
+    dot = mark(
+        "circle", "; ".join(tip), focus=True, cx=x, cy=y, r=p.radius, class_="hollow" if out else "bubble",
+        data_x=p.x, data_y=p.y, data_front="yes" if p.front else None, data_tie="yes" if p.tie else None,
+    )  # fmt: skip
+    return tag("g", whiskers, ring, dot, class_=key, data_c=p.index)
+
+
+def _labels(
+    points: Sequence[_Point], places: Mapping[int, tuple[float, float]], width: int, low: set[int], *, phone: bool
+) -> list[str]:
+    """Names beside bubbles, where they cover no other name; the number alone where the name finds no room."""
+    taken: list[tuple[float, float, float, float]] = []
+    bubbles = [(*places[p.index], p.radius) for p in points]
+    parts = []
+    for p in sorted(points, key=lambda p: (not p.front, p.index)):
+        x, y = places[p.index]
+        full = f"{p.index + 1} {p.candidate['name']} {p.candidate['device']}"
+        fallen = f" ▾ {p.y:.3g}" if p.index in low else ""
+        for content in ([] if phone else [shorten(full, 34) + fallen]) + [f"{p.index + 1}{fallen}"]:
+            box = _free(x, y, p.radius + 6, len(content) * LETTER, width, taken, bubbles)
+            if box is not None:
+                taken.append(box)
+                parts.append(tag("g", text(box[0], box[3] - 3, content, "name"), data_c=p.index))
+                break
+    return parts
+
+
+def _free(
+    x: float,
+    y: float,
+    away: float,
+    size: float,
+    width: int,
+    taken: Sequence[tuple[float, float, float, float]],
+    bubbles: Sequence[tuple[float, float, float]],
+) -> tuple[float, float, float, float] | None:
+    near = away * 0.75
+    # Beside the whiskers first: a line through a name is hard to read.
+    spots = [
+        (x + near, y - near - 14), (x + near, y + near - 2), (x - near - size, y - near - 14),
+        (x - near - size, y + near - 2), (x - size / 2, y - away - 15), (x - size / 2, y + away), (x + away, y - 8),
+        (x - away - size, y - 8), (x - size / 2, y - away - 32), (x - size / 2, y + away + 16),
+    ]  # fmt: skip
+    for left, top in spots:
+        box = (left, top, left + size, top + 15)
+        inside = left >= 60 and box[2] <= width - 2 and top >= 20
+        covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+        over = any(
+            math.hypot(min(max(cx, box[0]), box[2]) - cx, min(max(cy, box[1]), box[3]) - cy) < r - 1
+            for cx, cy, r in bubbles
+        )
+        if inside and not covers and not over:
+            return box
+    return None
+
+
+# --- speed against the reference -------------------------------------------------------------------------------------
+
+
+def speed(report: Report) -> str:
+    """Ratio to the reference with its interval, and the noise around 1; empty where nothing was compared."""
+    found = [(i, c) for i, c in enumerate(report.candidates) if c.get("against_reference")]
+    return both(lambda width: _draw_speed(found, report.data["noise_floor"], width)) if found else ""
+
+
+def _draw_speed(found: Sequence[tuple[int, Mapping[str, Any]]], floor: float, width: int) -> str:
+    rows = Rows(len(found), width, 22)
+    ends = [v for _, c in found for v in (c["against_reference"]["low"], c["against_reference"]["high"])]
+    usable = [v for v in ends if 0.01 < v < 100]
+    axis = fit(
+        [*usable, 1 / (1 + floor), 1 + floor], rows.left, width - (16 if rows.phone else 180), log=True, pad=0.08
+    )
+    left, right = axis.at(1 / (1 + floor)), axis.at(1 + floor)
+    parts = [
+        bottom_axis(axis, 0, rows.bottom, "times as fast as the reference", 5 if rows.phone else 9),
+        tag("rect", x=left, y=0, width=right - left, height=rows.bottom, class_="noise"),
+        tag("line", x1=axis.at(1), x2=axis.at(1), y1=0, y2=rows.bottom, class_="edge"),
+    ]
+    for row, (index, c) in enumerate(found):
+        told = c["against_reference"]
+        y = rows.top(row) + rows.height / 2
+        low, high = (min(max(axis.at(told[k]), axis.start), axis.end) for k in ("low", "high"))
+        said = f"{told['verdict']} {told['ratio']:.2f}x [{told['low']:.2f}, {told['high']:.2f}]"
+        tied = told["verdict"] == "tie"
+        dot = mark(
+            "circle", f"{label_of(c)}: {said}", focus=True, cx=axis.at(told["ratio"]), cy=y, r=6,
+            class_="hollow" if tied else "solid", data_x=told["ratio"], data_low=told["low"], data_high=told["high"],
+            data_verdict=told["verdict"],
+        )  # fmt: skip
+        line = tag("line", x1=low, x2=high, y1=y, y2=y, class_="interval")
+        x, below = (width - 8, rows.top(row) - 6) if rows.phone else (axis.end + 12, y + 4)
+        words = f"{told['verdict']} {told['ratio']:.2f}x" if rows.phone else said
+        parts.append(
+            tag(
+                "g",
+                rows.name(row, f"{index + 1} {c['name']} {c['device']}"),
+                line,
+                dot,
+                text(x, below, words, "value", "end" if rows.phone else None),
+                class_=color(index),
+                data_c=index,
+            )
+        )
+    return svg(width, rows.bottom + 42, "speed against the reference with 95 % intervals", *parts)
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+def distributions(report: Report) -> str:
+    """One histogram of latencies a candidate, on one axis; empty where there are no samples."""
+    found = [(i, c, samples_ms(c)) for i, c in enumerate(report.candidates) if timed(c)]
+    return both(lambda width: _draw_distributions(found, width)) if found else ""
+
+
+def samples_ms(candidate: Mapping[str, Any]) -> Array:
+    """All latencies of all rounds."""
+    return np.concatenate([np.asarray(r["samples_ns"], np.float64) for r in candidate["rounds"]]) / 1e6
+
+
+def _draw_distributions(found: Sequence[tuple[int, Mapping[str, Any], Array]], width: int) -> str:
+    rows = Rows(len(found), width, 48)
+    # The slowest thousandth of the samples would take most of the axis.
+    ends = [float(v) for _, _, s in found for v in np.quantile(s, [0.001, 0.999], method="nearest")]
+    told = [c[key] for _, c, _ in found for _, key in _PERCENTILES if c.get(key)]
+    axis = fit([max(v, 1e-6) for v in (*ends, *told)], rows.left, width - 16, log=None, pad=0.02)
+    parts = [bottom_axis(axis, 0, rows.bottom, "latency, ms", 5 if rows.phone else 9)]
+    space = np.geomspace if axis.log else np.linspace
+    edges = space(axis.low, axis.high, _BINS + 1)
+    for row, (index, c, samples) in enumerate(found):
+        base = rows.top(row) + rows.height
+        counts, _ = np.histogram(samples, edges)
+        beyond = int(samples.size - counts.sum())
+        tip = f"{label_of(c)}: {samples.size} samples" + (f", {beyond} of them beyond this axis" if beyond else "")
+        drawn = mark(
+            "path", tip, focus=True, d=_outline(counts, edges, axis, base, rows.height - 15), class_="area",
+            data_counts=" ".join(str(n) for n in counts), data_beyond=beyond,
+        )  # fmt: skip
+        label = rows.name(row, f"{index + 1} {c['name']} {c['device']}")
+        parts.append(
+            tag("g", label, drawn, _percentiles(c, axis, base, rows.height), class_=color(index), data_c=index)
+        )
+    return svg(width, rows.bottom + 42, "distributions of the latencies", *parts)
+
+
+def _outline(counts: Array, edges: Array, axis: Axis, base: float, height: float) -> str:
+    top = max(int(counts.max()), 1)
+    path = [f"M{axis.at(float(edges[0])):.1f} {base:.1f}"]
+    for n, left, right in zip(counts, edges, edges[1:], strict=False):
+        y = base - height * int(n) / top
+        path.append(f"L{axis.at(float(left)):.1f} {y:.1f}H{axis.at(float(right)):.1f}")
+    return "".join(path) + f"V{base:.1f}Z"
+
+
+def _percentiles(c: Mapping[str, Any], axis: Axis, base: float, height: float) -> str:
+    """A line for each percentile that there are samples enough for; names only where they do not touch."""
+    parts, last = [], -math.inf
+    for number, key in _PERCENTILES:
+        value = c.get(key)
+        if not value:
+            continue
+        x = axis.at(value)
+        parts.append(
+            mark(
+                "line",
+                f"{label_of(c)}: p{number} {short(value)} ms",
+                x1=x,
+                x2=x,
+                y1=base - height + 13,
+                y2=base,
+                class_="percentile",
+                data_x=value,
+                data_p=number,
+            )
+        )
+        if x - last > 26:
+            parts.append(text(x, base - height + 10, f"p{number}", "small", "middle"))
+            last = x
+    return "".join(parts)
+
+
+# --- rounds in time --------------------------------------------------------------------------------------------------
+
+
+def timeline(report: Report) -> str:
+    """How far each round's median lay from the candidate's own, in the order of time; empty below two rounds."""
+    found = [
+        (i, label_of(c), [*c["rounds"], *(c.get("rounds_again") or ())])
+        for i, c in enumerate(report.candidates)
+        if timed(c)
+    ]
+    if not found or len(found[0][2]) < 2:
+        return ""
+    twin = report.data.get("reference_again") or []
+    if twin:
+        found.append((-1, f"{label_of(report.candidates[0])}, measured again", twin))
+    return both(lambda width: _draw_timeline(found, report.data["noise_floor"], width))
+
+
+def _draw_timeline(found: Sequence[tuple[int, str, Sequence[Mapping[str, Any]]]], floor: float, width: int) -> str:
+    phone = width <= NARROW
+    height, bottom, right = (320, 268, width - 14) if phone else (360, 308, width - 20)
+    clock = all(r.get("started_s") is not None for _, _, rounds in found for r in rounds)
+    most = max(r.get("position") or 0 for _, _, rounds in found for r in rounds) + 1
+    lines = []
+    for index, label, rounds in found:
+        medians = medians_ms(rounds)
+        own = float(np.median(medians))
+        # Without a clock: the place of the round, and within it.
+        times = [r["started_s"] if clock else n + 1 + (r.get("position") or 0) / most for n, r in enumerate(rounds)]
+        lines.append((index, label, times, medians, [100 * (m / own - 1) for m in medians]))
+    axis = fit([t for line in lines for t in line[2]], 58, right, pad=0.03)
+    values = [v for line in lines for v in line[4]]
+    y_axis = fit([*values, -100 * floor, 100 * floor], bottom, 34, pad=0.08)
+    title = "seconds since the measurement began" if clock else "round"
+    top, low = y_axis.at(100 * floor), y_axis.at(-100 * floor)
+    parts = [
+        bottom_axis(axis, 34, bottom, title, 5 if phone else 10),
+        left_axis(y_axis, 58, right, "round's median against the candidate's own, %", 7),
+        tag("rect", x=58, y=top, width=right - 58, height=low - top, class_="noise"),
+        tag("line", x1=58, x2=right, y1=y_axis.at(0), y2=y_axis.at(0), class_="edge"),
+    ]
+    for index, label, times, medians, offs in lines:
+        places = [(axis.at(t), y_axis.at(v)) for t, v in zip(times, offs, strict=True)]
+        order = sorted(range(len(places)), key=lambda n: times[n])
+        drawn = [
+            tag("polyline", points=" ".join(f"{places[n][0]:.1f},{places[n][1]:.1f}" for n in order), class_="series")
+        ]
+        for n in order:
+            tip = f"{label}, round {n + 1}: {short(medians[n])} ms ({offs[n]:+.1f} %)"
+            drawn.append(
+                mark(
+                    "circle",
+                    tip,
+                    cx=places[n][0],
+                    cy=places[n][1],
+                    r=4,
+                    class_="solid",
+                    data_x=times[n],
+                    data_y=medians[n],
+                )
+            )
+        parts.append(
+            tag("g", *drawn, class_=color(index) if index >= 0 else "twin", data_c=index if index >= 0 else None)
+        )
+    return svg(width, height, "medians of the rounds in the order of time", *parts)

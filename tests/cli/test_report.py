@@ -1,0 +1,91 @@
+"""`deploykit report`, and the views that `benchmark` writes."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def report(report_data, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report_data.add_optional(report_data.make_report(samples=60))), encoding="utf-8")
+    return path
+
+
+def test_a_report_is_shown_again(run_cli, report):
+    done = run_cli("report", "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "winner: int8 on ort:cpu" in done.stdout
+    assert "wrong outputs: cosine 0.3100" in done.stdout
+
+
+def test_views_are_written_and_never_overwritten(run_cli, report, tmp_path):
+    done = run_cli("report", "report.json", "--html", "page.html", "--markdown", "table.md")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "int8 on ort:cpu" in page
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.startswith("**winner: int8")
+    assert run_cli("report", "report.json", "--markdown", "-").stdout == table
+    (tmp_path / "page.html").write_text("mine", encoding="utf-8")
+    done = run_cli("report", "report.json", "--html", "page.html", "--markdown", "other.md")
+    assert done.returncode == 1
+    assert "page.html exists" in done.stderr
+    assert "--html" in done.stderr
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "mine"
+    assert not (tmp_path / "other.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "does not exist"), ("{", "only part of it"), ('{"schema_version": 9, "candidates": []}', "version 9")],
+)
+def test_other_files_are_refused_in_one_line(run_cli, tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "x.json").write_text(content, encoding="utf-8")
+    done = run_cli("report", "x.json", "--html", "page.html")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_usage(run_cli, report):
+    assert run_cli("report").returncode == 2
+    assert run_cli("report", "report.json", "--html", "x", "--markdown", "./x").returncode == 2
+    assert run_cli("report", "report.json", "--html", "-").returncode == 2
+    assert run_cli("report", "report.json", "--html", "no/such/folder.html").returncode == 1
+
+
+def test_the_schema_is_printed(run_cli):
+    done = run_cli("report", "--schema")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["properties"]["schema_version"]["enum"] == [1, 2]
+
+
+def test_benchmark_writes_all_views_of_one_measurement(run_cli, conv_model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    short = ["--rounds", "3", "--seconds", "0.05", "--warmup", "0", "--device", "ort:cpu", "--data", "labelled.npz"]
+    done = run_cli(
+        "benchmark", "-m", conv_model, *short, "-o", "r.json", "--html", "r.html", "--markdown", "r.md"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = run_cli("report", "r.json", "--html", "again.html", "--markdown", "again.md")
+    assert again.returncode == 0, again.stderr
+    for suffix in ("html", "md"):
+        assert (tmp_path / f"again.{suffix}").read_bytes() == (tmp_path / f"r.{suffix}").read_bytes()
+
+
+def test_benchmark_looks_at_the_places_before_it_measures(run_cli, conv_model, tmp_path):
+    (tmp_path / "taken.md").write_text("mine", encoding="utf-8")
+    for options, words in (
+        (["--markdown", "taken.md"], "taken.md exists"),
+        (["--html", "no/folder.html"], "cannot write to no"),
+    ):
+        done = run_cli("benchmark", "-m", conv_model, *options, "-o", "r.json")
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert "measure" not in done.stderr
+    assert run_cli("benchmark", "-m", conv_model, "-o", "same", "--html", "same").returncode == 2
+    assert not (tmp_path / "r.json").exists()
