@@ -334,9 +334,9 @@ def summary(report: Report) -> list[str]:
     tuning = report.data.get("tuning")
     if tuning:
         lines.append(
-            f"tuned for {tuning['objective']} in {tuning['spent_s']:g} s (search and measurement), "
-            f"{len(tuning['trials'])} trials:"
+            f"tuned for {'throughput' if report.data['scenario'] == 'offline' else 'latency'} in "
+            f"{tuning['spent_s']:g} s (search and measurement), {len(tuning['trials'])} trials:"
         )
-        kept = {(t["model"], t["device"]): t["label"] for t in tuning["trials"] if t["kept"]}
+        kept = {(t.get("model", "model"), t["device"]): t["label"] for t in tuning["trials"] if t["kept"]}
         lines += [f"  {model} on {device}: {label}" for (model, device), label in kept.items()]
     return [*lines, report.headline()]
