@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit.data import Dataset
-from deploykit.errors import OptimizationError
+from deploykit.errors import BenchmarkError, OptimizationError
 from deploykit.models import load_model
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
@@ -56,6 +56,7 @@ def benchmark(
     max_drop: float = 0.01,
     min_cosine: float = MIN_COSINE,
     seed: int = 0,
+    explain: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Measure models × devices in interleaved rounds, each in a fresh process.
@@ -74,6 +75,7 @@ def benchmark(
         max_drop: A candidate whose accuracy is lower than the reference's by more does not win.
         min_cosine: A candidate whose outputs are further from the reference's does not enter.
         seed: Of the order of the candidates and of the bootstrap.
+        explain: Profile each candidate afterwards and say why it is slow; see `deploykit.explaining`.
         progress: Told about steps.
 
     Raises:
@@ -81,6 +83,7 @@ def benchmark(
         DeviceError: A device cannot be had.
     """
     from deploykit.benchmarks import Candidate, Settings, measure
+    from deploykit.explaining import cure_of, explain_candidates
     from deploykit.models import benchmark_feeds, names_of
 
     told = progress or Progress()
@@ -103,7 +106,19 @@ def benchmark(
         rounds=rounds, seconds=seconds, warmup_s=warmup_s, threads=threads, batch=size, precision=precision,
         max_drop=max_drop, min_cosine=min_cosine, seed=seed, inputs=origin,
     )  # fmt: skip
-    return measure(candidates, feeds, settings, data=dataset, progress=told)
+    try:
+        report = measure(candidates, feeds, settings, data=dataset, progress=told)
+    except BenchmarkError as exc:
+        if not explain:
+            raise
+        found = explain_candidates(candidates[:1], ["failed"], feeds, threads=threads, precision=precision)
+        raise BenchmarkError(exc.what, hint=next(map(cure_of, found.values()), None) or exc.hint) from exc
+    if explain and not report.interrupted:
+        statuses = [entry["status"] for entry in report.candidates]
+        report.data["explain"] = explain_candidates(
+            candidates, statuses, feeds, threads=threads, precision=precision, progress=told
+        )
+    return report
 
 
 def run(

@@ -90,6 +90,7 @@ class NodePlacement:
         on: Execution provider or device.
         precision: Element type that the kernel computed in ("float32", "int8", "bfloat16"), "" where unknown.
         time_us: Microseconds in one run; 0 where the runtime does not say.
+        moved_bytes: Size of its inputs, weights and outputs; 0 where the runtime does not say.
     """
 
     name: str
@@ -97,6 +98,7 @@ class NodePlacement:
     on: str
     precision: str
     time_us: float
+    moved_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

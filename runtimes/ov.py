@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -123,7 +124,7 @@ class OpenVinoSession(Session):
             request.infer(arrays)
             for info in request.profiling_info:
                 times.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e6)
-        precisions = _runtime_precisions(compiled)
+        precisions, sizes = _runtime_precisions(compiled), _moved_bytes(compiled)
         devices = compiled.get_property("EXECUTION_DEVICES")
         on = devices[0] if devices else self.device.target
         asked = self.device.target if self.device.target.split(":")[0] not in _VIRTUAL else on
@@ -141,7 +142,8 @@ class OpenVinoSession(Session):
             raw = precisions.get(info.node_name, info.exec_type.rpartition("_")[2])
             precision = "int8" if raw.lower() in _INTEGER else _TYPES.get(raw.lower(), raw)
             micros = median(times[info.node_name])
-            nodes.append(NodePlacement(info.node_name, info.node_type, on, precision, micros))
+            size = sizes.get(info.node_name, 0)
+            nodes.append(NodePlacement(info.node_name, info.node_type, on, precision, micros, size))
         return Placement(asked, tuple(nodes))
 
     def _executed(self) -> tuple[ExecutedNode, ...]:
@@ -169,6 +171,18 @@ def _runtime_precisions(compiled: Any) -> dict[str, str]:
         info = node.get_rt_info()
         if "runtimePrecision" in info:
             found[node.get_friendly_name()] = str(info["runtimePrecision"].value)
+    return found
+
+
+def _moved_bytes(compiled: Any) -> dict[str, int]:
+    """Size of inputs and outputs by node; nodes with a shape that is known only at run time are left out."""
+    found: dict[str, int] = {}
+    for node in compiled.get_runtime_model().get_ops():
+        ports = [*node.inputs(), *node.outputs()]
+        if all(port.get_partial_shape().is_static for port in ports):
+            found[node.get_friendly_name()] = sum(
+                math.prod(port.get_shape()) * port.get_element_type().size for port in ports
+            )
     return found
 
 

@@ -38,6 +38,7 @@ from deploykit.cli import common
 )
 @common.dim_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the candidates.")
+@click.option("--explain", is_flag=True, help="Profile each candidate afterwards: where its time goes, and the cure.")
 @common.json_option
 @common.dry_run_option
 def command(
@@ -55,6 +56,7 @@ def command(
     min_cosine: float,
     dims: tuple[str, ...],
     seed: int,
+    explain: bool,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -65,7 +67,7 @@ def command(
     settings = {
         "data": data, "threads": threads, "batch": batch, "rounds": rounds, "seconds": seconds, "warmup_s": warmup_s,
         "precision": precision, "max_drop": max_drop, "min_cosine": min_cosine, "dims": common.parse_dims(dims),
-        "seed": seed,
+        "seed": seed, "explain": explain or None,
     }  # fmt: skip
     if dry_run:
         common.show_recipe("benchmark", {"models": list(models), "devices": list(devices), **settings})
@@ -101,3 +103,7 @@ def show_report(report: object) -> None:
         f"noise floor {report.data['noise_floor']:.1%} (the reference against itself)"
     )
     click.echo(report.headline())
+    for found in report.data.get("explain", {}).values():
+        from deploykit.benchmarks.explain import explanation_text
+
+        click.echo("\n" + explanation_text(found), nl=False)
