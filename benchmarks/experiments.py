@@ -67,11 +67,11 @@ class Setup:
         given["settings"] |= changed.pop("settings", {})
         return open_session(path, self.device, **(given | changed))
 
-    def against(self, session: Session, **changed: Any) -> Trial | None:
-        """Run it in turns with a changed one; None where that does not load."""
+    def against(self, session: Session, *, quick: bool = True, **changed: Any) -> Trial | None:
+        """Run it in turns with a changed one; None where that does not load. For `quick` see `in_turns`."""
         try:
             with self.open(**changed) as other:
-                return in_turns(partial(session.run, self.feeds), partial(other.run, self.feeds))
+                return in_turns(partial(session.run, self.feeds), partial(other.run, self.feeds), quick=quick)
         except DeploykitError:
             return None
 
@@ -108,7 +108,7 @@ def spinning(setup: Setup, session: Session, others: float) -> Finding | None:
     """Threads that wait by spinning, on cores that others want."""
     if setup.device.runtime != "ort" or str(setup.settings.get(_SPINNING)) == "0":
         return None
-    trial = setup.against(session, settings={_SPINNING: "0"})
+    trial = setup.against(session, settings={_SPINNING: "0"}, quick=False)
     if trial is None or not trial.gains(_CLEAR_GAIN):
         return None
     return Finding(
@@ -198,19 +198,17 @@ def _copy(source: Path) -> Iterator[Path]:
 # --- Q/DQ pairs -------------------------------------------------------------------------------------------------------
 
 
-def repaired(setup: Setup, session: Session) -> tuple[Trial | None, tuple[str, ...]]:
-    """The model after `quantize repair`, in turns with what it is; and what was repaired."""
+def repaired(setup: Setup, session: Session) -> tuple[bool, Trial | None]:
+    """Whether `quantize repair` could be tried, and its result in turns with the model; None where it changes nothing."""
     if setup.path.suffix != ".onnx" or model_bytes(setup.path) > _LARGEST_COPY:
-        return None, ()
+        return False, None
     with tempfile.TemporaryDirectory(prefix="deploykit-explain-") as name:
         target = Path(name) / "model.onnx"
         try:
-            result = repair(setup.path, RepairConfig(), target)
+            changed = repair(setup.path, RepairConfig(), target).changed
         except DeploykitError:
-            return None, ()
-        if not result.changed:
-            return None, ()
-        return setup.against(session, path=target), result.notes
+            return True, None
+        return True, setup.against(session, path=target) if changed else None
 
 
 def with_repair(found: Finding, trial: Trial | None, model: str) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 _TOP = 10
@@ -31,7 +31,7 @@ def explanation_text(found: Mapping[str, Any]) -> str:
     if not found["findings"]:
         lines.append("  nothing stands out: the time is where the arithmetic is")
     lines += [f"  note: {note}" for note in found.get("notes", ())]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(_printable(line).rstrip() for line in lines) + "\n"
 
 
 def explanation_markdown(found: Mapping[str, Any]) -> str:
@@ -50,7 +50,12 @@ def explanation_markdown(found: Mapping[str, Any]) -> str:
     if not found["findings"]:
         lines.append("Nothing stands out: the time is where the arithmetic is.")
     lines += [f"- Note: {note}" for note in found.get("notes", ())]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(_printable(line) for line in lines).rstrip() + "\n"
+
+
+def _printable(text: str) -> str:
+    """Names from files may hold anything, terminal escapes included."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _escaped(text: str) -> str:
@@ -60,11 +65,13 @@ def _escaped(text: str) -> str:
     return text
 
 
-def _head(found: Mapping[str, Any]) -> Sequence[str]:
+def _head(found: Mapping[str, Any]) -> list[str]:
     lines = [f"{found.get('label') or found['device']}:"]
     if found.get("total_us") is None:
         return lines
-    parts = [f"{found['total_us'] / 1e3:.3f} ms a run, {found['profiled_us'] / 1e3:.3f} ms in kernels with the profiler"]
+    parts = [
+        f"{found['total_us'] / 1e3:.3f} ms a run, {found['profiled_us'] / 1e3:.3f} ms in kernels with the profiler"
+    ]
     roof = found["roofline"]
     if roof["gflops"]:
         parts.append(f"{roof['gflops']:.1f} GFLOP/s")
@@ -106,8 +113,7 @@ def _cells(layer: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _short(name: str, width: int = 44) -> str:
     """The end of a long name tells more than its beginning."""
-    clean = "".join(c if c.isprintable() else "?" for c in name)
-    return clean if len(clean) <= width else "..." + clean[-(width - 3) :]
+    return name if len(name) <= width else "..." + name[-(width - 3) :]
 
 
 def _rest(found: Mapping[str, Any]) -> str:

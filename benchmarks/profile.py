@@ -186,9 +186,7 @@ def _without_bodies(kernels: Sequence[Kernel], outer: set[str]) -> list[Kernel]:
     inner = sum(k.time_us for k in kernels if k.name not in outer and k.op not in _CONTROL)
     whole = sum(k.time_us for k in controls)
     left = max(0.0, 1 - inner / whole) if whole else 0.0
-    return [
-        replace(k, time_us=k.time_us * left if k in controls else 0.0) if k.op in _CONTROL else k for k in kernels
-    ]
+    return [replace(k, time_us=k.time_us * left if k in controls else 0.0) if k.op in _CONTROL else k for k in kernels]
 
 
 def fold(kernels: Sequence[Kernel], graph: Sequence[SourceNode]) -> tuple[list[Kernel], list[Layer]]:
@@ -229,8 +227,8 @@ def _claim(kernels: Sequence[Kernel], graph: Sequence[SourceNode]) -> dict[int, 
         if is_compute(kernel.op):
             by_weight = {readers[name][0] for name in kernel.sources if len(readers.get(name, ())) == 1}
             found |= by_weight
-        for node in found:
-            owner[node].append(number)
+        for place_of_node in found:
+            owner[place_of_node].append(number)
     return owner
 
 

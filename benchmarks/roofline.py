@@ -1,8 +1,8 @@
 """How near a kernel comes to what this machine can do.
 
 The roofs are measured here, with the threads that the model runs with: a table would know nothing of a quota, a
-neighbour or a thermal limit. A kernel's roof is the longer of two times: of its arithmetic at the peak of its precision,
-and of its bytes at the peak of the memory (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009).
+neighbour or a thermal limit. A kernel's roof is the longer of two times: of its arithmetic at the peak of its
+precision, and of its bytes at the peak of the memory (Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,8 @@ def _measure(device: Device, threads: int, precision: str) -> Peaks:
         native = _gflops(floats, device, threads, "native") if precision == "native" else None
     return Peaks(
         fp32, int8, native, memory_bytes_per_s(threads) if cpu else None, threads,
-        f"best of short runs on {device} with {threads} threads: a product of {_SIDE} x {_SIDE} matrices in float32, in "
-        "uint8 by int8"
+        f"best of short runs on {device} with {threads} threads: a product of {_SIDE} x {_SIDE} matrices in float32, "
+        "in uint8 by int8"
         + (f", and the sum of two arrays of {_MEMORY_BYTES >> 20} MiB" if cpu else "; memory was not measured"),
     )  # fmt: skip
 
@@ -188,7 +189,7 @@ def memory_bytes_per_s(threads: int) -> float:
     count = _MEMORY_BYTES // 4
     a, b, c = (np.ones(count, np.float32) for _ in range(3))
     edges = np.linspace(0, count, threads + 1).astype(int)
-    parts = [slice(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+    parts = [slice(low, high) for low, high in pairwise(edges)]
     with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter's lock while it adds
         seconds = _best(lambda: list(pool.map(lambda p: np.add(a[p], b[p], out=c[p]), parts)))
     return 3 * _MEMORY_BYTES / seconds

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit.benchmarks import Candidate, experiments, findings
-from deploykit.benchmarks.explain import explanation_markdown, explanation_text
+from deploykit.benchmarks import Candidate, experiments, findings, rules
 from deploykit.benchmarks.experiments import Setup
+from deploykit.benchmarks.explain import explanation_markdown, explanation_text
 from deploykit.benchmarks.findings import Context, Finding
 from deploykit.benchmarks.profile import Profile, SourceNode, fold, join
 from deploykit.benchmarks.roofline import Peaks, measure_peaks, raised
@@ -145,7 +145,7 @@ def _explain(setup: Setup, session: Session, machine: Machine) -> dict[str, Any]
     others = meter.others()
     x86 = machine.architecture.lower() in ("x86_64", "amd64", "i386", "i686")
     context = Context(str(setup.path), peaks, machine.int8_dot, x86, others, machine.cores_machine, threads)
-    found = findings.find(profile, context)
+    found = rules.find(profile, context)
     found = findings.in_order(_try_out(setup, session, profile, found, context, machine))
     notes = [] if graph else ["the file's own nodes are not known for this format: layers are kernels"]
     return {
@@ -232,9 +232,9 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
     model = read_model(setup.path, weights=False)
     if unfused is None and not experiments.signed_quantizers(model):
         return found, None
-    trial, _ = experiments.repaired(setup, session)
+    tried, trial = experiments.repaired(setup, session)
     signed = experiments.signed_activations(model, setup.path, trial, setup.device)
-    if unfused is None:
+    if unfused is None or not tried:
         return found, signed
     cured = experiments.with_repair(unfused, trial, str(setup.path))
     return [cured if f is unfused else f for f in found], signed
@@ -245,7 +245,7 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
 
 def _refused(setup: Setup, exc: DeviceError, machine: Machine) -> dict[str, Any]:
     """What a device that cannot run the model would leave to the CPU, and what to do instead."""
-    empty = {
+    empty: dict[str, Any] = {
         "total_us": None, "profiled_us": None, "layers": [], "unattributed_us": None, "peak": {}, "roofline": {},
         "placement": None, "notes": [],
     }  # fmt: skip
@@ -261,7 +261,7 @@ def _refused(setup: Setup, exc: DeviceError, machine: Machine) -> dict[str, Any]
                 fitted = replace(setup, feeds=fit_feeds(session.signature, setup.feeds))
                 profile, placement = profile_of(fitted, session, source_nodes(setup.path, fitted.feeds), 0.0, 0.0)
                 context = Context(str(setup.path), Peaks(None, None, None, None, 1, ""))
-                seen = findings.misplaced(profile, context)
+                seen = rules.misplaced(profile, context)
                 finding = replace(seen, what=f"{setup.device} refuses the model: {seen.what}") if seen else finding
                 empty["placement"] = placement
         except DeploykitError:
@@ -298,7 +298,8 @@ def source_nodes(path: Path, feeds: Feeds) -> list[SourceNode]:
                 _node_name(node, layer), node.op_type, tuple(node.input), tuple(node.output), macs,
                 sum(_size(v) for v in (*visit.inputs, *visit.outputs)),
                 layer.weights if layer else frozenset(), layer is not None or macs > 0,
-                layer is not None and layer.quantized and _reads_codes(node, makers), _multiplies_int8(node, visit.inputs),
+                layer is not None and layer.quantized and _reads_codes(node, makers),
+                _multiplies_int8(node, visit.inputs),
             )
         )  # fmt: skip
     return found

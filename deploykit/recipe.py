@@ -185,6 +185,7 @@ class BenchmarkStep(_Step):
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
     dims: dict[str, int] = {}
     seed: int = 0
+    explain: bool = False
 
 
 Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | WeightsStep | HalfStep | RepairStep | BenchmarkStep

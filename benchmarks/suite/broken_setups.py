@@ -169,9 +169,7 @@ def resized(path: Path) -> Path:
 def quantized(source: Path, target: Path, config: StaticConfig, shape: tuple[int, ...]) -> Path:
     """What DeployKit makes of it."""
     data = Dataset.from_arrays({"x": RNG.standard_normal((4 * shape[0], *shape[1:])).astype(np.float32)})
-    optimize(
-        source, config, target, check=lambda path: None, data=data, open_model=lambda path: open_session(path).run
-    )
+    optimize(source, config, target, check=lambda path: None, data=data, open_model=lambda path: open_session(path).run)
     return target
 
 
@@ -258,9 +256,9 @@ SETUPS: dict[str, Setup] = {
     "transposes": Setup("copies", lambda folder: cnn(folder / "transposes.onnx", through_transposes)),
     "no VNNI": Setup("no-vnni", _static, options={"machine": without_vnni()}),
     "dynamic convolution": Setup("dynamic-convolution", _dynamic_conv),
-    "dynamic shapes": Setup("dynamic-shapes", lambda folder: attention(folder / "open.onnx"), (1, 64, 64)),
+    "dynamic shapes": Setup("dynamic-shapes", lambda folder: attention(folder / "open.onnx"), (1, 16, 64)),
     "dynamic shapes, OpenVINO": Setup(
-        "dynamic-shapes", lambda folder: attention(folder / "open.onnx"), (1, 64, 64), OPENVINO
+        "dynamic-shapes", lambda folder: attention(folder / "open.onnx"), (1, 16, 64), OPENVINO
     ),
     "denormals": Setup("denormals", lambda folder: mlp(folder / "tiny.onnx", 3, 256, 1e-39), (4, 256)),
     "tiny model": Setup("overhead", lambda folder: mlp(folder / "small.onnx", 2, 8), (4, 8)),
