@@ -199,7 +199,7 @@ def _copy(source: Path) -> Iterator[Path]:
 
 
 def repaired(setup: Setup, session: Session) -> tuple[bool, Trial | None]:
-    """Whether `quantize repair` could be tried, and its result in turns with the model; None where it changes nothing."""
+    """Whether `quantize repair` could be tried, and its result in turns with the model; None where it has none."""
     if setup.path.suffix != ".onnx" or model_bytes(setup.path) > _LARGEST_COPY:
         return False, None
     with tempfile.TemporaryDirectory(prefix="deploykit-explain-") as name:

@@ -29,6 +29,7 @@ class SourceNode:
         macs: Multiply-accumulates of one run; 0 where it does none, or where they are not known.
         moved_bytes: Size of inputs, weights and outputs; 0 where not known.
         weights: Stored tensors that it multiplies with.
+        weight_bytes: Their size in the file.
         compute: Whether it is a convolution, matrix product, recurrence or attention.
         quantized: Whether its weights are integers and its data come out of a DequantizeLinear: it is meant for an
             integer kernel.
@@ -42,6 +43,7 @@ class SourceNode:
     macs: int = 0
     moved_bytes: int = 0
     weights: frozenset[str] = frozenset()
+    weight_bytes: int = 0
     compute: bool = False
     quantized: bool = False
     signed: bool = False
@@ -58,6 +60,7 @@ class Kernel:
         precision: Element type that it computed in, "" where not known.
         time_us: Microseconds.
         moved_bytes: Size of inputs, weights and outputs; 0 where not known.
+        weight_bytes: Of its weights, as far as the runtime lists them.
         sources: Names of the file's nodes, tensors and weights that it holds.
         nodes: Those of the file's nodes that were folded into it, in the file's order; set by `fold`.
     """
@@ -68,6 +71,7 @@ class Kernel:
     precision: str
     time_us: float
     moved_bytes: int = 0
+    weight_bytes: int = 0
     sources: frozenset[str] = frozenset()
     nodes: tuple[SourceNode, ...] = ()
 
@@ -172,7 +176,9 @@ def join(placed: Sequence[NodePlacement], executed: Sequence[ExecutedNode]) -> l
         if len(names) == len(spare[op]):
             known |= dict(zip(names, spare[op], strict=True))
     found = [
-        Kernel(p.name, p.op, p.on, p.precision, p.time_us, p.moved_bytes, known.get(p.name, frozenset()))
+        Kernel(
+            p.name, p.op, p.on, p.precision, p.time_us, p.moved_bytes, p.weight_bytes, known.get(p.name, frozenset())
+        )
         for p in placed
     ]
     return _without_bodies(found, {p.name for p in placed if p.name in known})
@@ -205,8 +211,18 @@ def fold(kernels: Sequence[Kernel], graph: Sequence[SourceNode]) -> tuple[list[K
     for node, numbers in owner.items():
         for number in numbers:
             nodes[number].append(node)
-    folded = [replace(k, nodes=tuple(graph[n] for n in sorted(nodes[i]))) for i, k in enumerate(kernels)]
+    folded = [
+        _with_packed_weights(replace(k, nodes=tuple(graph[n] for n in sorted(nodes[i])))) for i, k in enumerate(kernels)
+    ]
     return folded, _layers(folded)
+
+
+def _with_packed_weights(kernel: Kernel) -> Kernel:
+    """Add weights that the runtime packed away when it loaded the model: they are read all the same."""
+    stored = sum(n.weight_bytes for n in kernel.nodes) if is_compute(kernel.op) else 0
+    if not kernel.moved_bytes or 2 * kernel.weight_bytes >= stored:
+        return kernel
+    return replace(kernel, moved_bytes=kernel.moved_bytes + stored - kernel.weight_bytes, weight_bytes=stored)
 
 
 def _claim(kernels: Sequence[Kernel], graph: Sequence[SourceNode]) -> dict[int, list[int]]:

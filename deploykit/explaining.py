@@ -19,7 +19,7 @@ from deploykit.errors import DeploykitError, DeviceError
 from deploykit.graphs import domain_of, element_bits
 from deploykit.machine import Machine, inspect_machine
 from deploykit.macs import UncountedError, count_macs
-from deploykit.modelfile import read_model
+from deploykit.modelfile import read_model, tensor_bytes
 from deploykit.progress import Progress
 from deploykit.proof import Layer, layers_of
 from deploykit.runtimes import Device, Session, open_session, parse_device
@@ -283,6 +283,7 @@ def source_nodes(path: Path, feeds: Feeds) -> list[SourceNode]:
     trace = trace_model(model, path, experiments.open_sizes(model, feeds))
     layers = {name: layer for layer in layers_of(model) for name in layer.made}
     makers = {name: node for node in model.graph.node for name in node.output}
+    stored = {t.name: tensor_bytes(t) for t in model.graph.initializer}
     found = []
     for visit in trace.visits:
         node = visit.node
@@ -297,7 +298,8 @@ def source_nodes(path: Path, feeds: Feeds) -> list[SourceNode]:
             SourceNode(
                 _node_name(node, layer), node.op_type, tuple(node.input), tuple(node.output), macs,
                 sum(_size(v) for v in (*visit.inputs, *visit.outputs)),
-                layer.weights if layer else frozenset(), layer is not None or macs > 0,
+                layer.weights if layer else frozenset(),
+                sum(stored.get(w, 0) for w in layer.weights) if layer else 0, layer is not None or macs > 0,
                 layer is not None and layer.quantized and _reads_codes(node, makers),
                 _multiplies_int8(node, visit.inputs),
             )

@@ -212,6 +212,7 @@ def _node(event: dict[str, Any]) -> NodePlacement:
         precision,
         float(event.get("dur", 0)),
         sum(_bytes(args.get(key, [])) for key in ("input_type_shape", "output_type_shape")),
+        int(args.get("parameter_size", 0)),
     )
 
 

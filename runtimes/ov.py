@@ -142,8 +142,8 @@ class OpenVinoSession(Session):
             raw = precisions.get(info.node_name, info.exec_type.rpartition("_")[2])
             precision = "int8" if raw.lower() in _INTEGER else _TYPES.get(raw.lower(), raw)
             micros = median(times[info.node_name])
-            size = sizes.get(info.node_name, 0)
-            nodes.append(NodePlacement(info.node_name, info.node_type, on, precision, micros, size))
+            moved = sizes.get(info.node_name, (0, 0))
+            nodes.append(NodePlacement(info.node_name, info.node_type, on, precision, micros, *moved))
         return Placement(asked, tuple(nodes))
 
     def _executed(self) -> tuple[ExecutedNode, ...]:
@@ -174,16 +174,28 @@ def _runtime_precisions(compiled: Any) -> dict[str, str]:
     return found
 
 
-def _moved_bytes(compiled: Any) -> dict[str, int]:
-    """Size of inputs and outputs by node; nodes with a shape that is known only at run time are left out."""
-    found: dict[str, int] = {}
-    for node in compiled.get_runtime_model().get_ops():
+def _moved_bytes(compiled: Any) -> dict[str, tuple[int, int]]:
+    """Size of inputs and outputs, and of the weights among them; nodes whose shapes depend on the run are left out."""
+    found: dict[str, tuple[int, int]] = {}
+    fixed: set[str] = set()  # constants, and what follows from constants: laid out once, when the model is compiled
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        sources = [port.get_source_output().get_node().get_friendly_name() for port in node.inputs()]
+        if _layer_type(node) == "Const" or (sources and fixed.issuperset(sources)):
+            fixed.add(node.get_friendly_name())
         ports = [*node.inputs(), *node.outputs()]
         if all(port.get_partial_shape().is_static for port in ports):
-            found[node.get_friendly_name()] = sum(
-                math.prod(port.get_shape()) * port.get_element_type().size for port in ports
-            )
+            weights = sum(_port_bytes(p) for p, name in zip(node.inputs(), sources, strict=True) if name in fixed)
+            found[node.get_friendly_name()] = (sum(map(_port_bytes, ports)), weights)
     return found
+
+
+def _layer_type(node: Any) -> str:
+    info = node.get_rt_info()
+    return str(info["layerType"].value) if "layerType" in info else ""
+
+
+def _port_bytes(port: Any) -> int:
+    return int(math.prod(port.get_shape()) * port.get_element_type().size)
 
 
 def _layer_name(name: str) -> str:

@@ -24,13 +24,13 @@ def conv(name: str, us: float, *, op: str = "Conv", precision: str = "float32", 
     gops = PEAKS.gops(precision) or 0
     source = SourceNode(name, "Conv", (f"{name}_in", f"{name}_w"), (f"{name}_out",), int(us * of_peak * gops * 1e3 / 2),
                         weights=frozenset({f"{name}_w"}), compute=True, **more)  # fmt: skip
-    return Kernel(name, op, on, precision, us, 1000, frozenset(), (source,))
+    return Kernel(name, op, on, precision, us, 1000, nodes=(source,))
 
 
 def other(name: str, op: str, us: float, *, inputs: str = "a", outputs: str = "b", on: str = ORT) -> Kernel:
     """Something that only moves data, as fast as the memory."""
     source = SourceNode(name, op, tuple(inputs.split()), tuple(outputs.split()))
-    return Kernel(name, op, on, "float32", us, int(us * 8e3), frozenset(), (source,))
+    return Kernel(name, op, on, "float32", us, int(us * 8e3), nodes=(source,))
 
 
 def profile(*kernels: Kernel, total: float | None = None) -> Profile:
@@ -68,7 +68,9 @@ def test_nodes_elsewhere_are_named_with_their_share() -> None:
     made = profile(*FLOAT, conv("lost", 500, on="ElsewhereExecutionProvider"))
     found = only(made, "wrong-provider")
     assert (found.nodes, found.cost_us, found.severity) == (("lost",), 500, "medium")
-    assert "1 of 4 nodes ran on ElsewhereExecutionProvider instead of CPUExecutionProvider, 24% of the time" in found.what
+    assert (
+        "1 of 4 nodes ran on ElsewhereExecutionProvider instead of CPUExecutionProvider, 24% of the time" in found.what
+    )
     assert kinds(profile(*FLOAT, other("shape", "Shape", 5, on="ElsewhereExecutionProvider"))) == {}
 
 

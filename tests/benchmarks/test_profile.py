@@ -19,7 +19,7 @@ def placed(name: str, op: str, us: float) -> NodePlacement:
 
 
 def kernel(name: str, op: str, us: float, *sources: str, precision: str = "float32") -> Kernel:
-    return Kernel(name, op, "CPU", precision, us, 100, frozenset(sources))
+    return Kernel(name, op, "CPU", precision, us, 100, sources=frozenset(sources))
 
 
 CHAIN = [
@@ -106,3 +106,10 @@ def test_the_time_of_a_body_is_not_counted_twice(loop: float, left: float) -> No
     executed = [ExecutedNode("loop", "Loop", "", frozenset({"loop"}))]
     found = join([placed("loop", "Loop", loop), placed("inner", "MatMul", 40)], executed)
     assert [k.time_us for k in found] == [pytest.approx(left), 40]
+
+
+def test_weights_that_the_runtime_packed_away_are_read_all_the_same() -> None:
+    stored = node("p", "MatMul", "x w", "y", weights=frozenset({"w"}), weight_bytes=512, compute=True)
+    packed = Kernel("p", "MatMul", "CPU", "float32", 1.0, 384)
+    listed = Kernel("p", "MatMul", "CPU", "float32", 1.0, 896, 512)
+    assert [fold([k], [stored])[1][0].moved_bytes for k in (packed, listed)] == [896, 896]
