@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from deploykit.candidates import candidate_devices, enters
 from deploykit.comparing import MIN_COSINE
 from deploykit.data import Dataset
-from deploykit.errors import OptimizationError
+from deploykit.errors import BenchmarkError, OptimizationError
 from deploykit.models import LoadedModel, benchmark_feeds, load_candidate, names_of
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
@@ -41,6 +41,7 @@ def benchmark(
     budget_s: float = 120.0,
     tuned: Sequence[str | Path] = (),
     save_settings: str | Path | None = None,
+    explain: bool = False,
     seed: int = 0,
     journal: Path | None = None,
     resume: bool = False,
@@ -72,6 +73,7 @@ def benchmark(
         budget_s: Seconds for all of it with ``tune``; rounds and seconds are cut to what is left of them.
         tuned: Settings files that ``save_settings`` wrote; every model is measured with each of its device.
         save_settings: File for the settings of the winner; must not exist.
+        explain: Profile each candidate afterwards and say why it is slow; see `deploykit.explaining`.
         seed: Of the order of the candidates and of the bootstrap.
         journal: File that keeps finished rounds until all are done.
         resume: Go on with what the journal holds.
@@ -83,6 +85,7 @@ def benchmark(
         OutputExistsError: The file for the settings is there.
     """
     from deploykit.benchmarks import Candidate, Settings, measure
+    from deploykit.explaining import cure_of, explain_candidates
 
     told = progress or Progress()
     loaded = [load_candidate(m) for m in models]
@@ -106,12 +109,26 @@ def benchmark(
     )  # fmt: skip
     settings.check()
     candidates += tuned_candidates(candidates, tuned)
-    if not tune and save_settings is None:
-        return measure(candidates, feeds, settings, data=dataset, progress=told, journal=journal, resume=resume)
-    tuner = Tuner(candidates, settings, lambda n: benchmark_feeds(loaded[0], dataset, n, dims or {})[0], told)
-    return tuner.run(
-        dataset, budget_s if tune else None, Path(save_settings) if save_settings else None, _takes_batches(loaded[0])
-    )
+    try:
+        if tune or save_settings is not None:
+            tuner = Tuner(candidates, settings, lambda n: benchmark_feeds(loaded[0], dataset, n, dims or {})[0], told)
+            kept = Path(save_settings) if save_settings is not None else None
+            report, candidates = tuner.run(dataset, budget_s if tune else None, kept, _takes_batches(loaded[0]))
+        else:
+            report = measure(candidates, feeds, settings, data=dataset, progress=told, journal=journal, resume=resume)
+    except BenchmarkError as exc:
+        if not explain:
+            raise
+        found = explain_candidates(candidates[:1], ["failed"], feeds, threads=threads, precision=precision)
+        raise BenchmarkError(exc.what, hint=next(map(cure_of, found.values()), None) or exc.hint) from exc
+    if explain and not report.interrupted:
+        if report.data["settings"]["batch"] != size:
+            feeds = benchmark_feeds(loaded[0], dataset, report.data["settings"]["batch"], dims or {})[0]
+        statuses = [entry["status"] for entry in report.candidates]
+        report.data["explain"] = explain_candidates(
+            candidates, statuses, feeds, threads=threads, precision=precision, progress=told
+        )
+    return report
 
 
 def _takes_batches(model: LoadedModel) -> bool:

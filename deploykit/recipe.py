@@ -193,6 +193,7 @@ class BenchmarkStep(_Step):
     save_settings: str | None = None
     dims: dict[str, int] = {}
     seed: int = 0
+    explain: bool = False
 
 
 Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | WeightsStep | HalfStep | RepairStep | BenchmarkStep

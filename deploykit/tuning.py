@@ -79,7 +79,9 @@ class Tuner:
         self._told = told
         self._began = time.monotonic()
 
-    def run(self, data: Dataset | None, budget_s: float | None, save: Path | None, batches: bool) -> Report:
+    def run(
+        self, data: Dataset | None, budget_s: float | None, save: Path | None, batches: bool
+    ) -> tuple[Report, list[Candidate]]:
         """Search, measure, and keep the winner's settings.
 
         Args:
@@ -87,6 +89,9 @@ class Tuner:
             budget_s: Seconds for all; None: measure as told, without a search.
             save: File for the settings of the winner.
             batches: Whether the model takes batches of any size.
+
+        Returns:
+            The report, and its candidates: those with the defaults first.
 
         Raises:
             BenchmarkError: Nothing could be measured.
@@ -116,7 +121,7 @@ class Tuner:
             report.data["tuning"] = self._record(tunings, budget_s)
         if save is not None:
             self._save(report, candidates, settings.batch, save)
-        return report
+        return report, candidates
 
     @property
     def _objective(self) -> str:

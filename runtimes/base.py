@@ -107,6 +107,8 @@ class NodePlacement:
         on: Execution provider or device.
         precision: Element type that the kernel computed in ("float32", "int8", "bfloat16"), "" where unknown.
         time_us: Microseconds in one run; 0 where the runtime does not say.
+        moved_bytes: Size of its inputs, weights and outputs; 0 where the runtime does not say.
+        weight_bytes: The part of it that is weights; 0 too where the runtime packed them away and lists them no more.
     """
 
     name: str
@@ -114,6 +116,8 @@ class NodePlacement:
     on: str
     precision: str
     time_us: float
+    moved_bytes: int = 0
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

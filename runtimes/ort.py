@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -184,7 +185,10 @@ class OrtSession(Session):
             if event.get("cat") == "Node" and event.get("name", "").endswith("_kernel_time"):
                 seen.setdefault(event["name"], []).append(_node(event))
         # The first run allocates; a node of a loop's body runs several times in each.
-        nodes = [replace(n[-1], time_us=median(m.time_us for m in n[len(n) // (runs + 1) :])) for n in seen.values()]
+        nodes = [
+            replace(n[-1], time_us=median(m.time_us for m in n[len(n) // (runs + 1) :]) * max(1, len(n) / (runs + 1)))
+            for n in seen.values()
+        ]
         return Placement(self.device.target, tuple(nodes))
 
     def _executed(self) -> tuple[ExecutedNode, ...]:
@@ -237,6 +241,17 @@ def _node(event: dict[str, Any]) -> NodePlacement:
         args.get("provider", ""),
         precision,
         float(event.get("dur", 0)),
+        sum(_bytes(args.get(key, [])) for key in ("input_type_shape", "output_type_shape")),
+        int(args.get("parameter_size", 0)),
+    )
+
+
+def _bytes(tensors: list[dict[str, list[int]]]) -> int:
+    """Size of tensors as the profiler lists them: one `{type: shape}` each."""
+    widths = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "string": 0,
+              "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # fmt: skip
+    return sum(
+        widths.get(_TYPES.get(kind, kind), 1) * math.prod(shape) for entry in tensors for kind, shape in entry.items()
     )
 
 

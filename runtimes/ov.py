@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections.abc import Callable
@@ -211,7 +212,7 @@ class OpenVinoSession(Session):
             request.infer(arrays)
             for info in request.profiling_info:
                 times.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1e6)
-        precisions = _runtime_precisions(compiled)
+        precisions, sizes = _runtime_precisions(compiled), _moved_bytes(compiled)
         # "(CPU)" is what AUTO calls the CPU that it only begins on.
         devices = [str(name).strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
         on = ",".join(devices) or self.device.target
@@ -232,7 +233,9 @@ class OpenVinoSession(Session):
             raw = precisions.get(name, info.exec_type.rpartition("_")[2])
             precision = "int8" if raw.lower() in _INTEGER else _TYPES.get(raw.lower(), raw)
             micros = median(times[info.node_name])
-            nodes.append(NodePlacement(info.node_name, info.node_type, chosen.get(name, on), precision, micros))
+            moved = sizes.get(info.node_name, (0, 0))
+            where = chosen.get(name, on)
+            nodes.append(NodePlacement(info.node_name, info.node_type, where, precision, micros, *moved))
         return Placement(asked, tuple(nodes))
 
     def _chosen(self) -> dict[str, str]:
@@ -275,6 +278,30 @@ def _runtime_precisions(compiled: Any) -> dict[str, str]:
         if "runtimePrecision" in info:
             found[node.get_friendly_name()] = str(info["runtimePrecision"].value)
     return found
+
+
+def _moved_bytes(compiled: Any) -> dict[str, tuple[int, int]]:
+    """Size of inputs and outputs, and of the weights among them; nodes whose shapes depend on the run are left out."""
+    found: dict[str, tuple[int, int]] = {}
+    fixed: set[str] = set()  # constants, and what follows from constants: laid out once, when the model is compiled
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        sources = [port.get_source_output().get_node().get_friendly_name() for port in node.inputs()]
+        if _layer_type(node) == "Const" or (sources and fixed.issuperset(sources)):
+            fixed.add(node.get_friendly_name())
+        ports = [*node.inputs(), *node.outputs()]
+        if all(port.get_partial_shape().is_static for port in ports):
+            weights = sum(_port_bytes(p) for p, name in zip(node.inputs(), sources, strict=True) if name in fixed)
+            found[node.get_friendly_name()] = (sum(map(_port_bytes, ports)), weights)
+    return found
+
+
+def _layer_type(node: Any) -> str:
+    info = node.get_rt_info()
+    return str(info["layerType"].value) if "layerType" in info else ""
+
+
+def _port_bytes(port: Any) -> int:
+    return int(math.prod(port.get_shape()) * port.get_element_type().size)
 
 
 def _layer_name(name: str) -> str:

@@ -71,6 +71,7 @@ from deploykit.cli import common
 @click.option("--save-settings", metavar="FILE", help="Write the winner's settings, for open_session and serving.")
 @common.dim_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the candidates.")
+@click.option("--explain", is_flag=True, help="Profile each candidate afterwards: where its time goes, and the cure.")
 @common.html_option
 @common.markdown_option
 @common.json_option
@@ -179,3 +180,7 @@ def show_report(report: object) -> None:
     common.show_table(*table(report))
     for line in summary(report):
         click.echo(line)
+    for found in report.data.get("explain", {}).values():
+        from deploykit.benchmarks.explain import explanation_text
+
+        click.echo("\n" + explanation_text(found), nl=False)
