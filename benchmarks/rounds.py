@@ -35,7 +35,7 @@ def together(entries: Sequence[Entry]) -> bool:
     free = free_memory()
     if free is None or None in peaks:
         return False
-    return sum(peak for peak in peaks if peak) < _MEMORY_SHARE * free
+    return bool(sum(peak for peak in peaks if peak) < _MEMORY_SHARE * free)
 
 
 def run_round(

@@ -115,7 +115,7 @@ def command(
     replace = _check_output(file, resume=resume)
     journal = _journal(file, resume=resume, keeps=not (rest["tune"] or rest["save_settings"]))
     report = benchmark(
-        models, devices=devices, progress=common.progress(), journal=journal, resume=resume, **settings  # type: ignore[arg-type]
+        models, devices=devices, progress=common.progress(), journal=journal, resume=resume, **settings
     )  # fmt: skip
     if as_json:
         click.echo(report.to_json(), nl=False)
