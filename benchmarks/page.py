@@ -42,7 +42,10 @@ _TIMELINE = (
     "What all candidates show at the same time came from the machine; what one shows alone is its own. The grey band "
     "is the noise floor; dashed: the reference, measured twice a round."
 )
-_HEAT = "★ the best, outlined: kept for the next stage. Where a cell was tried more than once, the last trial counts."
+_HEAT = (
+    "★ the best; outlined: kept for the next stage. A cell that was tried in several stages shows the first. Rows are "
+    "of different stages, so small differences between them mean little."
+)
 _SWEEP = "The full mark is the knee: from there on, more requests in flight buy little but latency."
 _RATES = "Full marks meet the objective; hollow ones do not. Latency counts from the intended start of a request."
 _LAYERS = "By the runtime's own profile; colours are the precisions that the kernels computed in."
@@ -212,7 +215,7 @@ def _toggles(report: Report) -> str:
 
 def _budget(report: Report) -> str:
     tuning = report.data.get("tuning") or {}
-    if tuning.get("spent_s") is None:
+    if not tuning:
         return ""
     budget = f" of {tuning['budget_s']:.0f} s" if tuning.get("budget_s") is not None else ""
     return tag("p", f"The search took {tuning['spent_s']:.0f} s{budget}.", class_="dim")

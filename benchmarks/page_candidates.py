@@ -381,9 +381,11 @@ def _draw_timeline(found: Sequence[tuple[int, str, Sequence[Mapping[str, Any]]]]
         lines.append((index, label, times, medians, [100 * (m / own - 1) for m in medians]))
     axis = fit([t for line in lines for t in line[2]], 58, right, pad=0.03)
     values = [v for line in lines for v in line[4]]
-    y_axis = fit([*values, -100 * floor, 100 * floor], bottom, 34, pad=0.08)
+    # A noise far above all that is drawn would make lines of everything.
+    noise = min(100 * floor, 2 * max(1.0, *(abs(v) for v in values)))
+    y_axis = fit([*values, -noise, noise], bottom, 34, pad=0.08)
     title = "seconds since the measurement began" if clock else "round"
-    top, low = y_axis.at(100 * floor), y_axis.at(-100 * floor)
+    top, low = y_axis.at(noise), y_axis.at(-noise)
     parts = [
         bottom_axis(axis, 34, bottom, title, 5 if phone else 10),
         left_axis(y_axis, 58, right, "round's median against the candidate's own, %", 7),

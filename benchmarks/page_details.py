@@ -24,7 +24,7 @@ from deploykit.benchmarks.page_drawing import (
     text,
 )
 from deploykit.benchmarks.report import Report
-from deploykit.benchmarks.wording import label_of, objective_of, plain, scenario_of
+from deploykit.benchmarks.wording import label_of, objective_of, plain
 
 MOST_LAYERS = 15
 # Precisions in a fixed order, so that a colour means the same in every plot.
@@ -40,7 +40,7 @@ def heat_maps(report: Report) -> str:
     """Trials of the tuner, a map for each candidate; empty where nothing was tuned."""
     tuning = report.data.get("tuning") or {}
     trials = tuning.get("trials") or []
-    throughput = tuning.get("objective") == "throughput" or scenario_of(report) == "offline"
+    throughput = tuning.get("objective") == "throughput"
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for trial in trials:
         groups.setdefault(_trial_label(trial), []).append(trial)
@@ -48,19 +48,22 @@ def heat_maps(report: Report) -> str:
 
 
 def _trial_label(trial: Mapping[str, Any]) -> str:
-    """The candidate; where the trial does not name its model, its label is the candidate's."""
-    name, device = str(trial.get("model") or trial["label"]), str(trial["device"])
-    return name if name.endswith(device) else f"{name} on {device}"
+    return f"{trial['model']} on {trial['device']}"
 
 
 def _heat_map(label: str, trials: Sequence[Mapping[str, Any]], throughput: bool) -> str:
-    """Rows are settings, columns threads; of a cell that was tried in several stages the last trial counts."""
+    """Rows are settings, columns threads.
+
+    Of a cell that was tried in several stages the first trial counts, when its neighbours ran beside it.
+    """
     throughput = throughput or all(t.get("median_ms") is None for t in trials)
     key, title = ("throughput_per_s", "per s") if throughput else ("median_ms", "ms")
     cells: dict[tuple[str, int], Mapping[str, Any]] = {}
     for trial in trials:
+        place = _settings_text(trial), int(trial["threads"])
         if trial.get(key) is not None:
-            cells[_settings_text(trial), int(trial["threads"])] = trial
+            earlier = cells.get(place, trial)
+            cells[place] = {**earlier, "kept": earlier["kept"] or trial["kept"]}
     if not cells:
         return ""
     values = [float(t[key]) for t in cells.values()]

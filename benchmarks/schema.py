@@ -186,7 +186,7 @@ class TrialEntry(_Open):
     """One trial of the tuner; `model` and `device` are the candidate's, `label` is short for its settings."""
 
     label: str
-    model: str | None = None
+    model: str
     device: str
     settings: dict[str, JsonValue]
     threads: Count
@@ -199,11 +199,11 @@ class TrialEntry(_Open):
 class TuningEntry(_Open):
     """What the tuner tried."""
 
-    objective: Literal["latency", "throughput"] | None = None
+    objective: Literal["latency", "throughput"]
     trials: list[TrialEntry]
     chosen: dict[str, JsonValue] | None = None
     budget_s: NotNegative | None = None
-    spent_s: NotNegative | None = None
+    spent_s: NotNegative
 
 
 class LayerEntry(_Open):

@@ -201,7 +201,13 @@ def add_optional(data: dict[str, Any]) -> dict[str, Any]:
                     "kept": threads == 4,
                 }
             )
-    data["tuning"] = {"trials": trials, "chosen": {"threads": 4}, "budget_s": 60.0, "spent_s": 42.0}
+    data["tuning"] = {
+        "objective": "latency",
+        "trials": trials,
+        "chosen": {"threads": 4},
+        "budget_s": 60.0,
+        "spent_s": 42.0,
+    }
     for c in data["candidates"][:3]:
         base = 1000 / c["median_ms"]
         sweep = [

@@ -132,7 +132,13 @@ def test_hostile_names_stay_text(full):
     explained["layers"][0] |= {"name": HOSTILE, "op": HOSTILE, "precision": HOSTILE, "kernel": HOSTILE}
     explained["findings"][0] |= {"what": HOSTILE, "cure": HOSTILE, "nodes": [HOSTILE], "severity": HOSTILE}
     for trial in data["tuning"]["trials"]:
-        trial |= {"label": HOSTILE, "device": HOSTILE, "stage": HOSTILE, "settings": {HOSTILE: HOSTILE}}
+        trial |= {
+            "label": HOSTILE,
+            "model": HOSTILE,
+            "device": HOSTILE,
+            "stage": HOSTILE,
+            "settings": {HOSTILE: HOSTILE},
+        }
     text = to_html(parse_report(json.dumps(data), "x"))
     text.encode("utf-8")  # no lone surrogate is left
     parsed = Page(text)
