@@ -19,7 +19,7 @@ from deploykit.benchmarks.rates import RateSearch, Trial
 from deploykit.errors import BenchmarkError
 from deploykit.machine import free_memory
 
-_TURN_S = 0.25
+_TURN_S, _TURNS = 0.25, 4
 # A turn holds some requests of a slow model too.
 _TURN_REQUESTS = 5
 _MEMORY_SHARE = 0.6
@@ -109,7 +109,8 @@ def _take_turns(
     settings: Settings,
 ) -> None:
     slowest_s = max(found[place]["request_ns"] for place in live) / 1e9
-    turns = max(1, round(settings.seconds / max(_TURN_S, _TURN_REQUESTS * slowest_s)))
+    turn_s = max(min(_TURN_S, settings.seconds / _TURNS), _TURN_REQUESTS * slowest_s)
+    turns = max(1, round(settings.seconds / turn_s))
     for place in live:
         found[place] |= {"samples_ns": [], "wall_ns": 0, "block_sizes": [], "block_wall_ns": []}
     order = list(live)
