@@ -30,7 +30,7 @@ _LEAST = 0.03
 _PAIRS_LEAST = 0.1
 # Shorter copies are not worth the work; the profiler alone takes some microseconds.
 _COPIES_LEAST, _COPIES_MEDIUM, _COPY_US = 0.08, 0.15, 10.0
-_SLOW_SHARE, _SLOW_OF_PEAK, _SLOW_US = 0.2, 0.08, 100.0
+_SLOW_SHARE, _SLOW_OF_PEAK, _SLOW_US = 0.25, 0.04, 100.0
 _OVERHEAD, _OVERHEAD_MEDIUM, _OVERHEAD_US = 0.4, 0.7, 1000.0
 _MISSING_MEDIUM = 0.6
 _SHOWN = 4

@@ -373,3 +373,47 @@ def test_moved_bytes_are_those_of_the_tensors_and_weights(build: Any, save: Any,
                       {"w": normal(8, 16)}), tmp_path)  # fmt: skip
     (layer,) = explain_model(path, device, {"x": normal(4, 8)})["layers"]
     assert (layer["name"], layer["bytes"]) == ("p", 4 * (4 * 8 + 8 * 16 + 4 * 16))
+
+
+# --- in a benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_candidates_with_other_outputs_are_left_out_and_failures_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploykit.benchmarks import Candidate
+    from deploykit.errors import InferenceError
+    from deploykit.progress import Progress
+
+    asked: list[Any] = []
+
+    def explain(path: str, device: str, feeds: Any, **options: Any) -> dict[str, Any]:
+        asked.append((path, device, options["precision"], options["threads"]))
+        if path == "crash":
+            raise InferenceError("it crashed")
+        return {"findings": []}
+
+    monkeypatch.setattr(explaining, "explain_model", explain)
+    names = ["good", "wrong", "crash", "refused"]
+    candidates = [Candidate(n, n, "ort:cpu", "", 0, "native" if n == "good" else None) for n in names]
+    told = Progress()
+    found = explaining.explain_candidates(
+        candidates, ["ok", "wrong outputs: cosine", "ok", "failed: no"], [], threads=3, precision="fp32", progress=told
+    )
+    assert list(found) == ["good on ort:cpu", "refused on ort:cpu"]
+    assert asked[0] == ("good", "ort:cpu", "native", 3)
+    assert asked[1:] == [("crash", "ort:cpu", "fp32", 3), ("refused", "ort:cpu", "fp32", 3)]
+    assert told.notes == ["crash on ort:cpu is not explained: it crashed"]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_benchmark_explains_only_when_it_is_asked(net: Any, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    import deploykit
+    from deploykit import benchmarks
+    from deploykit.benchmarks import Report
+
+    report = Report({"candidates": [{"status": "ok"}], "interrupted": False})
+    monkeypatch.setattr(benchmarks, "measure", lambda *args, **options: report)
+    monkeypatch.setattr(explaining, "explain_model", lambda *args, **options: {"findings": [], "of": options["label"]})
+    path = net()
+    made = deploykit.benchmark([path], devices=["ort:cpu"], explain=wanted)
+    label = f"{path.name} on ort:cpu"
+    assert made.data.get("explain") == ({label: {"findings": [], "of": label}} if wanted else None)
