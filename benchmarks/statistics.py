@@ -153,7 +153,10 @@ def student_975(freedom: int) -> float:
         return _STUDENT[freedom - 1]
     # Cornish and Fisher's expansion in 1/freedom; Abramowitz and Stegun, 26.7.5.
     z = NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def bootstrap_ratio(slow: Sequence[float], fast: Sequence[float], seed: int) -> tuple[float, float, float]:

@@ -69,7 +69,7 @@ def test_student_quantiles():
     assert student_975(10) == pytest.approx(2.228)
     # Tables: 2.201, 2.086, 1.984.
     for freedom, wanted in ((11, 2.201), (20, 2.086), (100, 1.984)):
-        assert student_975(freedom) == pytest.approx(wanted, abs=2e-3)
+        assert student_975(freedom) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_one_round_says_nothing():
