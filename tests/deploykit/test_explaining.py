@@ -56,7 +56,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
                 tried["threads"].append(session.settings.get("intra_op_num_threads"))
         return FASTER
 
-    def processes(path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any) -> Trial:
+    def processes(
+        path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any, least: float
+    ) -> Trial:
         tried["processes"].append(sides)
         return FASTER
 
@@ -332,7 +334,7 @@ def test_subnormal_weights_are_counted_and_tried(net: Any, quick: dict[str, list
     assert set(experiments.subnormal_weights(onnx.load(str(path)), path.parent)) == {"stem_w", "body_w"}
     finding = only(explain_model(path, "ort:cpu", IMAGE), "denormals")
     assert finding["nodes"] == ["stem_w", "body_w"]
-    assert "session.set_denormal_as_zero=1" in finding["cure"]
+    assert "settings={'session.set_denormal_as_zero': '1'}" in finding["cure"]
     ((off, on),) = quick["processes"]
     assert (off["session.set_denormal_as_zero"], on["session.set_denormal_as_zero"]) == ("0", "1")
 
@@ -364,7 +366,7 @@ def test_a_busy_neighbour_is_named_and_spinning_tried(
     assert len(quick["turns"]) == 1
     gaining(monkeypatch)
     cure = only(explain_model(net(), "ort:cpu", IMAGE, machine=machine), "spinning-threads")["cure"]
-    assert "session.intra_op.allow_spinning=0" in cure
+    assert "settings={'session.intra_op.allow_spinning': '0'}" in cure
 
 
 @pytest.mark.parametrize("device", DEVICES)
