@@ -23,7 +23,7 @@ from deploykit.errors import DeploykitError
 from deploykit.modelfile import external_files, model_bytes, read_model, signature_of
 from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.runtimes import Device, Session, open_session
-from deploykit.specs import Feeds, terms
+from deploykit.specs import Feeds
 
 # A copy of a larger file would take longer than all the rest.
 _LARGEST_COPY = 1 << 30
@@ -147,7 +147,10 @@ def dynamic_shapes(setup: Setup, session: Session) -> Finding | None:
         "dynamic-shapes", _severity(trial.ratio),
         f"with {fixed_at} fixed the model {fused}is {_told(trial)}",
         "export it again with fixed sizes, where all requests have the same: deploykit export SOURCE --dynamic none "
-        + " ".join(f"--dim {name}={size}" for name, size in sizes.items() if len(terms(name)) == 1 and size),
+        + " ".join(
+            f"--input '{name}={array.dtype}[{','.join(map(str, array.shape))}]'" for name, array in setup.feeds.items()
+        )
+        + " (without --input where the source brings an example)",
         tuple(sizes), _cost(trial),
     )  # fmt: skip
 

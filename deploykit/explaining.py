@@ -76,6 +76,7 @@ def explain_model(
 
     Raises:
         DataError: The feeds do not fit.
+        DeviceError: The device's name, the threads or the precision make no sense.
         InferenceError: The model does not run.
     """
     told = progress or Progress()
@@ -88,7 +89,9 @@ def explain_model(
         try:
             session = setup.open()
         except DeviceError as exc:
-            return base | _refused(setup, exc, here)
+            if exc.expected is not None:  # an argument that makes no sense, and no device that refuses
+                raise
+            return base | _refused(setup, exc)
         with session:
             fitted = replace(setup, feeds=fit_feeds(session.signature, one))
             return base | _explain(fitted, session, here)
@@ -248,7 +251,7 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
 # --- a device that refuses --------------------------------------------------------------------------------------------
 
 
-def _refused(setup: Setup, exc: DeviceError, machine: Machine) -> dict[str, Any]:
+def _refused(setup: Setup, exc: DeviceError) -> dict[str, Any]:
     """What a device that cannot run the model would leave to the CPU, and what to do instead."""
     empty: dict[str, Any] = {
         "total_us": None, "profiled_us": None, "layers": [], "unattributed_us": None, "peak": {}, "roofline": {},

@@ -18,7 +18,7 @@ from deploykit.benchmarks.experiments import Setup
 from deploykit.benchmarks.roofline import Peaks
 from deploykit.benchmarks.trials import Trial
 from deploykit.data import Dataset
-from deploykit.errors import DataError
+from deploykit.errors import DataError, DeviceError
 from deploykit.explaining import explain_model, explanation_text, source_nodes
 from deploykit.machine import inspect_machine
 from deploykit.optimizers import StaticConfig, optimize
@@ -168,6 +168,12 @@ def test_feeds_that_do_not_fit_are_an_error_of_ours(net: Any) -> None:
         explain_model(net(), "ort:cpu", {"wrong": IMAGE["x"]})
 
 
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"precision": "fp64"}])
+def test_arguments_without_sense_are_no_finding(net: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError):
+        explain_model(net(), "ort:cpu", IMAGE, **wrong)
+
+
 def test_bodies_count_once_and_in_every_turn(build: Any, save: Any, tmp_path: Path) -> None:
     """The profile of a loop holds its body: 4 turns of it are a run, and the loop's own time is what is left."""
     body = helper.make_graph(
@@ -299,7 +305,7 @@ def test_open_dimensions_are_tried_fixed_with_the_same_outputs(
     gaining(monkeypatch)
     finding = only(explain_model(path, "ort:cpu", feeds), "dynamic-shapes")
     assert "with n=2 fixed" in finding["what"]
-    assert finding["cure"].endswith("--dynamic none --dim n=2")
+    assert "deploykit export SOURCE --dynamic none --input 'x=float32[2,3,32,32]'" in finding["cure"]
 
 
 def test_the_fixed_copy_has_no_open_dimension_and_keeps_external_weights(
