@@ -6,6 +6,7 @@ Each returns a finding only where the other way is faster, and not by chance.
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -241,7 +242,7 @@ def signed_activations(model: Any, path: Path, trial: Trial | None, device: Devi
         "signed-activations", _severity(trial.ratio),
         f"{len(names)} activations are quantized to int8, and the x86 kernels of ONNX Runtime want uint8 "
         f"({named(names)}); repaired, the model is {_told(trial)}",
-        f"deploykit quantize repair -m {path} -o DIR", tuple(names), _cost(trial),
+        f"deploykit quantize repair -m {shlex.quote(str(path))} -o DIR", tuple(names), _cost(trial),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -150,7 +151,9 @@ def _explain(setup: Setup, session: Session, machine: Machine) -> dict[str, Any]
     )
     others = meter.others()
     x86 = machine.architecture.lower() in ("x86_64", "amd64", "i386", "i686")
-    context = Context(str(setup.path), peaks, machine.int8_dot, x86, others, machine.cores_machine, threads)
+    context = Context(
+        shlex.quote(str(setup.path)), peaks, machine.int8_dot, x86, others, machine.cores_machine, threads
+    )
     found = rules.find(profile, context)
     found = findings.in_order(_try_out(setup, session, profile, found, context, machine))
     notes = [] if graph else ["the file's own nodes are not known for this format: layers are kernels"]
@@ -244,7 +247,7 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
     signed = experiments.signed_activations(model, setup.path, trial, setup.device)
     if unfused is None or not tried:
         return found, signed
-    cured = experiments.with_repair(unfused, trial, str(setup.path))
+    cured = experiments.with_repair(unfused, trial, shlex.quote(str(setup.path)))
     return [cured if f is unfused else f for f in found], signed
 
 
@@ -268,7 +271,7 @@ def _refused(setup: Setup, exc: DeviceError) -> dict[str, Any]:
             ) as session:
                 fitted = replace(setup, feeds=fit_feeds(session.signature, setup.feeds))
                 profile, placement = profile_of(fitted, session, source_nodes(setup.path, fitted.feeds), 0.0, math.inf)
-                context = Context(str(setup.path), Peaks(None, None, None, None, 1, ""))
+                context = Context(shlex.quote(str(setup.path)), Peaks(None, None, None, None, 1, ""))
                 seen = rules.misplaced(profile, context)
                 finding = replace(seen, what=f"{setup.device} refuses the model: {seen.what}") if seen else finding
                 empty["placement"] = placement

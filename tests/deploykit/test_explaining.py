@@ -250,14 +250,16 @@ def test_as_many_threads_as_cores_are_not_tried(net: Any, quick: dict[str, list[
     assert quick["threads"] == []
 
 
-def test_pairs_that_onnx_runtime_does_not_fuse_are_named(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_that_onnx_runtime_does_not_fuse_are_named(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gaining(monkeypatch)
-    path = net(pairs=True)
+    path = net(pairs=True).rename(tmp_path / "two words.onnx")
     finding = only(explain_model(path, "ort:cpu", IMAGE), "unfused-qdq")
     assert {"stem", "body"} <= set(finding["nodes"])
     assert "2 of 2 layers that are int8 in the file are computed in floating point" in finding["what"]
     assert "repaired, the model is 2.00x as fast" in finding["what"]
-    assert finding["cure"] == f"deploykit quantize repair -m {path} -o DIR"
+    assert finding["cure"] == f"deploykit quantize repair -m '{path}' -o DIR"
 
 
 def test_where_a_repair_does_not_help_the_cure_is_another(net: Any) -> None:
