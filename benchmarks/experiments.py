@@ -6,6 +6,7 @@ Each returns a finding only where the other way is faster, and not by chance.
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -115,7 +116,7 @@ def spinning(setup: Setup, session: Session, others: float) -> Finding | None:
         "spinning-threads", "medium",
         f"the thread pool spins on cores that other processes want ({others:.1f} busy); without that it is "
         f"{_told(trial)}",
-        f"set {_SPINNING}=0, or give this process cores of its own", (), _cost(trial),
+        f"open_session(..., settings={{{_SPINNING!r}: '0'}}), or give this process cores of its own", (), _cost(trial),
     )  # fmt: skip
 
 
@@ -146,8 +147,11 @@ def dynamic_shapes(setup: Setup, session: Session) -> Finding | None:
     return Finding(
         "dynamic-shapes", _severity(trial.ratio),
         f"with {fixed_at} fixed the model {fused}is {_told(trial)}",
-        "export with fixed sizes where requests have one: deploykit export SOURCE --dynamic none "
-        + " ".join(f"--dim {name}={size}" for name, size in sizes.items()),
+        "export it again with fixed sizes, where all requests have the same: deploykit export SOURCE --dynamic none "
+        + " ".join(
+            f"--input '{name}={array.dtype}[{','.join(map(str, array.shape))}]'" for name, array in setup.feeds.items()
+        )
+        + " (without --input where the source brings an example)",
         tuple(sizes), _cost(trial),
     )  # fmt: skip
 
@@ -238,7 +242,7 @@ def signed_activations(model: Any, path: Path, trial: Trial | None, device: Devi
         "signed-activations", _severity(trial.ratio),
         f"{len(names)} activations are quantized to int8, and the x86 kernels of ONNX Runtime want uint8 "
         f"({named(names)}); repaired, the model is {_told(trial)}",
-        f"deploykit quantize repair -m {path} -o DIR", tuple(names), _cost(trial),
+        f"deploykit quantize repair -m {shlex.quote(str(path))} -o DIR", tuple(names), _cost(trial),
     )  # fmt: skip
 
 
@@ -299,8 +303,10 @@ def denormals(setup: Setup, threads: int, *, suspected: bool) -> Finding | None:
         return None
     # ONNX Runtime lets the first session of a process decide for all.
     sides = [{**setup.settings, key: off}, {**setup.settings, key: on}]
-    trial = in_processes(setup.path, str(setup.device), setup.feeds, threads, setup.precision, sides)
-    if trial is None or not trial.gains(_CLEAR_GAIN):
+    # Where no weight holds any, a small difference has other reasons: denormals cost several times the run.
+    least = _CLEAR_GAIN if many else _GREAT_GAIN
+    trial = in_processes(setup.path, str(setup.device), setup.feeds, threads, setup.precision, sides, least)
+    if trial is None or not trial.gains(least):
         return None
     where = (
         f"{named([f'{n} ({weights[n]:.0%})' for n in many])} hold numbers below 1.2e-38"
@@ -309,7 +315,8 @@ def denormals(setup: Setup, threads: int, *, suspected: bool) -> Finding | None:
     )
     return Finding(
         "denormals", _severity(trial.ratio), f"{where}; flushed to zero, the model is {_told(trial)}",
-        f"set {key}={on} for the session, or clear them: weights below 1e-30 add nothing", tuple(many), _cost(trial),
+        f"open_session(..., settings={{{key!r}: {on!r}}}), or clear them: weights below 1e-30 add nothing",
+        tuple(many), _cost(trial),
     )  # fmt: skip
 
 

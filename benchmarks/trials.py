@@ -154,14 +154,25 @@ def whole_runs_us(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def in_processes(
-    path: Path, device: str, feeds: Feeds, threads: int, precision: str, settings: Sequence[Mapping[str, Any]]
+    path: Path,
+    device: str,
+    feeds: Feeds,
+    threads: int,
+    precision: str,
+    settings: Sequence[Mapping[str, Any]],
+    least: float,
 ) -> Trial | None:
-    """Two settings that a process can only be given once, such as how it treats denormals; None where one fails."""
-    pairs = []
+    """Two settings that a process can only be given once, such as how it treats denormals; None where one fails.
+
+    Where the first turn shows less than `least` times as much speed, it is the only one.
+    """
+    pairs: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory(prefix="deploykit-trial-") as folder:
         place = Path(folder) / "feeds.npz"
         np.savez(place, **{k: v.astype(str) if v.dtype.kind == "O" else v for k, v in feeds.items()})  # type: ignore[arg-type]
-        for turn in range(3):
+        for turn in range(_FEW_TURNS):
+            if pairs and pairs[0][0] < least * pairs[0][1]:
+                return Trial(pairs[0][0] * 1e3, pairs[0][1] * 1e3, pairs[0][0] / pairs[0][1], 0.0)
             order = settings if turn % 2 == 0 else settings[::-1]
             times = [_child(path, device, place, threads, precision, chosen) for chosen in order]
             if any(t is None for t in times):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +23,7 @@ from deploykit.machine import Machine, inspect_machine
 from deploykit.macs import UncountedError, count_macs
 from deploykit.modelfile import read_model, tensor_bytes
 from deploykit.progress import Progress
-from deploykit.proof import Layer, layers_of
+from deploykit.proof import layers_of
 from deploykit.runtimes import Device, Session, open_session, parse_device
 from deploykit.runtimes.base import is_compute
 from deploykit.shaping import Value, trace_model
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["cure_of", "explain_candidates", "explain_model", "explanation_markdown", "explanation_text"]
 
-# Runs with the profiler: as many as fit, twice, and of each kernel the quicker median. A neighbour slows some of them.
-_PROFILED_US, _FEWEST_RUNS, _MOST_RUNS, _PROFILES = 300_000.0, 3, 40, 2
+# Runs with the profiler: as many as fit, and of each kernel the quickest median of two profiles or more. A neighbour
+# slows some of them: while kernels take longer together than a quick run did, they are measured again.
+_PROFILED_US, _FEWEST_RUNS, _MOST_RUNS = 300_000.0, 3, 40
+_PROFILES, _MOST_PROFILES, _TOO_LONG = 2, 5, 1.2
 _BELIEVED_US = 50.0
 _ON_INTEGERS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 _FALLBACK = "session.disable_cpu_ep_fallback"
@@ -73,6 +77,7 @@ def explain_model(
 
     Raises:
         DataError: The feeds do not fit.
+        DeviceError: The device's name, the threads or the precision make no sense.
         InferenceError: The model does not run.
     """
     told = progress or Progress()
@@ -85,7 +90,9 @@ def explain_model(
         try:
             session = setup.open()
         except DeviceError as exc:
-            return base | _refused(setup, exc, here)
+            if exc.expected is not None:  # an argument that makes no sense, and no device that refuses
+                raise
+            return base | _refused(setup, exc)
         with session:
             fitted = replace(setup, feeds=fit_feeds(session.signature, one))
             return base | _explain(fitted, session, here)
@@ -145,7 +152,9 @@ def _explain(setup: Setup, session: Session, machine: Machine) -> dict[str, Any]
     )
     others = meter.others()
     x86 = machine.architecture.lower() in ("x86_64", "amd64", "i386", "i686")
-    context = Context(str(setup.path), peaks, machine.int8_dot, x86, others, machine.cores_machine, threads)
+    context = Context(
+        shlex.quote(str(setup.path)), peaks, machine.int8_dot, x86, others, machine.cores_machine, threads
+    )
     found = rules.find(profile, context)
     found = findings.in_order(_try_out(setup, session, profile, found, context, machine))
     notes = [] if graph else ["the file's own nodes are not known for this format: layers are kernels"]
@@ -177,7 +186,9 @@ def profile_of(
     """Profile a session and fold it; with the placement's summary."""
     runs = int(min(max(_PROFILED_US / max(total_us, 1.0), _FEWEST_RUNS), _MOST_RUNS))
     placement = session.placement(setup.feeds, runs=runs)
-    for _ in range(_PROFILES - 1):
+    for number in range(1, _MOST_PROFILES):
+        if number >= _PROFILES and sum(n.time_us for n in placement.nodes) <= _TOO_LONG * quick_us:
+            break
         quicker = {n.name: n.time_us for n in session.placement(setup.feeds, runs=runs).nodes}
         nodes = [replace(n, time_us=min(n.time_us, quicker.get(n.name, n.time_us))) for n in placement.nodes]
         placement = replace(placement, nodes=tuple(nodes))
@@ -237,14 +248,14 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
     signed = experiments.signed_activations(model, setup.path, trial, setup.device)
     if unfused is None or not tried:
         return found, signed
-    cured = experiments.with_repair(unfused, trial, str(setup.path))
+    cured = experiments.with_repair(unfused, trial, shlex.quote(str(setup.path)))
     return [cured if f is unfused else f for f in found], signed
 
 
 # --- a device that refuses --------------------------------------------------------------------------------------------
 
 
-def _refused(setup: Setup, exc: DeviceError, machine: Machine) -> dict[str, Any]:
+def _refused(setup: Setup, exc: DeviceError) -> dict[str, Any]:
     """What a device that cannot run the model would leave to the CPU, and what to do instead."""
     empty: dict[str, Any] = {
         "total_us": None, "profiled_us": None, "layers": [], "unattributed_us": None, "peak": {}, "roofline": {},
@@ -260,8 +271,8 @@ def _refused(setup: Setup, exc: DeviceError, machine: Machine) -> dict[str, Any]
                 setup.path, setup.device, threads=setup.threads, settings={**setup.settings, _FALLBACK: "0"}
             ) as session:
                 fitted = replace(setup, feeds=fit_feeds(session.signature, setup.feeds))
-                profile, placement = profile_of(fitted, session, source_nodes(setup.path, fitted.feeds), 0.0, 0.0)
-                context = Context(str(setup.path), Peaks(None, None, None, None, 1, ""))
+                profile, placement = profile_of(fitted, session, source_nodes(setup.path, fitted.feeds), 0.0, math.inf)
+                context = Context(shlex.quote(str(setup.path)), Peaks(None, None, None, None, 1, ""))
                 seen = rules.misplaced(profile, context)
                 finding = replace(seen, what=f"{setup.device} refuses the model: {seen.what}") if seen else finding
                 empty["placement"] = placement
@@ -297,21 +308,20 @@ def source_nodes(path: Path, feeds: Feeds) -> list[SourceNode]:
         layer = next((layers[name] for name in node.output if name in layers), None)
         found.append(
             SourceNode(
-                _node_name(node, layer), node.op_type, tuple(node.input), tuple(node.output), macs,
-                sum(_size(v) for v in (*visit.inputs, *visit.outputs)),
-                layer.weights if layer else frozenset(),
-                sum(stored.get(w, 0) for w in layer.weights) if layer else 0, layer is not None or macs > 0,
-                layer is not None and layer.quantized and _reads_codes(node, makers),
-                _multiplies_int8(node, visit.inputs),
+                name=node.name or next((name for name in node.output if name), node.op_type),
+                op=node.op_type,
+                inputs=tuple(node.input),
+                outputs=tuple(node.output),
+                macs=macs,
+                moved_bytes=sum(_size(value) for value in (*visit.inputs, *visit.outputs)),
+                weights=layer.weights if layer else frozenset(),
+                weight_bytes=sum(stored.get(name, 0) for name in layer.weights) if layer else 0,
+                compute=layer is not None or macs > 0,
+                quantized=layer is not None and layer.quantized and _reads_codes(node, makers),
+                signed=_multiplies_int8(node, visit.inputs),
             )
-        )  # fmt: skip
+        )
     return found
-
-
-def _node_name(node: onnx.NodeProto, layer: Layer | None) -> str:
-    if not node.name:
-        return next((name for name in node.output if name), node.op_type)
-    return layer.name if layer is not None else node.name
 
 
 def _multiplies_int8(node: onnx.NodeProto, inputs: Sequence[Value | None]) -> bool:

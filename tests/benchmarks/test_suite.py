@@ -83,3 +83,12 @@ def test_weights_over_two_gigabytes(tmp_path: Path) -> None:
         # OpenVINO turns a dynamically quantized graph back into float32, in several copies.
         if row["step"] != "quantize dynamic":
             assert row["private"] < 1.5 * row["weights"], row
+
+
+def test_a_broken_setup_is_named_with_its_cure(tmp_path: Path) -> None:
+    done = run("broken_setups.py", "wrong provider", "--json", tmp_path / "broken.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrong provider: named wrong-provider high" in done.stdout
+    (found,) = json.loads((tmp_path / "broken.json").read_text())
+    assert "--device ort:cpu" in found["cure"]
+    assert run("broken_setups.py", "no such setup").returncode == 2

@@ -125,15 +125,25 @@ def test_each_side_gets_its_settings_in_a_process_of_its_own(model: Path, monkey
 
     monkeypatch.setattr(trials, "_child", child)
     sides = [{"session.set_denormal_as_zero": "0"}, {"session.set_denormal_as_zero": "1"}]
-    found = in_processes(model, "ort:cpu", FEEDS, 1, "fp32", sides)
+    found = in_processes(model, "ort:cpu", FEEDS, 1, "fp32", sides, 0.0)
     assert found is not None
-    assert seen == ["0", "1", "1", "0", "0", "1"]
+    assert seen == ["0", "1", "1", "0", "0", "1", "1", "0", "0", "1"]
     assert found.first_ms > 0
+
+
+def test_a_first_turn_without_a_difference_is_the_last(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0, 2.0, 9.0, 1.0])
+    monkeypatch.setattr(trials, "_child", lambda *args: next(times))
+    found = in_processes(model, "ort:cpu", FEEDS, 1, "fp32", [{}, {}], 2.0)
+    assert found is not None
+    assert found.ratio == 1.5
+    assert not found.gains(1.0)
+    assert list(times) == [9.0, 1.0]
 
 
 def test_a_process_that_fails_gives_nothing(model: Path) -> None:
     sides = [{"session.set_denormal_as_zero": "0"}, {"no_such_option": "1"}]
-    assert in_processes(model, "openvino:cpu", FEEDS, 1, "fp32", sides) is None
+    assert in_processes(model, "openvino:cpu", FEEDS, 1, "fp32", sides, 1.1) is None
 
 
 def test_whole_runs_give_median_and_first_decile() -> None:

@@ -6,7 +6,7 @@ QUICK = ("--rounds", 3, "--seconds", 0.02, "--warmup", 0)
 
 
 def test_each_candidate_is_explained_in_the_report_and_below_the_table(run_cli, conv_model, tmp_path):
-    places = ("ort:cpu", "openvino:cpu", "ort:AzureExecutionProvider")
+    places = ("ort:cpu", "ort:AzureExecutionProvider")
     devices = [word for place in places for word in ("--device", place)]
     done = run_cli("benchmark", "-m", conv_model, *devices, *QUICK, "--explain", "-o", "report.json")
     assert done.returncode == 0, done.stderr
@@ -18,10 +18,9 @@ def test_each_candidate_is_explained_in_the_report_and_below_the_table(run_cli, 
         assert f"\n{label}:\n" in below
         for finding in found["findings"]:
             assert finding["cure"] in below
-    for label in labels[:2]:
-        assert explained[label]["layers"][0]["time_us"] > 0
-        assert explained[label]["peak"]["fp32_gflops"] > 0
-    (refused,) = explained[labels[2]]["findings"]
+    assert explained[labels[0]]["layers"][0]["time_us"] > 0
+    assert explained[labels[0]]["peak"]["fp32_gflops"] > 0
+    (refused,) = explained[labels[1]]["findings"]
     assert (refused["kind"], refused["severity"]) == ("wrong-provider", "high")
     assert "--device ort:cpu" in refused["cure"]
 

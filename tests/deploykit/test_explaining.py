@@ -18,7 +18,7 @@ from deploykit.benchmarks.experiments import Setup
 from deploykit.benchmarks.roofline import Peaks
 from deploykit.benchmarks.trials import Trial
 from deploykit.data import Dataset
-from deploykit.errors import DataError
+from deploykit.errors import DataError, DeviceError
 from deploykit.explaining import explain_model, explanation_text, source_nodes
 from deploykit.machine import inspect_machine
 from deploykit.optimizers import StaticConfig, optimize
@@ -56,7 +56,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
                 tried["threads"].append(session.settings.get("intra_op_num_threads"))
         return FASTER
 
-    def processes(path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any) -> Trial:
+    def processes(
+        path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any, least: float
+    ) -> Trial:
         tried["processes"].append(sides)
         return FASTER
 
@@ -166,6 +168,12 @@ def test_feeds_that_do_not_fit_are_an_error_of_ours(net: Any) -> None:
         explain_model(net(), "ort:cpu", {"wrong": IMAGE["x"]})
 
 
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"precision": "fp64"}])
+def test_arguments_without_sense_are_no_finding(net: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(DeviceError):
+        explain_model(net(), "ort:cpu", IMAGE, **wrong)
+
+
 def test_bodies_count_once_and_in_every_turn(build: Any, save: Any, tmp_path: Path) -> None:
     """The profile of a loop holds its body: 4 turns of it are a run, and the loop's own time is what is left."""
     body = helper.make_graph(
@@ -242,14 +250,16 @@ def test_as_many_threads_as_cores_are_not_tried(net: Any, quick: dict[str, list[
     assert quick["threads"] == []
 
 
-def test_pairs_that_onnx_runtime_does_not_fuse_are_named(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_that_onnx_runtime_does_not_fuse_are_named(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gaining(monkeypatch)
-    path = net(pairs=True)
+    path = net(pairs=True).rename(tmp_path / "two words.onnx")
     finding = only(explain_model(path, "ort:cpu", IMAGE), "unfused-qdq")
     assert {"stem", "body"} <= set(finding["nodes"])
     assert "2 of 2 layers that are int8 in the file are computed in floating point" in finding["what"]
     assert "repaired, the model is 2.00x as fast" in finding["what"]
-    assert finding["cure"] == f"deploykit quantize repair -m {path} -o DIR"
+    assert finding["cure"] == f"deploykit quantize repair -m '{path}' -o DIR"
 
 
 def test_where_a_repair_does_not_help_the_cure_is_another(net: Any) -> None:
@@ -297,7 +307,7 @@ def test_open_dimensions_are_tried_fixed_with_the_same_outputs(
     gaining(monkeypatch)
     finding = only(explain_model(path, "ort:cpu", feeds), "dynamic-shapes")
     assert "with n=2 fixed" in finding["what"]
-    assert finding["cure"].endswith("--dynamic none --dim n=2")
+    assert "deploykit export SOURCE --dynamic none --input 'x=float32[2,3,32,32]'" in finding["cure"]
 
 
 def test_the_fixed_copy_has_no_open_dimension_and_keeps_external_weights(
@@ -332,7 +342,7 @@ def test_subnormal_weights_are_counted_and_tried(net: Any, quick: dict[str, list
     assert set(experiments.subnormal_weights(onnx.load(str(path)), path.parent)) == {"stem_w", "body_w"}
     finding = only(explain_model(path, "ort:cpu", IMAGE), "denormals")
     assert finding["nodes"] == ["stem_w", "body_w"]
-    assert "session.set_denormal_as_zero=1" in finding["cure"]
+    assert "settings={'session.set_denormal_as_zero': '1'}" in finding["cure"]
     ((off, on),) = quick["processes"]
     assert (off["session.set_denormal_as_zero"], on["session.set_denormal_as_zero"]) == ("0", "1")
 
@@ -364,7 +374,7 @@ def test_a_busy_neighbour_is_named_and_spinning_tried(
     assert len(quick["turns"]) == 1
     gaining(monkeypatch)
     cure = only(explain_model(net(), "ort:cpu", IMAGE, machine=machine), "spinning-threads")["cure"]
-    assert "session.intra_op.allow_spinning=0" in cure
+    assert "settings={'session.intra_op.allow_spinning': '0'}" in cure
 
 
 @pytest.mark.parametrize("device", DEVICES)
