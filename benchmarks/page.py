@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.benchmarks.page_candidates import distributions, pareto, speed, timeline
+from deploykit.benchmarks.page_candidates import distributions, speed, timeline
 from deploykit.benchmarks.page_details import heat_maps, layers, placement, rates, sweep
 from deploykit.benchmarks.page_drawing import color, escape, tag
+from deploykit.benchmarks.page_pareto import pareto
 from deploykit.benchmarks.page_style import SCRIPT, STYLE
 from deploykit.benchmarks.report import Report, table
 from deploykit.benchmarks.wording import environment_facts, how_measured, label_of, notes_of, out_of_race, scenario_of

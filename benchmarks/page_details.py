@@ -241,17 +241,27 @@ def layers(report: Report) -> str:
 def _explained(label: str, told: Mapping[str, Any], *, first: bool) -> str:
     found = sorted(told["layers"], key=lambda layer: -layer["time_us"])
     top = found[:MOST_LAYERS]
-    rest = sum(layer.get("share") or 0.0 for layer in found[MOST_LAYERS:])
+    rest = sum(layer["share"] for layer in found[MOST_LAYERS:])
     parts = [both(lambda width: _draw_layers(label, top, width))] if top else []
     if len(found) > len(top):
         parts.append(tag("p", f"{len(found) - len(top)} more layers take {rest:.0%} of the time.", class_="dim"))
     used = list(dict.fromkeys(precision_of(layer) for layer in top))
-    parts.append(tag("p", *(_swatch(p) for p in used), class_="legend"))
-    total = told.get("total_us")
-    if total:
-        parts.append(tag("p", f"One run takes {short(float(total) / 1000)} ms.", class_="dim"))
-    parts += [_finding(f) for f in told.get("findings") or ()]
+    parts += [tag("p", *(_swatch(p) for p in used), class_="legend")] if used else []
+    if told.get("total_us") is not None:
+        parts.append(tag("p", escape(_whole(told)), class_="dim"))
+    parts += [_finding(f) for f in told["findings"]]
+    parts += [tag("p", escape(f"Note: {note}"), class_="dim") for note in told.get("notes") or ()]
     return tag("details", tag("summary", escape(label)), *parts, open="open" if first else None)
+
+
+def _whole(told: Mapping[str, Any]) -> str:
+    """One sentence about a whole run: its time, and how near the machine's limits it comes."""
+    roof, parts = told["roofline"], [f"One run takes {short(told['total_us'] / 1000)} ms"]
+    for key, unit, share in (("gflops", "GFLOP/s", "of_compute_peak"), ("gbytes_per_s", "GB/s", "of_memory_peak")):
+        if roof.get(key):
+            peak = f" ({roof[share]:.0%} of what this machine can)" if roof.get(share) is not None else ""
+            parts.append(f"{short(roof[key])} {unit}{peak}")
+    return ", ".join(parts) + "."
 
 
 def precision_of(layer: Mapping[str, Any]) -> str:
@@ -277,16 +287,16 @@ def _draw_layers(label: str, found: Sequence[Mapping[str, Any]], width: int) -> 
     for row, layer in enumerate(found):
         time = float(layer["time_us"])
         precision = precision_of(layer)
-        share = layer.get("share")
+        share = layer["share"]
         facts = [f"{layer['name']} ({layer['op']})", f"{short(time)} µs", precision or "precision unknown"]
-        facts += [f"{share:.1%} of the time"] if share is not None else []
+        facts.append(f"{share:.1%} of the time")
         facts += [f"{key.replace('_', ' ')} {plain(layer[key])}" for key in _LAYER_FACTS if layer.get(key) is not None]
         start = axis.at(0)
         bar = mark(
             "rect", "; ".join(facts), focus=True, x=start, y=rows.top(row), width=max(axis.at(time) - start, 1.0),
             height=rows.height, class_="bar", data_value=time,
         )  # fmt: skip
-        words = f"{short(time)} µs" + (f" {share:.0%}" if share is not None else "")
+        words = f"{short(time)} µs {share:.0%}"
         value = text(axis.at(time) + 6, rows.top(row) + rows.height / 2 + 4, words, "value")
         name = rows.name(row, _layer_name(layer, rows))
         parts.append(tag("g", name, bar, value, class_=precision_class(precision)))
@@ -303,16 +313,16 @@ def _layer_name(layer: Mapping[str, Any], rows: Rows) -> str:
 
 
 def _finding(found: Mapping[str, Any]) -> str:
-    severity = str(found.get("severity") or "note")
-    cost = found.get("cost_us")
-    nodes = found.get("nodes") or []
-    extra = ([f"costs {short(float(cost))} µs"] if cost else []) + ([f"nodes: {plain(nodes[:8])}"] if nodes else [])
+    severity, cost, nodes = found["severity"], found["cost_us"], found["nodes"]
+    extra = ([f"costs up to {short(cost)} µs of a run"] if cost else []) + (
+        [f"nodes: {plain(nodes[:8])}"] if nodes else []
+    )
     return tag(
         "div",
         tag("b", escape(f"{severity}: {found['what']}")),
-        tag("span", escape(f": {found['cure']}")) if found.get("cure") else "",
+        tag("span", escape(f": {found['cure']}")),
         tag("small", escape(" " + "; ".join(extra))) if extra else "",
-        class_="finding severe" if severity in ("high", "error", "warning", "severe") else "finding",
+        class_="finding severe" if severity == "high" else "finding",
     )
 
 

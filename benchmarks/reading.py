@@ -82,6 +82,9 @@ def _normal(data: dict[str, Any]) -> dict[str, Any]:
     """Null figures stand for a candidate that was not timed, as absent ones do; version 1 knew one scenario."""
     if data.get("scenario") is None:
         data["scenario"] = data["settings"].get("scenario") or "latency"
+    for key in ("explain", "tuning"):
+        if data.get(key) is None:
+            data.pop(key, None)
     for candidate in data["candidates"]:
         if candidate.get("median_ms") is None or not candidate.get("rounds"):
             for key in ("median_ms", "rounds"):

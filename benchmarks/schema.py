@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
 VERSIONS = (1, 2)
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
@@ -206,35 +206,86 @@ class TuningEntry(_Open):
     spent_s: NotNegative
 
 
-class LayerEntry(_Open):
-    """One layer of a profile."""
+class KernelEntry(_Open):
+    """One kernel of a layer."""
 
     name: str
     op: str
-    kernel: str | None = None
-    on: str | None = None
-    precision: str | None = None
     time_us: NotNegative
-    share: NotNegative | None = None
+
+
+class LayerEntry(_Open):
+    """One layer of a profile, and where it stands under the roofs; null where that is not known."""
+
+    name: str
+    op: str
+    kernel: str
+    on: str
+    precision: str
+    time_us: NotNegative
+    share: NotNegative
+    macs: Count | None
+    bytes: Count | None
+    gflops: NotNegative | None
+    gbytes_per_s: NotNegative | None
+    bound: str | None
+    of_peak: NotNegative | None
+    kernels: list[KernelEntry]
 
 
 class FindingEntry(_Open):
     """Why something is slow, and what to do."""
 
+    kind: str
+    severity: str
     what: str
-    kind: str | None = None
-    severity: str | None = None
-    cure: str | None = None
-    nodes: list[str] | None = None
-    cost_us: NotNegative | None = None
+    cure: str
+    nodes: list[str]
+    cost_us: NotNegative | None
+
+
+class PeakEntry(_Open):
+    """What the machine can do at most."""
+
+    fp32_gflops: NotNegative | None = None
+    int8_gops: NotNegative | None = None
+    native_gflops: NotNegative | None = None
+    bytes_per_s: NotNegative | None = None
+    threads: Count | None = None
+
+
+class RooflineEntry(_Open):
+    """All layers together under the roofs."""
+
+    gflops: NotNegative | None = None
+    gbytes_per_s: NotNegative | None = None
+    of_compute_peak: NotNegative | None = None
+    of_memory_peak: NotNegative | None = None
 
 
 class ExplanationEntry(_Open):
-    """Layers and findings of one candidate."""
+    """Layers and findings of one candidate; no figures where its device refused it."""
 
-    total_us: NotNegative | None = None
+    label: str | None = None
+    device: str
+    total_us: NotNegative | None
+    profiled_us: NotNegative | None
+    unattributed_us: NotNegative | None
     layers: list[LayerEntry]
-    findings: list[FindingEntry] | None = None
+    peak: PeakEntry
+    roofline: RooflineEntry
+    findings: list[FindingEntry]
+    notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _whole(self) -> ExplanationEntry:
+        """Where there is a time, all that is said of it has to be there."""
+        roofs = {"gflops", "gbytes_per_s", "of_compute_peak", "of_memory_peak"}
+        if self.total_us is not None and not (
+            self.profiled_us is not None and roofs <= self.roofline.model_fields_set and self.peak.threads is not None
+        ):
+            raise ValueError("a time without its profile, roofs or threads")
+        return self
 
 
 class ReportDocument(_Open):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deploykit.benchmarks.page_drawing import clean
 from deploykit.benchmarks.report import Report
 
 
@@ -103,6 +104,20 @@ def objective_of(report: Report) -> float | None:
     """Milliseconds that the 99th percentile had to keep within, in the scenario "server"."""
     found = report.data["settings"].get("slo_p99_ms")
     return None if found is None else float(found)
+
+
+def visible(report: Report) -> Report:
+    """A copy for a terminal: a file's texts may hold escape sequences, which are spelled out."""
+    found = _visible(report.data)
+    return Report(found)
+
+
+def _visible(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {clean(k): v if k == "samples_ns" else _visible(v) for k, v in value.items()}
+    return [_visible(v) for v in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> str:

@@ -235,22 +235,27 @@ def _explanation() -> dict[str, Any]:
             "kernel": "jit_avx512_core_amx", "on": "CPUExecutionProvider", "precision": precisions[n % 3],
             "time_us": 400.0 / (n + 1), "share": 0.25 / (n + 1), "macs": 1_000_000 * (n + 1), "bytes": 40_000,
             "gflops": 120.0, "gbytes_per_s": 9.0, "bound": "compute", "of_peak": 0.4,
+            "kernels": [{"name": "k", "op": "Conv", "time_us": 400.0 / (n + 1)}],
         }
         for n in range(18)
     ]  # fmt: skip
     finding = {
         "kind": "unfused",
-        "severity": "warning",
+        "severity": "high",
         "what": "a QuantizeLinear stands alone before the pooling",
         "cure": "deploykit quantize repair",
         "nodes": ["/pool/QuantizeLinear"],
         "cost_us": 35.0,
     }
+    peak = {
+        "fp32_gflops": 300.0, "int8_gops": 1100.0, "native_gflops": None, "bytes_per_s": 2e10, "threads": 4,
+        "how": "measured", "other_cores": 0.1, "loaded": False,
+    }  # fmt: skip
+    roofline = {
+        "gflops": 110.0, "gbytes_per_s": 7.5, "of_compute_peak": 0.31, "of_memory_peak": 0.37, "bound": "compute",
+    }  # fmt: skip
     return {
-        "total_us": 2100.0,
-        "profiled_us": 2050.0,
-        "layers": layers,
-        "peak": {"gflops": 300.0},
-        "placement": {},
-        "findings": [finding],
-    }
+        "label": "int8 on ort:cpu", "device": "ort:cpu", "total_us": 2100.0, "profiled_us": 2050.0, "layers": layers,
+        "unattributed_us": 30.0, "peak": peak, "roofline": roofline, "placement": {}, "findings": [finding],
+        "notes": ["a note of the profiler"],
+    }  # fmt: skip

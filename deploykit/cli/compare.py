@@ -49,6 +49,7 @@ def command(
     Ends with 0 where every condition holds, with 3 where one failed or a candidate is missing, and with 1 where the two
     cannot be compared.
     """
+    from deploykit.benchmarks.page_drawing import clean
     from deploykit.cli.report import check_views, write_text
     from deploykit.pipeline import compare
 
@@ -62,9 +63,10 @@ def command(
     if as_json:
         common.show_json(found.as_dict())
     elif markdown != "-":
-        common.show_table(*found.table())
+        header, rows = found.table()
+        common.show_table(header, [[clean(cell) for cell in row] for row in rows])
         for line in (*found.lines(), found.headline()):
-            click.echo(line)
+            click.echo(clean(line))
     if markdown is not None:
         write_text(markdown, found.to_markdown())
     return FAILED if found.failed else 0

@@ -28,12 +28,13 @@ def command(report: str | None, html: str | None, markdown: str | None, schema: 
     if report is None:
         raise click.UsageError("Missing argument 'REPORT'.")
     from deploykit.benchmarks.reading import read_report
+    from deploykit.benchmarks.wording import visible
     from deploykit.cli.benchmark import show_report
 
     check_views(html, markdown)
     loaded = read_report(report)
     if html is None and markdown is None:
-        show_report(loaded)
+        show_report(visible(loaded))
     write_views(loaded, html, markdown)
 
 

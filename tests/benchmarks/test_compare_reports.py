@@ -12,6 +12,7 @@ from deploykit.benchmarks.compare_changes import Change, Check, judge
 from deploykit.benchmarks.compare_reports import CompareOptions, compare_reports
 from deploykit.benchmarks.compare_rules import METRICS, parse_rule
 from deploykit.benchmarks.intervals import median_interval, ratio_of_medians, ratio_of_percentiles, wilson
+from deploykit.benchmarks.page import thinned
 from deploykit.benchmarks.report import Report
 from deploykit.errors import BenchmarkError
 
@@ -322,6 +323,16 @@ def test_reports_without_a_common_candidate(make):
 def test_an_improvement_that_fails_is_pointed_out(pair):
     assert any("gets better" in note for note in run(*pair, "throughput>50%").notes)
     assert not any("gets better" in note for note in run(*pair, "throughput<-50%", "latency>50%").notes)
+
+
+def test_the_thinned_copy_of_a_page_compares_like_the_report(make):
+    full = make(1, samples=800)
+    found = run(full, Report(thinned(full)), "latency>2%", "throughput<-2%")
+    for p in found.pairs[:4]:
+        assert p.changes["latency"].ratio == pytest.approx(1)
+        assert p.changes["throughput"].low == pytest.approx(1 / p.changes["throughput"].high, rel=0.05)
+        assert p.changes["p99"].low < 1 < p.changes["p99"].high
+    assert any("thinned copy" in note for note in found.notes)
 
 
 def test_views(make):

@@ -1,6 +1,8 @@
 """The page: whole, safe, and with the report's numbers in its plots; in a browser too, where there is one."""
 
+import base64
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -252,6 +254,8 @@ def test_the_slowest_layers_and_what_was_found(full, page):
     assert "a QuantizeLinear stands alone before the pooling" in said
     assert "deploykit quantize repair" in said
     assert "3 more layers" in said
+    assert "One run takes 2.1 ms, 110 GFLOP/s (31% of what this machine can)" in said
+    assert "a note of the profiler" in said
 
 
 def test_every_plot_and_mark_says_what_it_is(page):
@@ -334,6 +338,43 @@ def test_the_page_runs_in_a_browser(full, tmp_path, browse):
     body = next(a for t, a, _ in parsed.elements if t == "body")
     assert body["data-ready"] == str(len(full["candidates"]))
     assert not [t for t, _, above in parsed.elements if t == "title" and any(o == "svg" for o, _ in above)]
+
+
+PROBE = """
+var seen = {};
+var box = document.querySelector('input[data-toggle="2"]');
+function shown() {
+  return [].filter.call(document.querySelectorAll('.wide [data-c="2"]'), function (e) {
+    return e.style.display !== "none";
+  }).length;
+}
+seen.before = shown(); box.click(); seen.hidden = shown(); box.click(); seen.after = shown();
+var mark = document.querySelector("#pareto .wide .m");
+mark.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, pointerType: "mouse", clientX: 9, clientY: 9 }));
+seen.tip = document.getElementById("tip").textContent;
+var make = URL.createObjectURL;
+URL.createObjectURL = function (blob) { seen.bytes = blob.size; seen.type = blob.type; return make.call(URL, blob); };
+document.getElementById("download").click();
+document.body.dataset.seen = JSON.stringify(seen);
+"""
+
+
+@needs_browser
+def test_toggles_tooltips_and_the_download_work(full, tmp_path, browse):
+    """A probe is let in beside the page's own script, by its hash as well."""
+    path, text = tmp_path / "page.html", to_html(Report(full))
+    digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
+    text = text.replace("script-src ", f"script-src &#x27;sha256-{digest}&#x27; ")
+    path.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"), encoding="utf-8")
+    done = browse(path, "--dump-dom")
+    assert "CONSOLE" not in done.stderr
+    parsed = Page(re.sub(r"^.*?<html", "<html", done.stdout, flags=re.DOTALL))
+    seen = json.loads(next(a["data-seen"] for t, a, _ in parsed.elements if t == "body"))
+    assert seen["before"] == seen["after"] > 5
+    assert seen["hidden"] == 0
+    assert "on ort:cpu" in seen["tip"]
+    assert seen["type"] == "application/json"
+    assert seen["bytes"] == len(parsed.embedded().encode())
 
 
 @needs_browser

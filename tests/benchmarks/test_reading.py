@@ -12,8 +12,10 @@ from deploykit.benchmarks import reading
 from deploykit.benchmarks.markdown import to_markdown
 from deploykit.benchmarks.page import thinned, to_html
 from deploykit.benchmarks.reading import parse_report, read_report
-from deploykit.benchmarks.report import Report, table
+from deploykit.benchmarks.report import Report
 from deploykit.benchmarks.schema import report_schema, what_is_wrong
+from deploykit.benchmarks.wording import visible
+from deploykit.cli.benchmark import show_report
 from deploykit.errors import BenchmarkError, DeploykitError
 
 LIMITED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -130,7 +132,7 @@ def test_a_cosine_that_is_no_number_is_shown(small):
 
 
 def show(report):
-    table(report)
+    show_report(visible(report))
     to_markdown(report).encode()
     to_html(report).encode()
 

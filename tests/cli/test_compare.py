@@ -95,6 +95,19 @@ def test_markdown_and_json(call, reports):
     assert call(*base, "--json", "--markdown", "-").returncode == 2
 
 
+def test_escape_sequences_in_names_are_spelled_out(call, reports):
+    data = json.loads((reports / "old.json").read_text())
+    for c in data["candidates"]:
+        c["name"] = f"\x1b[31m{c['name']}"
+    data["winner"]["candidates"] = ["\x1b[31mint8 on ort:cpu"]
+    (reports / "evil.json").write_text(json.dumps(data))
+    for arguments in (["report", "evil.json"], ["compare", "evil.json", "evil.json", "--fail-if", "latency>5%"]):
+        done = call(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout
+        assert "\\x1b[31mint8" in done.stdout
+
+
 def test_the_function_is_public(reports):
     import deploykit
 
