@@ -1,15 +1,16 @@
 """Our harness against a bare loop and benchmark_app: harness_check.py [--model FILE] [--threads N] [--rounds N]
 
-The same model, threads and precision are timed in five ways, each in a fresh process and in random order once a round:
-our worker on ONNX Runtime and on OpenVINO; a bare loop of `InferenceSession.run` and of `InferRequest.infer` with
-nothing of ours imported; and OpenVINO's own `benchmark_app`. benchmark_app fills its inputs once, so that all five get
+The same model, threads and precision are timed in five ways: our worker on ONNX Runtime and on OpenVINO; a bare loop of
+`InferenceSession.run` and of `InferRequest.infer` with nothing of ours imported; and OpenVINO's own `benchmark_app`. A
+round starts a fresh process each, which then take turns in random order, as they do in `deploykit benchmark`;
+benchmark_app cannot wait for its turn and is started for each. benchmark_app fills its inputs once, so that all five get
 one and the same input from a file, and ours, which rotates through 32 otherwise, gets that one only. It is told to hand
 that input over in every run (`-inference_only False`), as the others do. Its clock still runs inside OpenVINO only:
 tensors over arrays, the call, and arrays of the results are counted by the other clocks and not by that one. With
 caches that the model has emptied that was 0.1 to 0.2 ms a request, which is little of a model of this size.
 
-Printed are the medians of the rounds' medians and the median of the ratios within rounds (ours to theirs), with a 95 %
-bootstrap interval over rounds; beside it the same ratio of the shortest latencies, which other load on the machine
+Printed are the medians of the turns' medians and the median of the ratios within turns (ours to theirs), with a 95 %
+bootstrap interval over turns; beside it the same ratio of the shortest latencies, which other load on the machine
 moves less. Ends with 1 where a ratio of medians is further than 2 % from 1. Without `--model`, the shape of a
 ResNet-18 with random weights is made.
 """
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 
 WITHIN = 0.02
-_LEAST_WARMUP = 10
+_LEAST_WARMUP, _SETTLE_RUNS = 10, 2
 _KINDS = {
     "float32": "f32", "float64": "f64", "float16": "f16", "bool": "bool", "int8": "i8", "uint8": "u8", "int16": "i16",
     "int32": "i32", "int64": "i64",
@@ -91,23 +92,27 @@ class Timed:
         return cls(float(np.median(samples_ns)) / 1e6, min(samples_ns) / 1e6)
 
 
-def loop(run: Any, seconds: float, warmup_s: float) -> Timed:
-    """A plain loop, after the same warm-up as ours."""
+def serve(run: Any, warmup_s: float) -> None:
+    """A plain loop, after the same warm-up as ours: seconds come in on a line, latencies in nanoseconds go out."""
     clock = time.perf_counter_ns
     end, runs = clock() + int(warmup_s * 1e9), 0
     while runs < _LEAST_WARMUP or clock() < end:
         run()
         runs += 1
-    found = []
-    end = clock() + int(seconds * 1e9)
-    while clock() < end:
-        begun = clock()
-        run()
-        found.append(clock() - begun)
-    return Timed.of(found)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        for _ in range(_SETTLE_RUNS):
+            run()
+        found = []
+        end = clock() + int(float(line) * 1e9)
+        while clock() < end:
+            begun = clock()
+            run()
+            found.append(clock() - begun)
+        print(json.dumps(found), flush=True)
 
 
-def bare(runtime: str, folder: Path, threads: int, seconds: float, warmup_s: float) -> Timed:
+def bare(runtime: str, folder: Path, threads: int, warmup_s: float) -> None:
     """The runtime alone, in this process."""
     with np.load(folder / "feeds.npz") as archive:
         feeds = {key.partition("/")[2]: archive[key] for key in archive.files}
@@ -117,7 +122,8 @@ def bare(runtime: str, folder: Path, threads: int, seconds: float, warmup_s: flo
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        return loop(lambda: session.run(None, feeds), seconds, warmup_s)
+        serve(lambda: session.run(None, feeds), warmup_s)
+        return
     import openvino
 
     config = {
@@ -125,22 +131,67 @@ def bare(runtime: str, folder: Path, threads: int, seconds: float, warmup_s: flo
         "INFERENCE_PRECISION_HINT": "f32",
     }  # fmt: skip
     request = openvino.Core().compile_model(str(folder / "model.onnx"), "CPU", config).create_infer_request()
-    return loop(lambda: request.infer(feeds), seconds, warmup_s)
+    serve(lambda: request.infer(feeds), warmup_s)
 
 
-def ours(device: str, folder: Path, threads: int, seconds: float, warmup_s: float) -> Timed:
+class Ours:
     """Our worker, as `deploykit benchmark` starts it."""
-    job = {
-        "mode": "time", "model": str(folder / "model.onnx"), "device": device, "threads": threads,
-        "precision": "fp32", "feeds": str(folder / "feeds.npz"), "result": str(folder / "result.json"),
-        "warmup_s": warmup_s, "seconds": seconds,
-    }  # fmt: skip
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    spawn([sys.executable, "-m", "deploykit.benchmarks.worker", str(folder / "job.json")])
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    if "error" in result:
-        raise RuntimeError(result["error"])
-    return Timed.of(result["samples_ns"])
+
+    def __init__(self, device: str, folder: Path, threads: int, warmup_s: float) -> None:
+        from deploykit.benchmarks import Candidate, Settings
+        from deploykit.benchmarks.process import Process
+
+        candidate = Candidate("model", str(folder / "model.onnx"), device, "", 0)
+        self._child = Process(candidate, Settings(threads=threads), folder)
+        self._child.ask("warm", seconds=warmup_s)
+
+    def turn(self, seconds: float) -> Timed:
+        """Latencies of one turn."""
+        return Timed.of(self._child.ask("time", seconds=seconds)["samples_ns"])
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.kill()
+
+
+class Bare:
+    """A runtime alone."""
+
+    def __init__(self, runtime: str, folder: Path, threads: int, warmup_s: float) -> None:
+        command = [sys.executable, __file__, "--child", runtime, str(folder), str(threads), str(warmup_s)]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self._line() != "ready\n":
+            raise RuntimeError(f"the bare loop of {runtime} did not start")
+
+    def _line(self) -> str:
+        assert self._child.stdout is not None
+        return self._child.stdout.readline()
+
+    def turn(self, seconds: float) -> Timed:
+        """Latencies of one turn."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(f"{seconds}\n")
+        self._child.stdin.flush()
+        return Timed.of(json.loads(self._line()))
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.kill()
+        self._child.communicate()
+
+
+class App:
+    """benchmark_app, started for every turn."""
+
+    def __init__(self, program: str, folder: Path, threads: int) -> None:
+        self._arguments = program, folder, threads
+
+    def turn(self, seconds: float) -> Timed:
+        """What it printed."""
+        return benchmark_app(*self._arguments, seconds)
+
+    def close(self) -> None:
+        """Nothing runs between turns."""
 
 
 def benchmark_app(program: str, folder: Path, threads: int, seconds: float) -> Timed:
@@ -188,13 +239,21 @@ def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
-def rounds_of(ways: dict[str, Any], rounds: int, seed: int) -> dict[str, list[Timed]]:
-    """Every way once a round, in random order."""
+def rounds_of(ways: dict[str, Any], rounds: int, turns: int, seconds: float, seed: int) -> dict[str, list[Timed]]:
+    """Every way in fresh processes once a round; in each turn all of them in random order."""
     order = random.Random(seed)
     found: dict[str, list[Timed]] = {name: [] for name in ways}
     for number in range(rounds):
-        for name in order.sample(list(ways), len(ways)):
-            found[name].append(ways[name]())
+        live: dict[str, Any] = {}
+        try:
+            for name in order.sample(list(ways), len(ways)):
+                live[name] = ways[name]()
+            for _ in range(turns):
+                for name in order.sample(list(ways), len(ways)):
+                    found[name].append(live[name].turn(seconds))
+        finally:
+            for way in live.values():
+                way.close()
         latest = ", ".join(f"{name} {times[-1].median_ms:.3f} ms" for name, times in found.items())
         print(f"round {number + 1} of {rounds}: {latest}", file=sys.stderr, flush=True)
     return found
@@ -228,7 +287,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """The model, and one input in the forms that all of them read."""
     if options.model is None:
         # Not in this process: what torch starts would go on running beside the measurements.
-        spawn([sys.executable, __file__, "--child", "make", str(folder), str(options.size), "0", "0"])
+        spawn([sys.executable, __file__, "--child", "make", str(folder), str(options.size), "0"])
     else:
         shutil.copy(options.model, folder / "model.onnx")
         for data in options.model.parent.glob(options.model.name + "*data"):
@@ -246,45 +305,44 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="An .onnx file; dynamic dimensions become 1.")
     parser.add_argument("--size", type=int, default=224, help="Of the images for the ResNet-18.")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=6, help="In each round.")
     parser.add_argument(
-        "--seconds", type=float, default=3.0, help="Timed a way and round; whole ones, for benchmark_app."
+        "--seconds", type=float, default=0.5, help="Timed a way and turn; benchmark_app takes 1 at least."
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--warmup", type=float, default=1.0, help="Seconds before, and at least 10 runs.")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        what, folder, number, seconds, warmup = options.child
+        what, child_folder, number, warmup = options.child
         if what == "make":
-            make(Path(folder) / "model.onnx", int(number))
+            make(Path(child_folder) / "model.onnx", int(number))
         else:
-            print(json.dumps(asdict(bare(what, Path(folder), int(number), float(seconds), float(warmup)))))
+            bare(what, Path(child_folder), int(number), float(warmup))
         return 0
     with tempfile.TemporaryDirectory(prefix="harness-") as name:
         folder = Path(name)
         prepare(folder, options)
-        own = (folder, options.threads, options.seconds)
-
-        def alone(runtime: str) -> Timed:
-            arguments = [runtime, str(folder), str(options.threads), str(options.seconds), str(options.warmup)]
-            return Timed(**json.loads(spawn([sys.executable, __file__, "--child", *arguments]).splitlines()[-1]))
-
+        own = folder, options.threads
         ways: dict[str, Any] = {
-            "our worker, ort:cpu": lambda: ours("ort:cpu", *own, options.warmup),
-            "bare loop, onnxruntime": lambda: alone("ort"),
-            "our worker, openvino:cpu": lambda: ours("openvino:cpu", *own, options.warmup),
-            "bare loop, openvino": lambda: alone("openvino"),
+            "our worker, ort:cpu": lambda: Ours("ort:cpu", *own, options.warmup),
+            "bare loop, onnxruntime": lambda: Bare("ort", *own, options.warmup),
+            "our worker, openvino:cpu": lambda: Ours("openvino:cpu", *own, options.warmup),
+            "bare loop, openvino": lambda: Bare("openvino", *own, options.warmup),
         }
         program = shutil.which("benchmark_app", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
         if program is None:
             print("benchmark_app is not installed: it comes with the openvino wheel", file=sys.stderr)
         else:
-            ways["benchmark_app"] = lambda: benchmark_app(program, *own)
-        found = rounds_of(ways, options.rounds, options.seed)
+            ways["benchmark_app"] = lambda: App(program, *own)
+        found = rounds_of(ways, options.rounds, options.turns, options.seconds, options.seed)
     rows = table(found)
-    print(f"{options.rounds} rounds of {options.seconds:g} s, {options.threads} threads, one input for all")
+    print(
+        f"{options.rounds} rounds of {options.turns} turns of {options.seconds:g} s, {options.threads} threads, "
+        "one input for all"
+    )
     for row in rows:
         print(
             f"{row['ours']:25} {row['ours_ms']:8.3f} ms  to {row['theirs']:23} {row['theirs_ms']:8.3f} ms: "
@@ -293,7 +351,7 @@ def main() -> int:
         )
     if options.json:
         raw = {name: [asdict(one) for one in times] for name, times in found.items()}
-        options.json.write_text(json.dumps({"rows": rows, "rounds": raw}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"rows": rows, "turns": raw}, indent=1) + "\n")
     return 0 if len(rows) == 3 and all(row["within"] for row in rows) else 1
 
 

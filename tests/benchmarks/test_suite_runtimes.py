@@ -59,13 +59,13 @@ def test_both_calls_of_the_overhead_give_the_same(tmp_path: Path, device: str) -
         np.testing.assert_array_equal(mine, other)
 
 
-def test_ratios_are_taken_within_rounds() -> None:
+def test_ratios_are_taken_within_turns() -> None:
     suite = load("harness_check")
 
     def times(*medians: float) -> list[Any]:
         return [suite.Timed(m, m / 2) for m in medians]
 
-    # The machine becomes ten times as slow in the second round; within rounds ours takes 1 % more, and 5 % less.
+    # The machine becomes ten times as slow in the second turn; within turns ours takes 1 % more, and 5 % less.
     found = {
         "our worker, ort:cpu": times(1.01, 10.1, 1.01), "bare loop, onnxruntime": times(1, 10, 1),
         "our worker, openvino:cpu": times(0.95, 9.5, 0.95), "bare loop, openvino": times(1, 10, 1),
@@ -80,16 +80,16 @@ def test_ratios_are_taken_within_rounds() -> None:
 def test_harness_check_runs_all_five(tmp_path: Path) -> None:
     suite = load("session_overhead")
     suite.make_onnx(tmp_path / "tiny.onnx", 8, 4)
-    short = ("--rounds", 1, "--seconds", 0.05, "--warmup", 0)
+    short = ("--rounds", 1, "--turns", 1, "--seconds", 0.05, "--warmup", 0)
     done = run("harness_check.py", "--model", tmp_path / "tiny.onnx", *short, "--json", tmp_path / "out.json")
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    assert list(found["rounds"]) == [
+    assert list(found["turns"]) == [
         "our worker, ort:cpu", "bare loop, onnxruntime", "our worker, openvino:cpu", "bare loop, openvino",
         "benchmark_app",
     ]  # fmt: skip
     assert len(found["rows"]) == 3
-    assert all(one["median_ms"] >= one["shortest_ms"] for times in found["rounds"].values() for one in times)
+    assert all(one["median_ms"] >= one["shortest_ms"] for times in found["turns"].values() for one in times)
 
 
 def test_latencies_that_benchmark_app_prints() -> None:
