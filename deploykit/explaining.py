@@ -244,11 +244,13 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
     if unfused is None and not experiments.signed_quantizers(model):
         return found, None
     tried, trial = experiments.repaired(setup, session)
-    signed = experiments.signed_activations(model, setup.path, trial, setup.device)
-    if unfused is None or not tried:
-        return found, signed
+    if unfused is None:
+        return found, experiments.signed_activations(model, setup.path, trial, setup.device)
+    if not tried:
+        return found, None
+    # What the repair gives is counted once.
     cured = experiments.with_repair(unfused, trial, shlex.quote(str(setup.path)))
-    return [cured if f is unfused else f for f in found], signed
+    return [cured if f is unfused else f for f in found], None
 
 
 # --- a device that refuses --------------------------------------------------------------------------------------------
