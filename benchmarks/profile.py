@@ -289,7 +289,7 @@ def _bytes(kernels: Sequence[Kernel]) -> int:
     return told or sum({id(n): n.moved_bytes for k in kernels for n in k.nodes if n is k.main}.values())
 
 
-def precision_counts(kernels: Iterable[Kernel]) -> Mapping[str, float]:
+def compute_us(kernels: Iterable[Kernel]) -> Mapping[str, float]:
     """Microseconds of kernels that compute, by precision."""
     found: dict[str, float] = defaultdict(float)
     for kernel in kernels:

@@ -14,7 +14,7 @@ from deploykit.benchmarks import Candidate, experiments, findings, rules
 from deploykit.benchmarks.experiments import Setup
 from deploykit.benchmarks.explain import explanation_markdown, explanation_text
 from deploykit.benchmarks.findings import Context, Finding
-from deploykit.benchmarks.profile import Profile, SourceNode, fold, join
+from deploykit.benchmarks.profile import Profile, SourceNode, compute_us, fold, join
 from deploykit.benchmarks.roofline import Peaks, measure_peaks, raised
 from deploykit.benchmarks.trials import LoadMeter, whole_runs_us
 from deploykit.errors import DeploykitError, DeviceError
@@ -25,7 +25,6 @@ from deploykit.modelfile import read_model, tensor_bytes
 from deploykit.progress import Progress
 from deploykit.proof import layers_of
 from deploykit.runtimes import Device, Session, open_session, parse_device
-from deploykit.runtimes.base import is_compute
 from deploykit.shaping import Value, trace_model
 from deploykit.specs import Feeds, fit_feeds
 
@@ -215,7 +214,7 @@ def _try_out(
     if extra[0] is None and context.loaded and context.others is not None:
         extra.append(experiments.spinning(setup, session, context.others))
     extra.append(experiments.dynamic_shapes(setup, session))
-    float_us = sum(us for kind, us in _compute_us(profile).items() if kind != "int8")
+    float_us = sum(us for kind, us in compute_us(profile.kernels).items() if kind != "int8")
     if float_us > 0.2 * profile.profiled_us:
         extra.append(experiments.native_precision(setup, session, machine.flags))
     found, signed = _with_repairs(setup, session, found)
@@ -228,14 +227,6 @@ def _try_out(
     return [*found, *(f for f in (*extra, signed, denormal) if f is not None)]
 
 
-def _compute_us(profile: Profile) -> Mapping[str, float]:
-    found: dict[str, float] = {}
-    for kernel in profile.kernels:
-        if is_compute(kernel.op):
-            found[kernel.precision] = found.get(kernel.precision, 0.0) + kernel.time_us
-    return found
-
-
 def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple[list[Finding], Finding | None]:
     """Where pairs are not fused, or activations are signed: what a repair of the file gives."""
     unfused = next((f for f in found if f.kind == "unfused-qdq"), None)
@@ -245,11 +236,13 @@ def _with_repairs(setup: Setup, session: Session, found: list[Finding]) -> tuple
     if unfused is None and not experiments.signed_quantizers(model):
         return found, None
     tried, trial = experiments.repaired(setup, session)
-    signed = experiments.signed_activations(model, setup.path, trial, setup.device)
-    if unfused is None or not tried:
-        return found, signed
+    if unfused is None:
+        return found, experiments.signed_activations(model, setup.path, trial, setup.device)
+    if not tried:
+        return found, None
+    # What the repair gives is counted once.
     cured = experiments.with_repair(unfused, trial, shlex.quote(str(setup.path)))
-    return [cured if f is unfused else f for f in found], signed
+    return [cured if f is unfused else f for f in found], None
 
 
 # --- a device that refuses --------------------------------------------------------------------------------------------

@@ -283,6 +283,27 @@ def test_int8_data_of_integer_operators_are_named(build: Any, save: Any, tmp_pat
     assert "signed-activations" not in kinds(explain_model(path, "ort:cpu", {"x": normal(1, 32, 32, 32)}, machine=arm))
 
 
+def test_int8_pairs_are_blamed_only_where_a_repair_is_faster(
+    build: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"s": F32(0.05), "z": np.int8(0), "w": RNG.integers(-90, 90, (16, 16, 3, 3)).astype(np.int8)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="in"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="in_back"),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["wf"], name="unpack"),
+        helper.make_node("Conv", ["d", "wf"], ["c"], name="conv", pads=[1] * 4),
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["p"], name="out"),
+        helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y"], name="out_back"),
+    ]
+    path = save(build(nodes, {"x": [1, 16, 16, 16]}, {"y": [1, 16, 16, 16]}, weights), tmp_path)
+    feeds = {"x": normal(1, 16, 16, 16)}
+    assert "signed-activations" not in kinds(explain_model(path, "ort:cpu", feeds))
+    gaining(monkeypatch)
+    finding = only(explain_model(path, "ort:cpu", feeds), "signed-activations")
+    assert finding["nodes"] == ["in", "out"]
+    assert finding["cure"] == f"deploykit quantize repair -m {path} -o DIR"
+
+
 def test_int8_without_a_dot_product_is_named(net: Any, tmp_path: Path) -> None:
     here = inspect_machine()
     target = tmp_path / "int8.onnx"
