@@ -8,13 +8,13 @@ from statistics import NormalDist
 
 import numpy as np
 
+from deploykit.benchmarks.statistics import student_975
 from deploykit.specs import Array
 
 _RESAMPLES = 10_000
 _LEVEL = 0.95
 # Values that a percentile of resampled rounds is read from; finer than the intervals are wide.
 _GRID = 256
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -123,18 +123,6 @@ def _welch(a: Array, b: Array) -> float:
         return 0.0
     freedom = error**4 / sum(p * p / (x.size - 1) for p, x in zip(parts, (a, b), strict=True))
     return student_975(max(1, int(freedom))) * error
-
-
-def student_975(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution, good to 0.001.
-
-    Args:
-        freedom: Degrees of freedom, 1 or more.
-    """
-    if freedom <= len(_STUDENT):
-        return _STUDENT[freedom - 1]
-    z = NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _exp(value: float) -> float:

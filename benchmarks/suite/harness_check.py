@@ -3,7 +3,7 @@
 The same model, threads and precision are timed in five ways: our worker on ONNX Runtime and on OpenVINO; a bare loop of
 `InferenceSession.run` and of `InferRequest.infer` with nothing of ours imported; and OpenVINO's own `benchmark_app`. A
 round starts a fresh process each, which then take turns in random order, as they do in `deploykit benchmark`;
-benchmark_app cannot wait for its turn and is started for each. benchmark_app fills its inputs once, so that all five get
+benchmark_app cannot wait for its turn and is started for each. It fills its inputs once, so that all five get
 one and the same input from a file, and ours, which rotates through 32 otherwise, gets that one only. It is told to hand
 that input over in every run (`-inference_only False`), as the others do. Its clock still runs inside OpenVINO only:
 tensors over arrays, the call, and arrays of the results are counted by the other clocks and not by that one. With
