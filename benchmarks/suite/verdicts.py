@@ -24,7 +24,7 @@ from deploykit.benchmarks.statistics import Outcome, decide, floor_of, log_ratio
 from deploykit.machine import inspect_machine
 from deploykit.progress import TerminalProgress
 
-CHANNELS, SIZE, LAYERS = 64, 48, 5
+CHANNELS, SIZE, LAYERS = 64, 48, 4
 
 
 def network(path: Path, *, longer: bool) -> Path:
