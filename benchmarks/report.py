@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,8 +62,11 @@ class Report:
         return bool(self.data.get("interrupted"))
 
     def to_json(self) -> str:
-        """The JSON document as text."""
-        return json.dumps(self.data, indent=1) + "\n"
+        """The JSON document as text; JSON has no NaN and no infinity, so that these are null."""
+        try:
+            return json.dumps(self.data, indent=1, allow_nan=False) + "\n"
+        except ValueError:
+            return json.dumps(_finite(self.data), indent=1, allow_nan=False) + "\n"
 
     def headline(self) -> str:
         """One sentence: who won, or that it is a tie."""
@@ -78,6 +82,14 @@ class Report:
         ratio = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}]"
         anew = " on new rounds" if names in winner.get("measured_again", ()) else ""
         return f"winner: {names}, {ratio} as fast as {winner['reference']}{anew}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(found) for key, found in value.items()}
+    return [_finite(found) for found in value] if isinstance(value, list | tuple) else value
 
 
 def build_report(
@@ -311,11 +323,20 @@ def _cells(c: dict[str, Any], *, reference: bool) -> tuple[str, ...]:
         f"{c['peak_memory_bytes'] / 1e6:.0f}" if timed and c["peak_memory_bytes"] else "",
         f"{placement['share_of_nodes']:.0%}/{placement['share_of_time']:.0%}" if placement else "",
         f"{precisions.get('int8', 0)}/{sum(precisions.values())}" if precisions else "",
-        "" if outputs is None else "equal" if outputs["kind"] == "equal" else f"cos {outputs['cosine']:.4f}",
+        _likeness(outputs),
         f"{accuracy['accuracy']:.4f}" if accuracy else "",
         f"{accuracy['f1']:.4f}" if accuracy else "",
         verdict,
     )
+
+
+def _likeness(outputs: dict[str, Any] | None) -> str:
+    if outputs is None:
+        return ""
+    if outputs["kind"] == "equal":
+        return "equal"
+    cosine = outputs["cosine"]
+    return "no cosine" if cosine is None or not math.isfinite(cosine) else f"cos {cosine:.4f}"
 
 
 def _or_na(value: float | None, *, timed: bool) -> str:

@@ -74,7 +74,9 @@ def test_wrong_outputs_are_not_timed_and_the_others_are_in_every_round(models):
     assert "placed" in header
     assert rows[0][header.index("placed")] == "100%/100%"
     assert report.headline() in summary(report)
-    json.loads(report.to_json())
+    report.data["candidates"][2]["outputs"]["cosine"] = float("nan")
+    assert json.loads(report.to_json(), parse_constant=pytest.fail)["candidates"][2]["outputs"]["cosine"] is None
+    assert table(report)[1][2][header.index("outputs")] == "no cosine"
 
 
 def test_the_best_three_are_measured_anew(models):
