@@ -50,6 +50,11 @@ class Device:
             return f"ort:{short.get(self.target, self.target)}"
         return f"openvino:{self.target.lower()}"
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may run one session at once."""
+        return self.target == ORT_PROVIDERS["cpu"]
+
 
 def parse_device(text: str | Device) -> Device:
     """Read a device name: `ort:cpu`, `ort:CUDAExecutionProvider`, `CUDAExecutionProvider`, `openvino:gpu`.
@@ -172,7 +177,8 @@ def is_compute(op: str) -> bool:
 
 
 class Session(ABC):
-    """A model, loaded and ready. Use as a context manager; `run` is not for several threads at once.
+    """A model, loaded and ready. Use as a context manager; `run` is not for several threads at once, unless the device is
+    `concurrent`.
 
     Attributes:
         device: Where it runs.

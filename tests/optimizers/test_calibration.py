@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploykit.errors import DataError, DeploykitError, OutputExistsError
+from deploykit.optimizers import histogram
 from deploykit.optimizers.calibration import Calibration
-from deploykit.optimizers.histogram import MASK_MAGNITUDE, SAMPLED, Histogram, stride_for
+from deploykit.optimizers.histogram import MASK_MAGNITUDE, SAMPLED, Histogram, look_at, stride_for
 from deploykit.optimizers.thresholds import METHODS, choose_range, expected_error
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -69,6 +70,36 @@ def test_extremes_count_wherever_they_stand_in_a_large_array():
     found = seen(values)
     assert (found.low, found.high, found.count) == (-5, 7, values.size)
     assert SAMPLED / 2 < found.counts.sum() <= SAMPLED
+
+
+NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+SPECIAL = [0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf"), 1e30, -3.4e38, 1e-45, -1e-45]
+LISTS = st.one_of(
+    st.lists(NUMBERS.filter(lambda v: abs(v) < 1e30), min_size=1, max_size=20),
+    st.lists(st.floats(0, 2.0**60, width=32), min_size=1, max_size=20),
+    st.lists(st.floats(-(2.0**60), 0, width=32), min_size=1, max_size=20),
+    st.lists(st.one_of(NUMBERS, st.sampled_from(SPECIAL)), min_size=1, max_size=20),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(LISTS, st.integers(1, 5))
+def test_walking_in_pieces_finds_what_a_plain_look_finds(values, piece):
+    array = np.asarray(values, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(histogram, "_PIECE", piece)
+        patch.setattr(histogram, "SAMPLED", 4)
+        found, step = look_at(array), stride_for
+        finite = array[np.isfinite(array)]
+        kept = finite[np.abs(finite) < np.float32(MASK_MAGNITUDE)]
+        np.testing.assert_array_equal(found.sample, kept[:: step(kept.size)])
+    assert (found.count, found.nonfinite) == (array.size, array.size - finite.size)
+    assert found.hidden == finite.size - kept.size
+    ends = (kept.min(), kept.max()) if kept.size else (np.inf, -np.inf)
+    assert (found.low, found.high) == ends
+    # Zero's sign would hang on the order.
+    assert not any(np.signbit(end) for end in (found.low, found.high) if end == 0)
+    assert not look_at(array, count=False).sample.size
 
 
 @pytest.mark.parametrize("size", [SAMPLED, SAMPLED * 4, 10**7, 10**8 + 1])
