@@ -177,8 +177,8 @@ def is_compute(op: str) -> bool:
 
 
 class Session(ABC):
-    """A model, loaded and ready. Use as a context manager; `run` is not for several threads at once, unless the device is
-    `concurrent`.
+    """A model, loaded and ready. Use as a context manager; `run` is not for several threads at once, unless its device
+    is `concurrent`.
 
     Attributes:
         device: Where it runs.
