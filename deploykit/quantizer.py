@@ -36,6 +36,7 @@ from deploykit.optimizers import (
     optimize,
     own_options,
 )
+from deploykit.optimizers.base import Run
 from deploykit.proof import prove_placement
 from deploykit.ranking import LayerError, rank_layers
 from deploykit.runtimes import Device, open_session
@@ -203,7 +204,7 @@ class Quantizer:
         folder.mkdir()
         place = folder / "model.onnx"
         made = optimize(
-            work.parent.path, config, place, check=work.check, open_model=_opener(work.device), data=work.data,
+            work.parent.path, config, place, check=work.check, open_model=_Opener(work.device), data=work.data,
             progress=work.told, keep_float=folder / keep_float if keep_float else None, cases=work.feeds,
         )  # fmt: skip
         return place, made
@@ -335,7 +336,7 @@ class _Bench:
         try:
             return rank_layers(
                 place.parent / "float.onnx", made.layered or place, self._judge.batches(_RANKED_ROWS),
-                _opener(self._work.device), folder,
+                _Opener(self._work.device), folder,
             )  # fmt: skip
         finally:
             shutil.rmtree(folder)
@@ -362,8 +363,19 @@ def _names(floats: Sequence[LayerError]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for layer in floats for name in (*layer.nodes, *layer.feeders)))
 
 
-def _opener(device: Device) -> Any:
-    return lambda path: open_session(path, device).run
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    """Opens models on a device; see `SharedOpener`."""
+
+    device: Device
+
+    def __call__(self, path: Path) -> Run:
+        return open_session(path, self.device).run
+
+    def shared(self, path: Path) -> Run | None:
+        if not self.device.concurrent:
+            return None
+        return open_session(path, self.device, threads=1).run
 
 
 def _finite(value: float) -> float | None:

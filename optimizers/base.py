@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from deploykit.specs import Array, Feeds
 
 # Says why a model file is not acceptable (does not load, or differs from the parent); None where it is.
 Check = Callable[[Path], str | None]
 # Opens a model file for plain fp32 inference.
-Opener = Callable[[Path], Callable[[Feeds], dict[str, Array]]]
+Run = Callable[[Feeds], dict[str, Array]]
+Opener = Callable[[Path], Run]
+
+
+@runtime_checkable
+class SharedOpener(Protocol):
+    """An `Opener` that also opens a model for several threads to run it at once."""
+
+    def __call__(self, path: Path) -> Run:
+        """Open it for one thread, whose runs use all cores."""
+
+    def shared(self, path: Path) -> Run | None:
+        """Open it for any number of threads, each of whose runs uses one core; None where the runtime cannot."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,11 @@ from deploykit.optimizers.base import Opener
 from deploykit.optimizers.histogram import CODES, Histogram
 from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.thresholds import choose_range
+from deploykit.optimizers.watching import watch
 from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel, is_external, write_light
 
 _SCHEMA = 1
-# Outputs of one run that are held at a time; batches are cut to it.
-_LIVE_BYTES = 96 << 20
 _EXPECTED = "a file that --save-calibration wrote"
 
 
@@ -181,8 +180,8 @@ def calibrate(
 ) -> Calibration:
     """Run the model over ``batches`` and watch ``tensors``.
 
-    The tensors become outputs of a copy of the model; each batch is dropped as soon as it is seen, and cut where the
-    watched tensors of a whole one would take more than 96 MiB.
+    The tensors become outputs of a copy of the model; each batch is dropped as soon as it is seen, and where it may be
+    cut, it is, so that memory does not hang on its size.
 
     Args:
         model: Left as it is.
@@ -200,22 +199,7 @@ def calibrate(
     augmented = folder / "augmented.onnx"
     _write_exposed(model, [t for t in tensors if t not in inputs], augmented)
     seen = Calibration(digest_of(model), {name: Histogram() for name in tensors})
-    run = open_model(augmented)
-    rows: dict[tuple[Any, ...], int] = {}
-    for feeds in batches:
-        size = len(next(iter(feeds.values())))
-        shapes = tuple((n, a.shape[1:]) for n, a in sorted(feeds.items()))
-        if divisible and shapes not in rows:
-            # Which part a value is in decides whether it is counted: it must hang on the batch alone, not on others.
-            one = run({n: a[:1] for n, a in feeds.items()})
-            rows[shapes] = max(1, _LIVE_BYTES // max(1, sum(a.nbytes for a in one.values())))
-        step = min(rows.get(shapes, size), size)
-        for start in range(0, size, max(step, 1)):
-            part = {n: a[start : start + step] for n, a in feeds.items()} if step < size else feeds
-            outputs = run(part)
-            for name in tensors:
-                seen.tensors[name].update(np.asarray(outputs[name] if name in outputs else part[name]), count=counted)
-        seen.samples += size
+    seen.samples = watch(open_model, augmented, seen.tensors, batches, counted=counted, divisible=divisible)
     for tensor in seen.tensors.values():
         tensor.settle()
     if not seen.samples:

@@ -20,8 +20,33 @@ CODES = 1 << (32 - SHIFT)
 MASK_MAGNITUDE = 1e30
 # Values of one array that are counted; all of them count for the extremes. A larger array is sampled evenly.
 SAMPLED = 1 << 15
+# Values that are looked at together, as many as the cache holds.
+_PIECE = 1 << 16
+_SIGN, _ABOVE = 1 << 31, 1 << 32  # the sign's bit, and more than any pattern
+_MASKED = int(np.float32(MASK_MAGNITUDE).view(np.uint32))
 # Samples that wait before they are counted: counting takes as long for few as for many.
 _WAITING = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one array adds to a `Histogram`.
+
+    Attributes:
+        low: Smallest finite value that is no mask constant; +inf where there is none.
+        high: Largest.
+        count: Values.
+        nonfinite: How many of them are NaN or infinite.
+        hidden: How many are mask constants.
+        sample: float32 [at most 2 * SAMPLED], the values that fill bins.
+    """
+
+    low: float = float("inf")
+    high: float = float("-inf")
+    count: int = 0
+    nonfinite: int = 0
+    hidden: int = 0
+    sample: Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(slots=True)
@@ -46,6 +71,7 @@ class Histogram:
     codes: Array = field(default_factory=lambda: np.zeros(0, np.int32))
     counts: Array = field(default_factory=lambda: np.zeros(0, np.int64))
     _waiting: list[Array] = field(default_factory=list)
+    _pending: int = 0
 
     @property
     def seen(self) -> bool:
@@ -61,31 +87,26 @@ class Histogram:
             values: Any float dtype and shape.
             count: Whether to fill bins, or only follow the extremes.
         """
-        if values.size == 0:
-            return
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-        self.count += flat.size
-        low, high = float(flat.min()), float(flat.max())
-        if not (np.isfinite(low) and np.isfinite(high) and max(-low, high) < MASK_MAGNITUDE):
-            finite = np.isfinite(flat)
-            self.nonfinite += int(flat.size - finite.sum())
-            kept = flat[finite & (np.abs(flat) < MASK_MAGNITUDE)]
-            self.hidden += int(finite.sum()) - kept.size
-            if kept.size == 0:
-                return
-            flat, low, high = kept, float(kept.min()), float(kept.max())
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        if not count:
-            return
-        self._waiting.append(flat[:: stride_for(flat.size)].copy())
-        if sum(part.size for part in self._waiting) >= _WAITING:
-            self.settle()
+        self.add(look_at(values, count=count))
+
+    def add(self, look: Look) -> None:
+        """Add what `look_at` found in an array; in any order."""
+        self.low, self.high = min(self.low, look.low), max(self.high, look.high)
+        self.count += look.count
+        self.nonfinite += look.nonfinite
+        self.hidden += look.hidden
+        if look.sample.size:
+            self._waiting.append(look.sample)
+            self._pending += look.sample.size
+            if self._pending >= _WAITING:
+                self.settle()
 
     def settle(self) -> None:
         """Count the samples that wait; to be called before `codes` and `counts` are read."""
         if self._waiting:
             bits = np.concatenate(self._waiting).view(np.uint32)
             self._waiting.clear()
+            self._pending = 0
             self._keep(np.bincount(bits >> SHIFT, minlength=CODES))
 
     def merge(self, other: Histogram) -> None:
@@ -121,6 +142,75 @@ class Histogram:
         below, above = below[order], above[order]
         middle = np.where(np.abs(below + above) < np.finfo(np.float32).tiny * 4, 0.0, (below + above) / 2)
         return below, above, middle, self.counts[order].astype(np.float64)
+
+
+def look_at(values: Array, *, count: bool = True) -> Look:
+    """What an array adds: it reads nothing else, so that several threads may look at several arrays.
+
+    Args:
+        values: Any float dtype and shape.
+        count: Whether to take a sample, or only the extremes.
+    """
+    if values.size == 0:
+        return Look()
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    found = _scan(flat, stride_for(flat.size) if count else 0)
+    if found is not None:
+        low, high, sample = found
+        return Look(low, high, flat.size, sample=sample)
+    finite = np.isfinite(flat)
+    kept = flat[finite & (np.abs(flat) < MASK_MAGNITUDE)]
+    nonfinite, hidden = int(flat.size - finite.sum()), int(finite.sum()) - kept.size
+    found = _scan(kept, stride_for(kept.size) if count else 0) if kept.size else None
+    if found is None:
+        return Look(count=flat.size, nonfinite=nonfinite, hidden=hidden)
+    low, high, sample = found
+    return Look(low, high, flat.size, nonfinite, hidden, sample)
+
+
+def _scan(flat: Array, step: int) -> tuple[float, float, Array] | None:
+    """Extremes and a sample in one walk, piece by piece, so that whatever is read twice comes from the cache.
+
+    Bit patterns are compared instead of floats: as unsigned integers the negative numbers stand above the others, and
+    NaN and infinity at the ends of both halves. The largest pattern tells whether a piece has a negative number, and
+    which is the smallest; comparisons of integers need not care for NaN, and what a ReLU made takes one pass.
+
+    Args:
+        flat: float32 [n], n > 0.
+        step: Every how many values one is in the sample; 0 for none.
+
+    Returns:
+        Smallest, largest, and the sample; None where a value is no number or a mask constant.
+    """
+    unsigned, signed = flat.view(np.uint32), flat.view(np.int32)
+    low, high = _ABOVE, -1  # patterns of the smallest number >= 0 and of the largest
+    deepest, nearest = -1, _ABOVE  # of the negative numbers farthest from and closest to zero
+    sample = np.empty(-(-flat.size // step) if step else 0, np.float32)
+    filled = 0
+    for start in range(0, flat.size, _PIECE):
+        part = unsigned[start : start + _PIECE]
+        top = int(part.max())
+        if top >= _SIGN:
+            deepest = max(deepest, top)
+            highest = int(signed[start : start + _PIECE].max())
+            if highest < 0:
+                nearest = min(nearest, int(part.min()))
+            else:
+                high = max(high, highest)
+        else:
+            high = max(high, top)
+            # Below a negative number or zero there is no smaller number >= 0.
+            if deepest < 0 and low > 0:
+                low = min(low, int(part.min()))
+        if step:
+            taken = flat[start + -start % step : start + _PIECE : step]
+            sample[filled : filled + taken.size] = taken
+            filled += taken.size
+    if max(high, deepest - _SIGN) >= _MASKED:
+        return None
+    ends = np.array([deepest if deepest >= 0 else low, high if high >= 0 else nearest], np.uint32).view(np.float32)
+    # Zero has two patterns, and which one is left must not hang on the order.
+    return float(ends[0]) + 0.0, float(ends[1]) + 0.0, sample
 
 
 def stride_for(size: int) -> int:

@@ -64,6 +64,11 @@ class Device:
             return (".pt2",)
         return (".onnx",) if self.runtime == "ort" else (".onnx", ".xml")
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may run one session at once."""
+        return self.target == ORT_PROVIDERS["cpu"]
+
 
 def parse_device(text: str | Device) -> Device:
     """Read a device name: `ort:cpu`, `ort:CUDAExecutionProvider`, `CUDAExecutionProvider`, `openvino:gpu`, `torch:cpu`.
@@ -224,7 +229,7 @@ def check_dtypes(expected: Iterable[tuple[str, np.dtype[Any] | None]], feeds: Fe
 class Session(ABC):
     """A model, loaded and ready. Use as a context manager.
 
-    `run` is not for several threads at once: take one of the `requests` for each of them.
+    `run` is not for several threads at once, unless its device is `concurrent`: take one of the `requests` for each.
 
     Attributes:
         device: Where it runs.

@@ -4,13 +4,14 @@ ResNet-50 (its shape; random weights serve for cost) over random images, in ONNX
 process of its own: plain float32 inference over the same images, the calibration by DeployKit alone, and onnxruntime's
 calibrators where `--theirs` names them (entropy and percentile keep every activation: 64 images take 7.6 GB). Printed
 are seconds, their ratio to plain inference in the same round, and the peak of the process's resident memory, medians
-over rounds. The model and the images are on disk before; loading is not counted.
+over rounds. The model and the images are on disk before; loading the model is not counted, reading images is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 _BATCH = 8
+_IMAGE = (3, 224, 224)
 _MEMORY_GUARD = 14 << 30
 
 
@@ -42,48 +44,41 @@ def make(folder: Path) -> None:
     )  # fmt: skip
 
 
-def batches(count: int) -> Iterator[dict[str, Any]]:
-    """Images, made as they are asked for."""
+def draw(path: Path, count: int) -> None:
+    """Write images."""
     rng = np.random.default_rng(0)
-    for _ in range(0, count, _BATCH):
-        yield {"x": rng.standard_normal((_BATCH, 3, 224, 224), np.float32)}
+    with path.open("wb") as file:
+        for _ in range(count):
+            file.write(rng.standard_normal(_IMAGE, np.float32).tobytes())
+
+
+def batches(model: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Images, read as they are asked for."""
+    with model.with_name("images").open("rb") as file:
+        for start in range(0, count, _BATCH):
+            size = min(_BATCH, count - start)
+            yield {"x": np.fromfile(file, np.float32, size * math.prod(_IMAGE)).reshape(size, *_IMAGE)}
 
 
 def plain(model: Path, count: int) -> float:
     """Seconds of float32 inference."""
     from deploykit.runtimes import open_session
 
-    spent = 0.0
     with open_session(model, "ort:cpu") as session:
-        session.run(next(batches(_BATCH)))
-        for feeds in batches(count):
-            start = time.perf_counter()
+        session.run(next(batches(model, _BATCH)))
+        start = time.perf_counter()
+        for feeds in batches(model, count):
             session.run(feeds)
-            spent += time.perf_counter() - start
-    return spent
+        return time.perf_counter() - start
 
 
 def ours(model: Path, count: int, method: str) -> float:
-    """Seconds of our calibration, ranges included; making the images is left out."""
+    """Seconds of our calibration, ranges included."""
     from deploykit.optimizers.calibration import calibrate
     from deploykit.optimizers.prepare import infer_shapes, prepare
     from deploykit.optimizers.rewrite import rewrite
     from deploykit.optimizers.select_nodes import select_nodes, stand_ins, watched_tensors
-    from deploykit.runtimes import open_session
     from deploykit.weights import LightModel, open_light
-
-    making = 0.0
-
-    def timed() -> Iterator[dict[str, Any]]:
-        nonlocal making
-        source = batches(count)
-        while True:
-            start = time.perf_counter()
-            feeds = next(source, None)
-            making += time.perf_counter() - start
-            if feeds is None:
-                return
-            yield feeds
 
     with tempfile.TemporaryDirectory() as scratch:
         light = open_light(model, Path(scratch))
@@ -94,17 +89,31 @@ def ours(model: Path, count: int, method: str) -> float:
         nodes = frozenset(select_nodes(light.proto))
         serves = stand_ins(light.proto, nodes)
         tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(light.proto, nodes))]
-        spent = 0.0
-
-        def opened(path: Path) -> Any:
-            nonlocal spent
-            session = open_session(path, "ort:cpu")
-            spent = time.perf_counter()  # from here on: the model is loaded
-            return session.run
-
-        seen = calibrate(light, tensors, timed(), opened, Path(scratch), counted=method != "minmax", divisible=True)
+        opener = _Opener()
+        seen = calibrate(
+            light, tensors, batches(model, count), opener, Path(scratch), counted=method != "minmax", divisible=True
+        )
         seen.ranges(method, 99.99)
-        return time.perf_counter() - spent - making
+        return time.perf_counter() - opener.ready
+
+
+class _Opener:
+    """As `deploykit quantize` opens models; `ready` is when the last was loaded."""
+
+    ready = 0.0
+
+    def __call__(self, path: Path) -> Any:
+        return self._open(path, None)
+
+    def shared(self, path: Path) -> Any:
+        return self._open(path, 1)
+
+    def _open(self, path: Path, threads: int | None) -> Any:
+        from deploykit.runtimes import open_session
+
+        run = open_session(path, "ort:cpu", threads=threads).run
+        self.ready = time.perf_counter()
+        return run
 
 
 def theirs(model: Path, count: int, method: str) -> float:
@@ -119,7 +128,7 @@ def theirs(model: Path, count: int, method: str) -> float:
 
     class Reader:
         def __init__(self) -> None:
-            self.source = batches(count)
+            self.source = batches(model, count)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.source, None)
@@ -174,6 +183,7 @@ def main() -> int:
             [sys.executable, __file__, "--child", folder, "make", "", "0"], check=True, stderr=subprocess.DEVNULL
         )
         model = Path(folder) / "model.onnx"
+        draw(model.with_name("images"), max(options.images))
         print(f"{'images':>6} {'calibration':24} {'seconds':>8} {'of plain':>9} {'peak MB':>8}")
         for number, count in enumerate(options.images):
             rows = [("plain", "inference"), *(("ours", m) for m in options.methods)]

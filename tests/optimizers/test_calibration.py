@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploykit.errors import DataError, DeploykitError, OutputExistsError
+from deploykit.optimizers import histogram
 from deploykit.optimizers.calibration import Calibration
-from deploykit.optimizers.histogram import MASK_MAGNITUDE, SAMPLED, Histogram, stride_for
-from deploykit.optimizers.thresholds import METHODS, choose_range, expected_error
+from deploykit.optimizers.histogram import MASK_MAGNITUDE, SAMPLED, Histogram, look_at, stride_for
+from deploykit.optimizers.thresholds import LEVELS, METHODS, choose_range, divergences, expected_error
 
 FLOATS = st.floats(width=32, allow_nan=True, allow_infinity=True)
 ARRAYS = st.lists(st.lists(FLOATS, min_size=0, max_size=12), min_size=1, max_size=6)
@@ -69,6 +70,36 @@ def test_extremes_count_wherever_they_stand_in_a_large_array():
     found = seen(values)
     assert (found.low, found.high, found.count) == (-5, 7, values.size)
     assert SAMPLED / 2 < found.counts.sum() <= SAMPLED
+
+
+NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+SPECIAL = [0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf"), 1e30, -3.4e38, 1e-45, -1e-45]
+LISTS = st.one_of(
+    st.lists(NUMBERS.filter(lambda v: abs(v) < 1e30), min_size=1, max_size=20),
+    st.lists(st.floats(0, 2.0**60, width=32), min_size=1, max_size=20),
+    st.lists(st.floats(-(2.0**60), 0, width=32), min_size=1, max_size=20),
+    st.lists(st.one_of(NUMBERS, st.sampled_from(SPECIAL)), min_size=1, max_size=20),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(LISTS, st.integers(1, 5))
+def test_walking_in_pieces_finds_what_a_plain_look_finds(values, piece):
+    array = np.asarray(values, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(histogram, "_PIECE", piece)
+        patch.setattr(histogram, "SAMPLED", 4)
+        found, step = look_at(array), stride_for
+        finite = array[np.isfinite(array)]
+        kept = finite[np.abs(finite) < np.float32(MASK_MAGNITUDE)]
+        np.testing.assert_array_equal(found.sample, kept[:: step(kept.size)])
+    assert (found.count, found.nonfinite) == (array.size, array.size - finite.size)
+    assert found.hidden == finite.size - kept.size
+    ends = (kept.min(), kept.max()) if kept.size else (np.inf, -np.inf)
+    assert (found.low, found.high) == ends
+    # Zero's sign would hang on the order.
+    assert not any(np.signbit(end) for end in (found.low, found.high) if end == 0)
+    assert not look_at(array, count=False).sample.size
 
 
 @pytest.mark.parametrize("size", [SAMPLED, SAMPLED * 4, 10**7, 10**8 + 1])
@@ -142,6 +173,32 @@ def test_entropy_clips_a_long_tail_and_keeps_what_is_flat():
     assert choose_range(seen(DATA["laplace"]), "entropy", 0)[1] < 0.9 * DATA["laplace"].max()
     flat = RNG.uniform(-1, 1, 40_000)
     assert choose_range(seen(flat), "entropy", 0)[1] > 0.9
+
+
+def divergence(middle, counts, low, high):
+    """Bin by bin, as the definition says it."""
+    inside = (middle >= low) & (middle <= high)
+    if inside.sum() < 2:
+        return np.inf
+    kept = counts[inside]
+    reference = kept.copy()
+    reference[0] += counts[middle < low].sum()
+    reference[-1] += counts[middle > high].sum()
+    level = np.clip(np.rint((middle[inside] - low) / ((high - low) / LEVELS)), 0, LEVELS).astype(int)
+    spread = (np.bincount(level, kept) / np.maximum(np.bincount(level), 1))[level]
+    p, q = reference / reference.sum(), spread / spread.sum()
+    return np.sum(p * np.log((p + 1e-12) / (q + 1e-12)))
+
+
+@pytest.mark.parametrize("values", [*DATA.values(), [1.0, 2.0], [-3.0, 1.0, 1.5, 40.0]], ids=[*DATA, "two", "four"])
+def test_divergences_are_those_of_the_definition(values):
+    found = seen(values)
+    _, _, middle, counts = found.bins()
+    middle, counts = middle[middle != 0], counts[middle != 0]
+    shares = np.geomspace(1, 0.04, 12)
+    lows, highs = min(found.low, 0) * shares, max(found.high, 0) * shares
+    expected = [divergence(middle, counts, low, high) for low, high in zip(lows, highs, strict=True)]
+    np.testing.assert_allclose(divergences(middle, counts, lows, highs), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", METHODS)
