@@ -12,7 +12,7 @@ from deploykit.benchmarks.outputs import judge_outputs, read_outputs, write_feed
 from deploykit.benchmarks.plan import Candidate, Settings
 from deploykit.benchmarks.process import ChildError, Process
 from deploykit.benchmarks.statistics import pace_of
-from deploykit.benchmarks.tuner import Config
+from deploykit.benchmarks.tuner import Config, LostError
 from deploykit.machine import free_memory
 from deploykit.specs import Array, Feeds
 
@@ -28,11 +28,19 @@ class ProcessArena:
         settings: For the comparison of outputs.
         feeds_for: Inputs at a batch size.
         folder: For files.
+        by_wall: Whether a pace is wall time over requests, as throughput wants it, or the median latency.
     """
 
     def __init__(
-        self, candidate: Candidate, settings: Settings, feeds_for: Callable[[int], Sequence[Feeds]], folder: Path
+        self,
+        candidate: Candidate,
+        settings: Settings,
+        feeds_for: Callable[[int], Sequence[Feeds]],
+        folder: Path,
+        *,
+        by_wall: bool = False,
     ) -> None:
+        self._by_wall = by_wall
         self._candidate = candidate
         self._settings = settings
         self._feeds_for = feeds_for
@@ -40,7 +48,7 @@ class ProcessArena:
         self._folder = folder
         self._live: dict[Config, Process] = {}
         self._expected: dict[int, list[dict[str, Array]]] = {}
-        self._peak_bytes = 0
+        self._copy_bytes = 0
 
     def candidate_of(self, config: Config) -> Candidate:
         """The candidate with a configuration's settings."""
@@ -52,36 +60,49 @@ class ProcessArena:
     def load(self, configs: Sequence[Config]) -> dict[Config, str]:
         """Load those that are not there yet, all at the same time; gives those that cannot run, with the reason."""
         failed: dict[Config, str] = {}
-        started: list[tuple[Config, Process]] = []
-        for config in configs:
-            if config in self._live:
-                continue
-            if not self._fits(len(self._live) + len(started) + 1):
+        fresh = [config for config in configs if config not in self._live]
+        if fresh and not self._copy_bytes:
+            # How large it is, the first one tells.
+            failed |= self._start(fresh[:1])
+            fresh = fresh[1:]
+        fitting: list[Config] = []
+        for config in fresh:
+            if self._fits([*fitting, config]):
+                fitting.append(config)
+            else:
                 failed[config] = "too large to be loaded beside the others"
-                continue
-            name = self._write_feeds(config.batch)
-            child = Process(
-                self.candidate_of(config), self._settings, self._folder, config.concurrency, feeds=name, wait=False
-            )
-            started.append((config, child))
-        for config, child in started:
-            try:
-                child.ready()
-                warm = child.ask("warm", seconds=_WARM_S)
-                self._peak_bytes = max(self._peak_bytes, warm["peak_memory_bytes"] or 0)
-                self._live[config] = child
-            except ChildError as exc:
-                failed[config] = f"failed: {exc}"
-            except BaseException:
-                for _, other in started:
-                    other.kill()
-                raise
+        return failed | self._start(fitting)
+
+    def _start(self, configs: Sequence[Config]) -> dict[Config, str]:
+        failed: dict[Config, str] = {}
+        started: list[tuple[Config, Process]] = []
+        try:
+            for config in configs:
+                name = self._write_feeds(config.batch)
+                child = Process(
+                    self.candidate_of(config), self._settings, self._folder, config.concurrency, feeds=name, wait=False
+                )
+                started.append((config, child))
+            for config, child in started:
+                try:
+                    child.ready()
+                    warm = child.ask("warm", seconds=_WARM_S)
+                    copies = (warm["peak_memory_bytes"] or 0) // config.sessions
+                    self._copy_bytes = max(self._copy_bytes, copies)
+                    self._live[config] = child
+                except ChildError as exc:
+                    child.kill()
+                    failed[config] = f"failed: {exc}"
+        except BaseException:
+            for _, child in started:
+                child.kill()
+            raise
         return failed
 
-    def _fits(self, count: int) -> bool:
+    def _fits(self, configs: Sequence[Config]) -> bool:
+        """Whether these fit into the memory that is free; what runs already has taken its part."""
         free = free_memory()
-        # What runs already is out of the free memory; the first of all has to be tried.
-        return count == 1 or free is None or self._peak_bytes < _MEMORY_SHARE * free / max(1, count - len(self._live))
+        return free is None or self._copy_bytes * sum(c.sessions for c in configs) < _MEMORY_SHARE * free
 
     def _write_feeds(self, batch: int) -> str:
         name = f"feeds-{batch}.npz"
@@ -92,8 +113,11 @@ class ProcessArena:
 
     def turn(self, config: Config, seconds: float) -> float:
         """Run one for a while; nanoseconds a sample."""
-        found = self._live[config].ask("time", seconds=seconds, within_s=seconds)
-        return pace_of(found | {"concurrency": config.concurrency}) / config.batch
+        try:
+            found = self._live[config].ask("time", seconds=seconds, within_s=seconds)
+        except ChildError as exc:
+            raise LostError(str(exc)) from exc
+        return pace_of(found | {"paced_by": "wall" if self._by_wall else "median"}) / config.batch
 
     def drop(self, configs: Sequence[Config]) -> None:
         """Unload these."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import deploykit
+from deploykit.benchmarks.environment import environment
 from deploykit.benchmarks.plan import Entry, Settings
 from deploykit.errors import BenchmarkError, first_line
 from deploykit.machine import inspect_machine
@@ -33,7 +35,7 @@ class Journal:
         """Where the journal of a report lies."""
         return report.with_name(report.name + ".partial")
 
-    def resume(self, entries: Sequence[Entry], key: dict[str, Any]) -> bool:
+    def resume(self, entries: Sequence[Entry], key: dict[str, Any]) -> dict[str, Any] | None:
         """Give entries back what was measured of them.
 
         Args:
@@ -41,17 +43,18 @@ class Journal:
             key: See `key_of`.
 
         Returns:
-            False where there is no journal.
+            "elapsed_s" and "notes" of the run so far; None where there is no journal.
 
         Raises:
             BenchmarkError: It is damaged, or of another measurement.
         """
         if self._path is None or not self._path.exists():
-            return False
+            return None
         again = f"remove {self._path} to begin anew"
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
             different = [name for name, value in key.items() if kept["key"][name] != value]
+            about = {"elapsed_s": float(kept["elapsed_s"]), "notes": [str(note) for note in kept["notes"]]}
             states = [{name: state[name] for name in _KEPT} for state in kept["entries"]]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise BenchmarkError(f"cannot read {self._path} ({first_line(exc)})", hint=again) from exc
@@ -65,9 +68,9 @@ class Journal:
         for entry, state in zip(entries, states, strict=True):
             for name, value in state.items():
                 setattr(entry, name, value)
-        return True
+        return about
 
-    def write(self, entries: Sequence[Entry], key: dict[str, Any]) -> None:
+    def write(self, entries: Sequence[Entry], key: dict[str, Any], *, elapsed_s: float, notes: Sequence[str]) -> None:
         """Keep what was measured so far.
 
         Raises:
@@ -75,16 +78,15 @@ class Journal:
         """
         if self._path is not None:
             states = [{name: getattr(entry, name) for name in _KEPT} for entry in entries]
-            text = json.dumps({"schema": _SCHEMA, "key": key, "entries": states})
+            text = json.dumps(
+                {"schema": _SCHEMA, "key": key, "elapsed_s": elapsed_s, "notes": list(notes), "entries": states}
+            )
             write_file(self._path, text.encode(), replace=True)
 
-    def remove(self) -> None:
-        """It has served."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
-
-def key_of(entries: Sequence[Entry], feeds: Sequence[Feeds], settings: Settings) -> dict[str, Any]:
+def key_of(
+    entries: Sequence[Entry], feeds: Sequence[Feeds], settings: Settings, labelled: str | None
+) -> dict[str, Any]:
     """What has to be the same for two measurements to be one: JSON-ready."""
     digest = hashlib.sha256()
     for case in feeds:
@@ -93,9 +95,12 @@ def key_of(entries: Sequence[Entry], feeds: Sequence[Feeds], settings: Settings)
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes() if array.dtype.kind != "O" else repr(array.tolist()).encode())
     machine = inspect_machine()
+    sizes = [entry.candidate.size_bytes for entry in entries]
     return {
         "schema": _SCHEMA,
-        "candidates": [entry.candidate.identity for entry in entries],
+        "candidates": [entry.candidate.identity | {"bytes": n} for entry, n in zip(entries, sizes, strict=True)],
+        "versions": environment()["packages"] | {"deploykit": deploykit.__version__},
+        "labels": labelled,
         "settings": settings.as_dict(),
         "inputs": digest.hexdigest(),
         "machine": [machine.cpu, machine.cores_allowed],

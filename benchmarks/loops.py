@@ -7,6 +7,7 @@ wait for it, not just one (G. Tene's "coordinated omission"; MLPerf LoadGen's se
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -83,7 +84,9 @@ def concurrent_loop(
     if len(runs) == 1:
         return closed_loop(runs[0], feeds, seconds, start=start, clock=clock)
     found: list[Timed | BaseException | None] = [None] * len(runs)
-    gate = threading.Barrier(len(runs) + 1)
+    began: list[int] = []
+    # The clock starts before anyone is let go: on busy cores this thread wakes long after the others.
+    gate = threading.Barrier(len(runs) + 1, action=lambda: began.append(clock()))
 
     def work(place: int) -> None:
         gate.wait()
@@ -96,16 +99,16 @@ def concurrent_loop(
     for thread in threads:
         thread.start()
     gate.wait()
-    began = clock()
     for thread in threads:
         thread.join()
-    wall = clock() - began
-    samples: list[int] = []
+    wall = clock() - began[0]
+    ended: list[tuple[int, int]] = []
     for one in found:
         if isinstance(one, BaseException):
             raise one
         if one is not None:
-            samples += one.samples_ns
+            ended += zip(itertools.accumulate(one.samples_ns), one.samples_ns, strict=True)
+    samples = [taken for _, taken in sorted(ended)]
     return Timed(samples, wall, (start + len(samples)) % len(feeds))
 
 

@@ -54,7 +54,7 @@ def measure(
         settings: Rounds, seconds and limits.
         data: With `labels`: accuracy is measured over all of it.
         progress: Told about steps; an interrupt after three rounds keeps them.
-        journal: A file that keeps every finished round until the measurement is whole.
+        journal: A file that keeps every finished round; to be removed when the report is written.
         resume: Go on with what the journal holds.
 
     Raises:
@@ -88,16 +88,19 @@ class _Measurement:
 
     def run(self, resume: bool) -> Report:
         told, settings = self._told, self._settings
-        key = key_of(self._entries, self._feeds, settings)
+        key = key_of(self._entries, self._feeds, settings, self._labelled)
         everything = [*self._entries, self._twin]
         with tempfile.TemporaryDirectory(prefix="deploykit-bench-") as name:
             folder = Path(name)
             write_feeds(folder / "feeds.npz", self._feeds)
-            if resume and self._journal.resume(everything, key):
+            kept = self._journal.resume(everything, key) if resume else None
+            if kept is not None:
+                self._began -= kept["elapsed_s"]
+                told.notes.extend(kept["notes"])
                 told.note(f"resumed: {len(self._twin.rounds)} of {settings.rounds} rounds were there already")
             else:
                 self._check_outputs(folder)
-                self._journal.write(everything, key)
+                self._keep(key)
             running = [e for e in self._entries if e.status == "ok"]
             if not together([*running, self._twin]):
                 told.note("processes run one after the other: not all on CPUs, or too large to be loaded side by side")
@@ -109,9 +112,11 @@ class _Measurement:
             self._entries, self._twin, settings, environment(),
             notes=told.notes, labelled=self._labelled, interrupted=interrupted,
         )  # fmt: skip
-        if not interrupted:
-            self._journal.remove()
         return report
+
+    def _keep(self, key: dict[str, Any]) -> None:
+        elapsed = time.monotonic() - self._began
+        self._journal.write([*self._entries, self._twin], key, elapsed_s=elapsed, notes=self._told.notes)
 
     def _check_outputs(self, folder: Path) -> None:
         entries, told = self._entries, self._told
@@ -119,6 +124,11 @@ class _Measurement:
             for number, entry in enumerate(entries):
                 told.advance(number, len(entries), "candidates")
                 self._probe(entry, folder)
+                if entries[0].status != "ok" and "rate_per_s" not in entries[0].probe and "sweep" in entries[0].probe:
+                    raise BenchmarkError(
+                        f"the reference {entries[0].candidate.label}: {entries[0].status}",
+                        hint="name a model first that keeps the objective, or a larger one: --slo-p99-ms",
+                    )
                 if entries[0].status != "ok":
                     raise BenchmarkError(
                         f"the reference {entries[0].candidate.label} does not run: {entries[0].status}",
@@ -183,7 +193,7 @@ class _Measurement:
                     return True
                 for entry, result in zip(running, results, strict=True):
                     getattr(entry, kind).append(result)
-                self._journal.write([*self._entries, self._twin], key)
+                self._keep(key)
         return False
 
     def _best(self, running: list[Entry]) -> list[Entry]:
@@ -218,7 +228,9 @@ def _find_load(child: Process, candidate: Candidate, settings: Settings) -> dict
     if settings.scenario == "offline":
         return found
     child.ask("widen", concurrency=knee["concurrency"])
-    search = RateSearch(0.7 * knee["throughput_per_s"] / settings.batch)
+    # A closed loop's throughput is what the model can do; at a higher rate the queue would only grow.
+    capacity = found["capacity_per_s"] = most / settings.batch
+    search = RateSearch(0.7 * capacity, limit=capacity)
     trials = []
     while not search.done:
         trial, _ = try_rate(child, search.rate_per_s, settings, settings.seed)

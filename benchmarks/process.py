@@ -19,6 +19,7 @@ from deploykit.benchmarks.plan import Candidate, Settings
 
 # The slowest thing that is waited for: loading a large model, and ten runs of it.
 _GRACE_S = 1800.0
+_TEARDOWN_S = 30.0
 
 
 class ChildError(Exception):
@@ -144,7 +145,10 @@ class Process:
     def end(self) -> dict[str, Any]:
         """Let it finish; says how much memory it took."""
         found = self.ask("end")
-        self._child.wait()
+        try:
+            self._child.wait(_TEARDOWN_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()  # a runtime that hangs while it is unloaded; what it measured is here
         return found
 
     def kill(self) -> None:

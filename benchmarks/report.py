@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 import deploykit
-from deploykit.benchmarks.plan import Entry, Settings
+from deploykit.benchmarks.plan import MIN_ROUNDS, Entry, Settings
+from deploykit.benchmarks.rates import RATE_FLOOR
 from deploykit.benchmarks.statistics import (
     Comparison,
     Outcome,
@@ -76,6 +77,8 @@ class Report:
         names = ", ".join(winner["candidates"])
         if winner["verdict"] == "tie":
             return f"tie: {names} (no difference outside the noise)"
+        if winner["against_reference"] is None and names != winner["reference"]:
+            return f"winner: {names}; the reference did not keep the objective in every round"
         if winner["against_reference"] is None:
             return f"winner: {names}, the reference; nothing else was faster and right"
         found = winner["against_reference"]
@@ -139,23 +142,28 @@ class _Judge:
         self._entries = entries
         self._seed = settings.seed
         self._timed = [i for i, e in enumerate(entries) if e.rounds]
-        self.floor = floor_of(log_ratios(entries[0].rounds, twin.rounds))
+        least = RATE_FLOOR if settings.scenario == "server" else 0.0
+        self.floor = max(least, floor_of(log_ratios(entries[0].rounds, twin.rounds)))
         done = min([len(twin.again), *(len(e.again) for e in entries if e.again)])
+        done = done if done >= MIN_ROUNDS else 0
         self._again = [i for i, e in enumerate(entries) if e.again] if done else []
-        self.floor_again = floor_of(log_ratios(entries[0].again[:done], twin.again[:done])) if done else self.floor
+        anew = floor_of(log_ratios(entries[0].again[:done], twin.again[:done])) if done else self.floor
+        self.floor_again = max(least, anew)
         self._done = done
         self.eligible = [
             i for i in self._timed
             if keeps_accuracy(entries[i], entries[0], settings.max_drop) and not missed_rounds(entries[i])
         ]  # fmt: skip
 
-    def against(self, other: int, this: int) -> Comparison:
-        """How many times faster `this` is, over the rounds that both were in."""
+    def against(self, other: int, this: int) -> Comparison | None:
+        """How many times faster `this` is; None where a round of either has no rate that met the objective."""
+        if missed_rounds(self._entries[other]) or missed_rounds(self._entries[this]):
+            return None
         return decide(log_ratios(self._entries[other].rounds, self._entries[this].rounds), self.floor, self._seed)
 
     def confirmed(self, other: int, this: int) -> Comparison | None:
         """The same over the new rounds; None where there are none of both."""
-        if not self._done or not {other, this} <= set(self._again):
+        if not self._done or not {other, this} <= set(self._again) or self.against(other, this) is None:
             return None
         pair = self._entries[other].again[: self._done], self._entries[this].again[: self._done]
         return decide(log_ratios(*pair), self.floor_again, self._seed)
@@ -174,21 +182,19 @@ class _Judge:
         leaders = [anew[i] for i in ranking([entries[i].again[: self._done] for i in anew])]
         best = leaders[0] if leaders else order[0]
         tied = [i for i in [*leaders, *(i for i in order if i not in leaders)] if i == best or self._ties(i, best)]
-        against = None
-        if best:
-            against = (self.confirmed(0, best) or self.against(0, best)).as_dict()
+        against = (self.confirmed(0, best) or self.against(0, best)) if best else None
         return {
             "verdict": "tie" if len(tied) > 1 else "winner",
             "candidates": [entries[i].candidate.label for i in tied],
             "models": [entries[i].candidate.path for i in tied],
             "reference": entries[0].candidate.label,
-            "against_reference": against,
+            "against_reference": against.as_dict() if against else None,
             "measured_again": [entries[i].candidate.label for i in self._again],
         }
 
     def _ties(self, this: int, best: int) -> bool:
         found = self.confirmed(best, this) or self.against(best, this)
-        return found.outcome is not Outcome.SLOWER
+        return found is not None and found.outcome is not Outcome.SLOWER
 
 
 def ranking(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
@@ -207,15 +213,15 @@ def keeps_accuracy(entry: Entry, reference: Entry, max_drop: float) -> bool:
 
 def missed_rounds(entry: Entry) -> int:
     """In how many rounds no rate met the objective."""
-    return sum(not found.get("met", True) for found in entry.rounds)
+    return sum(not found.get("met", True) for found in [*entry.rounds, *entry.again])
 
 
 def _status(entry: Entry, place: int, judge: _Judge, settings: Settings) -> str:
     if not entry.rounds or place in judge.eligible:
         return entry.status
-    missed = missed_rounds(entry)
+    missed, rounds = missed_rounds(entry), len(entry.rounds) + len(entry.again)
     if missed:
-        return f"no rate kept its p99 within {settings.slo_p99_ms:g} ms in {missed} of {len(entry.rounds)} rounds"
+        return f"no rate kept its p99 within {settings.slo_p99_ms:g} ms in {missed} of {rounds} rounds"
     return f"accuracy dropped by more than {settings.max_drop}"
 
 
@@ -269,7 +275,7 @@ def _figures(entry: Entry, settings: Settings, floor: float) -> dict[str, Any]:
         pace = float(np.median([pace_of(r) for r in rounds]))
         found |= {
             "concurrency": entry.concurrency, "sweep": entry.probe["sweep"], "knee": entry.probe["knee"],
-            "throughput_per_s": settings.batch * 1e9 / pace if entry.concurrency > 1 else found["throughput_per_s"],
+            "throughput_per_s": settings.batch * 1e9 / pace,
         }  # fmt: skip
     elif settings.scenario == "server":
         trials = [*entry.probe["trials"], *(t for r in rounds for t in r["trials"])]

@@ -6,6 +6,7 @@ slows the machine for a second slows all of them. Only one works at a time; the 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ _TURN_S, _TURNS = 0.25, 4
 _TURN_REQUESTS = 5
 _MEMORY_SHARE = 0.6
 # A round begins at the rate that the first process found, and looks around it.
-_STEP = 1.1
+_STEP, _SPREAD = 1.1, 0.06
 
 
 def together(entries: Sequence[Entry]) -> bool:
@@ -89,7 +90,8 @@ def _run_group(
             found[place] = {
                 "load_ms": child.loaded["load_ms"], "first_ms": child.loaded["first_ms"],
                 "warmup_runs": warm["warmup_runs"], "request_ns": warm["request_ns"],
-                "concurrency": entry.concurrency, "started_s": round(time.monotonic() - began, 3),
+                "concurrency": entry.concurrency, "paced_by": "wall" if settings.scenario == "offline" else "median",
+                "started_s": round(time.monotonic() - began, 3),
             }  # fmt: skip
         if settings.scenario == "server":
             _search_rates(entries, live, found, rng, settings)
@@ -134,7 +136,14 @@ def _search_rates(
     settings: Settings,
 ) -> None:
     """Each its own search for the highest rate, one trial a turn."""
-    searches = {place: RateSearch(entries[place].probe["rate_per_s"], growth=_STEP) for place in live}
+    # Each begins somewhere else: from one rate all searches would end on the same few, and be told apart by a step.
+    searches = {
+        place: RateSearch(
+            entries[place].probe["rate_per_s"] * math.exp(rng.uniform(-_SPREAD, _SPREAD)), growth=_STEP,
+            limit=entries[place].probe["capacity_per_s"],
+        )
+        for place in live
+    }  # fmt: skip
     trials: dict[int, list[tuple[Trial, list[int]]]] = {place: [] for place in live}
     order = list(live)
     while True:

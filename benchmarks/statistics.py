@@ -100,9 +100,9 @@ def _log_ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 
 
 def _paces(found: Mapping[str, Any]) -> Array:
-    """Nanoseconds of a request in each block: the median, or, where several were in flight, wall time over requests."""
+    """Nanoseconds of a request in each block: the median, or, where throughput counts, wall time over requests."""
     sizes = found.get("block_sizes") or [len(found["samples_ns"])]
-    if found.get("concurrency", 1) > 1:
+    if found.get("paced_by") == "wall":
         walls = found.get("block_wall_ns") or [found["wall_ns"]]
         return np.asarray([wall / size for wall, size in zip(walls, sizes, strict=True)])
     ends = np.cumsum(sizes)[:-1]
@@ -111,7 +111,7 @@ def _paces(found: Mapping[str, Any]) -> Array:
 
 def pace_of(found: Mapping[str, Any]) -> float:
     """Nanoseconds of a request over a whole round."""
-    if found.get("concurrency", 1) > 1:
+    if found.get("paced_by") == "wall":
         return float(found["wall_ns"] / len(found["samples_ns"]))
     return float(np.median(np.asarray(found["samples_ns"], np.int64)))
 

@@ -21,8 +21,12 @@ from deploykit.machine import Machine
 
 OBJECTIVES = ("latency", "throughput")
 _TURN_S = 0.15
-# Turns before the first half is dropped, and the most that one stage takes.
-_FIRST_TURNS, _MOST_TURNS = 3, 24
+# Turns before the first half is dropped, and the most in one stage.
+_FIRST_TURNS, _MOST_TURNS = 3, 80
+# The last few run at least as many turns, and on until it is clear which is best, or the time is over.
+_LAST_TURNS = 12
+# Of a stage's time, this may go into loading.
+_LOADING = 0.5
 # A setting has to be this much better than the one before it, or the one before stays.
 _WORTH = 0.01
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -107,7 +111,9 @@ class Stage:
         return list(dict.fromkeys(found))
 
 
-def stages_for(device: str, objective: str, machine: Machine, *, native: bool, batches: bool) -> list[Stage]:
+def stages_for(
+    device: str, objective: str, machine: Machine, *, native: bool, batches: bool, cores: int | None = None
+) -> list[Stage]:
     """What is worth searching on a device, the largest lever first.
 
     Args:
@@ -116,10 +122,11 @@ def stages_for(device: str, objective: str, machine: Machine, *, native: bool, b
         machine: Cores allowed and instruction sets.
         native: Whether another precision than fp32 is accepted.
         batches: Whether the model takes batches of any size.
+        cores: The most threads that may be used; None for all cores allowed.
     """
     runtime, _, target = device.partition(":")
     stages: list[Stage] = []
-    cores = machine.cores_allowed
+    cores = cores or machine.cores_allowed
     if target == "cpu" and objective == "throughput":
         stages.append(Stage("parallelism", (tuple(_parallel(runtime, cores)),)))
     elif target == "cpu":
@@ -196,6 +203,10 @@ def _same(base: Config) -> Config:
     return base
 
 
+class LostError(Exception):
+    """A configuration that ran before runs no more; the message says why."""
+
+
 class Arena(Protocol):
     """Where configurations run."""
 
@@ -204,7 +215,11 @@ class Arena(Protocol):
         ...
 
     def turn(self, config: Config, seconds: float) -> float:
-        """Run one for a while; nanoseconds a sample."""
+        """Run one for a while; nanoseconds a sample.
+
+        Raises:
+            LostError: It runs no more.
+        """
         ...
 
     def drop(self, configs: Sequence[Config]) -> None:
@@ -239,7 +254,7 @@ class Score:
     @property
     def value(self) -> float:
         """Lower is faster."""
-        return float(np.mean(self.relative))
+        return float(np.mean(self.relative)) if self.relative else math.inf
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy; without figures where it never ran."""
@@ -312,8 +327,7 @@ def _run_stage(
 ) -> tuple[list[Score], Config]:
     scores = {c: Score(c, stage.name, [], []) for c in stage.around(base)}
     told(stage.name, len(scores), len(scores))
-    for config, why in arena.load(list(scores)).items():
-        scores[config].status = why
+    _load(scores, base, arena, deadline, clock)
     if stage.risky:
         for config in [c for c, s in scores.items() if c != base and s.status == "ok"]:
             why = arena.wrong(config)
@@ -322,31 +336,45 @@ def _run_stage(
                 arena.drop([config])
     alive = [c for c, s in scores.items() if s.status == "ok"]
     if len(alive) < 2:
-        return list(scores.values()), base
+        return list(scores.values()), alive[0] if alive else base
     turns, goal = 0, _FIRST_TURNS
     # Where the time does not even allow the first turns for all of them, they are shorter.
     seconds = max(0.03, min(_TURN_S, (deadline - clock()) / (2 * _FIRST_TURNS * len(alive))))
     while len(alive) > 1 and turns < _MOST_TURNS:
-        while turns < goal:
+        while turns < goal and len(alive) > 1:
             # Every other turn the other way round: nobody always follows the same neighbour.
-            _turn(scores, alive if turns % 2 else alive[::-1], arena, seconds)
+            alive = _turn(scores, alive if turns % 2 else alive[::-1], arena, seconds)
             turns += 1
             if clock() > deadline and turns >= 2:
                 break
-        ranked = sorted(alive, key=lambda c: scores[c].value)
-        if clock() > deadline or (len(alive) == 2 and turns >= _MOST_TURNS // 2):
+        if clock() > deadline:
             break
-        if len(alive) > 2:
-            lost = [c for c in ranked[math.ceil(len(ranked) / 2) :] if c != base]
+        ranked = sorted(alive, key=lambda c: scores[c].value)
+        lost = [c for c in ranked[math.ceil(len(ranked) / 2) :] if c != base] if len(ranked) > 2 else []
+        if lost:
             arena.drop(lost)
             alive = [c for c in alive if c not in lost]
             told(stage.name, len(alive), len(scores))
-        goal = turns * 2 if len(alive) > 2 else _MOST_TURNS // 2
+            goal = turns * 2
+        elif turns >= _LAST_TURNS and _clear([scores[c] for c in ranked]):
+            break
+        else:
+            goal = turns + _FIRST_TURNS
+    if not alive:
+        return list(scores.values()), base
     ranked = sorted(alive, key=lambda c: scores[c].value)
     best = next((c for c in ranked if _better(scores[c], scores.get(base))), base)
     scores[best].kept = True
     arena.drop([c for c in alive if c != best])
     return list(scores.values()), best
+
+
+def _clear(ranked: Sequence[Score]) -> bool:
+    """Whether the best leads by three standard errors, or surely by less than is worth anything."""
+    count = min(len(s.relative) for s in ranked[:2])
+    gains = np.asarray(ranked[1].relative[-count:]) - np.asarray(ranked[0].relative[-count:])
+    mean, error = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(count)
+    return mean > 3 * error or mean + 2 * error < _WORTH
 
 
 def _better(score: Score, base: Score | None) -> bool:
@@ -358,9 +386,38 @@ def _better(score: Score, base: Score | None) -> bool:
     return float(gains.mean()) > max(_WORTH, 2 * error)
 
 
-def _turn(scores: dict[Config, Score], order: Sequence[Config], arena: Arena, seconds: float) -> None:
-    paces = {config: arena.turn(config, seconds) for config in order}
+def _load(scores: dict[Config, Score], base: Config, arena: Arena, deadline: float, clock: Callable[[], float]) -> None:
+    """Load the base, then as many others as the time allows; the first choices of a stage come first."""
+    began = clock()
+    for config, why in arena.load([base]).items():
+        scores[config].status = why
+    others = [config for config in scores if config != base]
+    # The base may have been there already, and then this says nothing; the first of the others tells.
+    for config, why in arena.load(others[:1]).items():
+        scores[config].status = why
+    each = max(clock() - began, 1e-3) / 2
+    count = max(1, int(_LOADING * (deadline - clock()) / each))
+    for config, why in arena.load(others[1 : 1 + count]).items():
+        scores[config].status = why
+    for config in others[1 + count :]:
+        scores[config].status = "not tried: the budget is too small"
+
+
+def _turn(scores: dict[Config, Score], order: Sequence[Config], arena: Arena, seconds: float) -> list[Config]:
+    """Run each for a while; gives those that still run. A turn in which one is lost does not count."""
+    paces: dict[Config, float] = {}
+    lost = []
+    for config in order:
+        try:
+            paces[config] = arena.turn(config, seconds)
+        except LostError as exc:
+            scores[config].status = f"failed: {exc}"
+            lost.append(config)
+    if lost:
+        arena.drop(lost)
+        return [config for config in scores if config in paces]
     mean = float(np.mean(np.log(list(paces.values()))))
     for config, pace in paces.items():
         scores[config].paces.append(pace)
         scores[config].relative.append(math.log(pace) - mean)
+    return [config for config in scores if config in paces]

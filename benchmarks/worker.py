@@ -97,7 +97,7 @@ class Lanes:
         self._sessions += [self._open() for _ in range(1, job.get("sessions") or 1)]
         self._calls: list[Callable[[Any], object]] = [self.session.run]
         self.cursor = 0
-        self.widen(max(job.get("concurrency") or 1, len(self._sessions)))
+        self.widen(job.get("concurrency") or 1)
 
     def _open(self) -> Session:
         job = self._job
@@ -114,7 +114,7 @@ class Lanes:
             self._calls = [self.session.run]
             return
         shares = [count // len(self._sessions) + (i < count % len(self._sessions)) for i in range(len(self._sessions))]
-        self._calls = [r.run for s, n in zip(self._sessions, shares, strict=True) for r in s.requests(n)]
+        self._calls = [r.run for s, n in zip(self._sessions, shares, strict=True) if n for r in s.requests(n)]
 
     @property
     def calls(self) -> Sequence[Callable[[Any], object]]:
@@ -208,10 +208,12 @@ def _widen(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) ->
 
 def _schedule(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
     """An open loop; latencies count from the intended times."""
-    closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9)
+    request_ns = min(closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9).samples_ns)
     schedule = poisson_schedule(told["rate_per_s"], told["queries"], told["seed"])
     timed = open_loop(lanes.calls, feeds, schedule, objective_ns=told["objective_ns"])
-    return timed.as_dict() | {"queries": len(timed.samples_ns), "asked": len(schedule)}
+    return timed.as_dict() | {
+        "queries": len(timed.samples_ns), "asked": len(schedule), "last_ns": schedule[-1], "request_ns": request_ns,
+    }  # fmt: skip
 
 
 _DEEDS: dict[str, Callable[[Lanes, list[dict[str, Array]], dict[str, Any]], dict[str, Any]]] = {

@@ -108,7 +108,7 @@ def benchmark(
         concurrency=concurrency, slo_p99_ms=slo_p99_ms, confirm=confirm,
     )  # fmt: skip
     settings.check()
-    candidates += tuned_candidates(candidates, tuned)
+    candidates += tuned_candidates(candidates, tuned, size, told)
     try:
         if tune or save_settings is not None:
             tuner = Tuner(candidates, settings, lambda n: benchmark_feeds(loaded[0], dataset, n, dims or {})[0], told)
@@ -117,10 +117,12 @@ def benchmark(
         else:
             report = measure(candidates, feeds, settings, data=dataset, progress=told, journal=journal, resume=resume)
     except BenchmarkError as exc:
-        if not explain:
+        if not explain or not exc.what.startswith(f"the reference {candidates[0].label} does not run"):
             raise
         found = explain_candidates(candidates[:1], ["failed"], feeds, threads=threads, precision=precision)
-        raise BenchmarkError(exc.what, hint=next(map(cure_of, found.values()), None) or exc.hint) from exc
+        raise BenchmarkError(
+            exc.what, expected=exc.expected, hint=next(map(cure_of, found.values()), None) or exc.hint
+        ) from exc
     if explain and not report.interrupted:
         if report.data["settings"]["batch"] != size:
             feeds = benchmark_feeds(loaded[0], dataset, report.data["settings"]["batch"], dims or {})[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit.data import Dataset
-from deploykit.errors import BenchmarkError
+from deploykit.errors import BenchmarkError, DeploykitError
 from deploykit.machine import inspect_machine
 from deploykit.progress import Progress
 from deploykit.runtimes.settings import RuntimeSettings, machine_fingerprint
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deploykit.benchmarks import Candidate, Report, Settings
     from deploykit.benchmarks.tuner import Config, Tuning
 
-TUNED = " tuned"
+TUNED, ANEW = " tuned", " tuned anew"
 # Of the budget, what the final measurement takes; and what a process takes besides its timed seconds.
 _FINAL_SHARE, _START_S = 0.4, 1.5
 # What comparing a candidate's outputs takes before that; "offline" finds out the requests in flight as well.
@@ -29,22 +29,35 @@ _CHECK_S = {"latency": 2.0, "offline": 5.0}
 _SHORTEST_S, _LEAST_ROUNDS = 0.25, 3
 
 
-def tuned_candidates(candidates: Sequence[Candidate], files: Sequence[str | Path]) -> list[Candidate]:
+def tuned_candidates(
+    candidates: Sequence[Candidate], files: Sequence[str | Path], batch: int, told: Progress
+) -> list[Candidate]:
     """Each candidate once more with the settings of every file that is of its device.
+
+    Args:
+        candidates: With the runtimes' defaults.
+        files: Settings files.
+        batch: Samples in one request.
+        told: Told what is not as it was when the settings were tuned.
 
     Raises:
         DataError: A file cannot be read.
         BenchmarkError: A file is of no candidate's device.
     """
     found: list[Candidate] = []
-    for file in files:
+    for number, file in enumerate(files, 1):
         kept = RuntimeSettings.load(file)
         mine = [c for c in candidates if c.device == kept.device]
         if not mine:
             raise BenchmarkError(
                 f"{file} is for {kept.device}, which is not measured", hint=f"add --device {kept.device}"
             )
-        suffix = TUNED if len(files) == 1 else f"{TUNED} ({Path(file).name})"
+        suffix = TUNED if len(files) == 1 else f"{TUNED} ({number}: {Path(file).name})"
+        for candidate in mine:
+            for note in kept.notes_for(Path(candidate.path), candidate.sha256):
+                told.note(f"{file}: {note}")
+        if kept.batch != batch:
+            told.note(f"{file}: tuned for batch {kept.batch}, measured with {batch}")
         found += [
             replace(
                 c, name=c.name + suffix, tuned=True, precision=kept.precision, threads=kept.threads,
@@ -119,9 +132,17 @@ class Tuner:
         report = measure(candidates, self._feeds_for(settings.batch), settings, data=data, progress=self._told)
         if tunings:
             report.data["tuning"] = self._record(tunings, budget_s)
+        spent = time.monotonic() - self._began
+        if budget_s is not None and spent > 1.1 * budget_s:
+            self._told.note(f"it took {spent:.0f} s instead of {budget_s:g}: loading and single requests take too long")
         if save is not None:
             self._save(report, candidates, settings.batch, save)
+        report.data["notes"] = list(self._told.notes)
         return report, candidates
+
+    @property
+    def _suffix(self) -> str:
+        return ANEW if any(c.tuned for c in self._candidates) else TUNED
 
     @property
     def _objective(self) -> str:
@@ -152,11 +173,13 @@ class Tuner:
             share = (deadline - time.monotonic()) / (len(mine) - number)
             stages = stages_for(
                 candidate.device, self._objective, machine, native=self._settings.precision == "native",
-                batches=batches and len(mine) == 1 and self._settings.batch == 1,
+                batches=batches and len(mine) == 1 and self._settings.batch == 1, cores=self._settings.threads,
             )  # fmt: skip
             with tempfile.TemporaryDirectory(prefix="deploykit-tune-") as name:
                 step = self._told.step(f"tune {candidate.label} for {self._objective}")
-                with step, ProcessArena(candidate, self._settings, self._feeds_for, Path(name)) as arena:
+                by_wall = self._objective == "throughput"
+                place = Path(name)
+                with step, ProcessArena(candidate, self._settings, self._feeds_for, place, by_wall=by_wall) as arena:
                     found[candidate] = search(
                         self._base(candidate), stages, arena, share,
                         told=lambda text, left, of: self._told.advance(of - left, of, f"settings of {text}"),
@@ -180,10 +203,11 @@ class Tuner:
         return settings
 
     def _with(self, candidate: Candidate, config: Config) -> Candidate:
+        concurrency = None if self._objective == "latency" else config.concurrency
         return replace(
-            candidate, name=candidate.name + TUNED, tuned=True, precision=config.precision, threads=config.threads,
-            sessions=config.sessions, concurrency=None if self._objective == "latency" else config.concurrency,
-            optimize=config.optimize, settings=dict(config.settings),
+            candidate, name=candidate.name + self._suffix, tuned=True, precision=config.precision,
+            threads=config.threads, sessions=config.sessions, concurrency=concurrency, optimize=config.optimize,
+            settings=dict(config.settings),
         )  # fmt: skip
 
     def _record(self, tunings: dict[Candidate, Tuning], budget_s: float | None) -> dict[str, Any]:
@@ -202,12 +226,17 @@ class Tuner:
         labels = report.winner["candidates"]
         best = next((c for label in labels for c in candidates if c.label == label), None)
         if best is None:
-            raise BenchmarkError("no candidate won, so there are no settings to keep", hint=report.headline())
+            self._told.note(f"no settings are kept in {path}: {report.headline()}")
+            return
         base = self._base(best)
         found = next(e for e in report.candidates if (e["name"], e["device"]) == (best.name, best.device))
-        RuntimeSettings(
+        kept = RuntimeSettings(
             device=best.device, threads=base.threads, sessions=best.sessions,
             concurrency=found.get("concurrency") or 1, precision=base.precision, batch=batch, optimize=best.optimize,
             settings=dict(best.settings), machine=machine_fingerprint(best.device), model_sha256=best.sha256,
-        ).save(path)  # fmt: skip
-        self._told.note(f"settings of {best.label} are in {path}")
+        )  # fmt: skip
+        try:
+            kept.save(path)
+            self._told.note(f"settings of {best.label} are in {path}")
+        except DeploykitError as exc:  # the measurement is worth more than the file
+            self._told.note(f"the settings of {best.label} could not be kept: {exc}")

@@ -86,14 +86,19 @@ def compare(name: str, objective: str, seconds: float) -> dict[str, Any]:
         stages = stages_for("ort:cpu", objective, inspect_machine(), native=False, batches=False)
         stages = [stage for stage in stages if not stage.risky]
         base = Config(allowed_cores())
-        with ProcessArena(candidate, Settings(), lambda n: benchmark_feeds(model, None, n, {})[0], folder) as arena:
+        by_wall = objective == "throughput"
+        with ProcessArena(
+            candidate, Settings(), lambda n: benchmark_feeds(model, None, n, {})[0], folder, by_wall=by_wall
+        ) as arena:
             began = time.monotonic()
             paces = whole_grid(arena, grid_of(base, stages), seconds)
             spent = time.monotonic() - began
             best = min(paces, key=lambda c: paces[c])
             tuned = search(base, stages, arena, spent / 5)
             slower, error = (1.0, 0.0) if best == tuned.chosen else side_by_side(arena, best, tuned.chosen)
-            default, _ = side_by_side(arena, best, base) if base not in (best, tuned.chosen) else (slower, 0.0)
+            default = 1.0 if base == best else slower
+            if base not in (best, tuned.chosen):
+                default, _ = side_by_side(arena, best, base)
     return {
         "model": name, "objective": objective, "grid": len(paces), "grid_s": spent, "tuner_s": tuned.spent_s,
         "best": best.label, "chosen": tuned.chosen.label, "slower": slower, "error": error, "default": default,

@@ -76,13 +76,14 @@ def record(rounds: int, seconds: float) -> dict[str, list[dict[str, Any]]]:
 def draw(rounds: dict[str, list[dict[str, Any]]], count: int, rng: random.Random) -> dict[str, list[dict[str, Any]]]:
     """A measurement of ``count`` rounds; a round's turns are drawn for all candidates alike."""
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in rounds}
+    # The network, its twin and its copy are one model; who is who is drawn once, so that what would favour one of the
+    # three processes over a whole measurement shows as a false verdict.
+    same = ["network", "twin", "copy"]
+    names = dict(zip(same, rng.sample(same, 3), strict=True)) | {"longer": "longer"}
     for _ in range(count):
         number = rng.randrange(len(rounds["network"]))
         turns = len(rounds["network"][number]["block_sizes"])
         chosen = [rng.randrange(turns) for _ in range(turns)]
-        # The network, its twin and its copy are one model: who is who is drawn as well.
-        same = ["network", "twin", "copy"]
-        names = dict(zip(same, rng.sample(same, 3), strict=True)) | {"longer": "longer"}
         for name, source in names.items():
             found = rounds[source][number]
             ends = np.cumsum(found["block_sizes"])[:-1]

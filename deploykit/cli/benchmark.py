@@ -53,7 +53,7 @@ from deploykit.cli import common
 )
 @click.option(
     "--confirm/--no-confirm", default=True, show_default=True,
-    help="Measure the best three of three or more anew, to decide.",
+    help="Measure the best three of three or more anew, to decide; not with --tune.",
 )  # fmt: skip
 @click.option("--tune", is_flag=True, help="Search the runtimes' settings first; with offline, for throughput.")
 @click.option(
@@ -117,12 +117,15 @@ def command(
     report = benchmark(
         models, devices=devices, progress=common.progress(), journal=journal, resume=resume, **settings
     )  # fmt: skip
+    # First what cannot be measured again in a moment; then the journal may go; the rest can be made from the report.
+    if file is not None:
+        write_file(file, report.to_json().encode(), replace=replace)
+    if journal is not None and not report.interrupted:
+        journal.unlink(missing_ok=True)
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
         show_report(report)
-    if file is not None:
-        write_file(file, report.to_json().encode(), replace=replace)
     if report.interrupted:
         raise KeyboardInterrupt
     write_views(report, html, markdown)

@@ -110,7 +110,7 @@ def test_server_finds_a_rate_for_a_lax_objective_and_none_for_a_strict_one(model
     assert entry["highest_rate_per_s"] > 0
     assert any(t["met"] for t in entry["rates"])
     assert all(t["queries"] >= 662 for t in entry["rates"] if t["met"])
-    with pytest.raises(BenchmarkError, match="no rate keeps its p99 within 1e-06 ms"):
+    with pytest.raises(BenchmarkError, match="the reference a on ort:cpu: no rate keeps its p99 within 1e-06 ms"):
         measure([candidate(models, "a")], FEEDS, replace(settings, slo_p99_ms=1e-6))
 
 
@@ -142,7 +142,8 @@ def test_an_interrupt_keeps_the_rounds_and_a_resumed_run_is_whole(models, tmp_pa
     told = Progress()
     report = measure(entries, FEEDS, settings, progress=told, journal=journal, resume=True)
     assert not report.interrupted
-    assert not journal.exists()
+    # It goes when the report is written, which is not done here: what was measured is never in memory only.
+    assert journal.exists()
     assert any("3 of 4 rounds were there already" in note for note in told.notes)
     for found, before in zip(report.candidates, kept, strict=False):
         assert [r["round"] for r in found["rounds"]] == [0, 1, 2, 3]

@@ -94,8 +94,8 @@ def test_without_turns_medians_are_compared():
 
 
 def test_throughput_and_rates_are_compared_the_other_way():
-    a = {"samples_ns": [10, 10], "wall_ns": 20, "concurrency": 2}
-    b = {"samples_ns": [10, 10], "wall_ns": 10, "concurrency": 4}
+    a = {"samples_ns": [10, 10], "wall_ns": 20, "paced_by": "wall"}
+    b = {"samples_ns": [10, 10], "wall_ns": 10, "paced_by": "wall"}
     assert np.exp(log_ratios([a], [b])[0]) == pytest.approx(2.0)
     assert np.exp(log_ratios([{"rate_per_s": 10}], [{"rate_per_s": 15}])[0]) == pytest.approx(1.5)
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from deploykit.benchmarks.tuner import Config, Stage, search, stages_for, thread_counts
+from deploykit.benchmarks.tuner import Config, LostError, Stage, search, stages_for, thread_counts
 from deploykit.machine import inspect_machine
 
 
@@ -117,3 +117,24 @@ def test_a_setting_that_is_none_is_taken_away():
     assert Config(2, batch=4, precision="native", optimize="extended").having(a="1").label == (
         "2 threads, batch 4, native, optimize extended, a=1"
     )
+
+
+def test_a_configuration_that_dies_in_the_middle_is_out_and_the_search_goes_on():
+    class Dying(FakeArena):
+        def turn(self, config, seconds):
+            if config.threads == 1 and self.now > 3:
+                raise LostError("its process ended with signal 9")
+            return super().turn(config, seconds)
+
+    arena = Dying(lambda c: float(c.threads))
+    found = search(Config(4), [threads(1, 2, 4)], arena, 60, clock=arena.clock)
+    assert found.chosen == Config(2)
+    assert {t.config.threads: t.status for t in found.trials}[1] == "failed: its process ended with signal 9"
+    assert not arena.live
+
+
+def test_what_the_budget_does_not_reach_is_said():
+    arena = FakeArena(lambda c: float(c.threads))
+    found = search(Config(40), [threads(*range(1, 41))], arena, 8, clock=arena.clock)
+    assert any(t.status.startswith("not tried") for t in found.trials)
+    assert found.spent_s < 12
