@@ -22,7 +22,7 @@ from deploykit.optimizers.histogram import Histogram, Look, look_at
 from deploykit.specs import Array, Feeds
 
 # Watched tensors of one run, where it may be cut to that, and of all runs that are under way.
-_PIECE_BYTES = 48 << 20
+_PIECE_BYTES = 96 << 20
 _LIVE_BYTES = 384 << 20
 
 

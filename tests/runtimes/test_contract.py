@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,20 @@ def test_outputs_are_fresh_and_inputs_stay(two_by_two: Path, device: str) -> Non
     for name, array in first.items():
         np.testing.assert_array_equal(array, untouched[name])
     np.testing.assert_array_equal(kept["product"], copies["product"])  # outlives the session
+
+
+def test_a_concurrent_device_serves_several_threads_from_one_session(two_by_two: Path, device: str) -> None:
+    if not parse_device(device).concurrent:
+        pytest.skip("its sessions are for one thread at a time")
+    feeds = [{name: np.full((2, 3), number, np.float32) for name in ("left", "right")} for number in range(64)]
+    with open_session(two_by_two, device, threads=1) as session:
+        expected = [session.run(f) for f in feeds]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(session.run, feeds))
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name])
 
 
 def test_layout_of_the_inputs_does_not_matter(two_by_two: Path, device: str) -> None:
