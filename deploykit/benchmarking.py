@@ -124,8 +124,9 @@ def benchmark(
             exc.what, expected=exc.expected, hint=next(map(cure_of, found.values()), None) or exc.hint
         ) from exc
     if explain and not report.interrupted:
-        if report.data["settings"]["batch"] != size:
-            feeds = benchmark_feeds(loaded[0], dataset, report.data["settings"]["batch"], dims or {})[0]
+        measured = report.data.get("settings", {}).get("batch", size)
+        if measured != size:  # the tuner chose another
+            feeds = benchmark_feeds(loaded[0], dataset, measured, dims or {})[0]
         statuses = [entry["status"] for entry in report.candidates]
         report.data["explain"] = explain_candidates(
             candidates, statuses, feeds, threads=threads, precision=precision, progress=told

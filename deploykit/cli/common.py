@@ -49,12 +49,13 @@ dry_run_option: Decorator = click.option(
 )
 
 
-def seconds(text: str) -> float:
+def seconds(text: str | float) -> float:
     """Read a time, which is positive and ends: "90", "90s", "1.5m", "1h".
 
     Raises:
         click.BadParameter: It is not.
     """
+    text = str(text)  # defaults come as numbers
     unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
     try:
         found = float(text[:-1]) * unit if unit else float(text)

@@ -110,3 +110,18 @@ def test_a_run_that_was_ended_goes_on(run_cli, conv_model, tmp_path, sent):
 
 def _rounds(journal):
     return len(json.loads(journal.read_text())["entries"][0]["rounds"])
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("90", 90), ("90s", 90), ("1.5m", 90), ("1H", 3600), (120.0, 120), ("x", None), ("-1s", None)]
+)
+def test_times_are_read_with_their_units(text, wanted):
+    import click
+
+    from deploykit.cli.common import seconds
+
+    if wanted is None:
+        with pytest.raises(click.BadParameter):
+            seconds(text)
+    else:
+        assert seconds(text) == wanted

@@ -33,8 +33,8 @@ def test_a_file_holds_everything(tuned: RuntimeSettings, tmp_path: Path) -> None
     document = json.loads((tmp_path / "tuned.json").read_text())
     assert document["schema_version"] == 1
     assert set(document) == {
-        "schema_version", "device", "threads", "sessions", "precision", "batch", "optimize", "settings", "machine",
-        "model_sha256",
+        "schema_version", "device", "threads", "sessions", "concurrency", "precision", "batch", "optimize",
+        "settings", "machine", "model_sha256",
     }  # fmt: skip
     with pytest.raises(OutputExistsError):
         tuned.save(tmp_path / "tuned.json")
@@ -110,6 +110,7 @@ GOOD: dict[str, Any] = {"schema_version": 1, "device": "ort:cpu", "threads": 1}
         (json.dumps(GOOD | {"threads": True}), "threads is True"),
         (json.dumps(GOOD | {"threads": 0}), "threads is 0"),
         (json.dumps(GOOD | {"sessions": -1}), "sessions is -1"),
+        (json.dumps(GOOD | {"concurrency": 0}), "concurrency is 0"),
         (json.dumps(GOOD | {"settings": []}), "settings is []"),
         (json.dumps({"schema_version": 1}), "names no device"),
         (json.dumps(GOOD | {"device": "abacus"}), "unknown device"),
