@@ -28,3 +28,8 @@ def report_data():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's tour takes minutes and uses one worker: begun last, it would leave the others idle."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
