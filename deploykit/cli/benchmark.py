@@ -98,6 +98,7 @@ def command(
     """
     from deploykit.benchmarks.plan import DURATIONS
 
+    _check_tuning(tune=bool(rest["tune"]))
     usual = DURATIONS[preset] if preset else (5, 2.0)
     settings = {
         "data": data, "rounds": rounds or usual[0], "seconds": seconds or usual[1], "dims": common.parse_dims(dims),
@@ -129,6 +130,23 @@ def command(
     if report.interrupted:
         raise KeyboardInterrupt
     write_views(report, html, markdown)
+
+
+def _check_tuning(*, tune: bool) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        click.UsageError: There is one.
+    """
+    context = click.get_current_context()
+
+    def given(name: str) -> bool:
+        return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+    if given("budget_s") and not tune:
+        raise click.UsageError("--budget needs --tune.")
+    if given("confirm") and context.params["confirm"] and tune:
+        raise click.UsageError("--confirm does not go with --tune.")
 
 
 def _check_output(file: Path | None, *, resume: bool) -> bool:

@@ -125,3 +125,10 @@ def test_times_are_read_with_their_units(text, wanted):
             seconds(text)
     else:
         assert seconds(text) == wanted
+
+
+@pytest.mark.parametrize("options", [("--budget", "9s"), ("--tune", "--confirm")])
+def test_options_that_would_be_ignored_are_wrong_usage(run_cli, conv_model, options):
+    done = run_cli("benchmark", "-m", conv_model, *options)
+    assert done.returncode == 2
+    assert options[-1 if len(options[-1]) > 3 else 0] in done.stderr
