@@ -23,7 +23,7 @@ demo: $(DEV)
 	@$(BIN)/python examples/digits/demo.py
 
 test: $(DEV) $(WEIGHTS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: lint types imports
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -52,12 +53,16 @@ class ArtifactWriter:
         try:
             self._make_parents()
             self._sweep()
-            prefix = self._prefix()
-            self.dir = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
+            # Its name is known before it is there: an interrupt in between leaves nothing that nobody removes.
+            self.dir = self.output.parent / f"{self._prefix()}{secrets.token_hex(8)}"
+            self.dir.mkdir(mode=0o700)
             self._lock = _take_lock(self.dir)
         except OSError as exc:
             self._discard()
             raise _place_error(exc, self.output) from exc
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:

@@ -643,3 +643,18 @@ def test_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
         return
     json.loads((made.path / "manifest.json").read_text(), parse_constant=pytest.fail)
     Artifact.open(made.path)
+
+
+def test_an_interrupt_while_the_staging_directory_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM can come between any two steps; here, before the lock is taken."""
+
+    def interrupted(folder: Path) -> None:
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploykit.staging._take_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt), ArtifactWriter(tmp_path / "deep" / "out"):
+        pytest.fail("it never opens")
+    assert not list(tmp_path.iterdir())
