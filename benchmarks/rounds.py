@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -185,18 +185,13 @@ def try_rate(child: Process, rate_per_s: float, settings: Settings, seed: int) -
     return Trial.judge(rate_per_s, told, settings.slo_p99_ms), told["samples_ns"]
 
 
-class _named:
+@contextmanager
+def _named(entry: Entry) -> Iterator[None]:
     """Turns a child's failure into an error that names the candidate."""
-
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, exc: BaseException | None, tb: object) -> None:
-        if isinstance(exc, ChildError):
-            raise BenchmarkError(
-                f"{self._entry.candidate.label} ran once and failed while it was measured: {exc}",
-                hint="measure the others without it",
-            ) from exc
+    try:
+        yield
+    except ChildError as exc:
+        raise BenchmarkError(
+            f"{entry.candidate.label} ran once and failed while it was measured: {exc}",
+            hint="measure the others without it",
+        ) from exc

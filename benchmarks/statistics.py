@@ -159,26 +159,6 @@ def student_975(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def bootstrap_ratio(slow: Sequence[float], fast: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Geometric mean of the paired ratios slow/fast, with its 95 % interval over the pairs; see `interval`.
-
-    Args:
-        slow: One median latency a round.
-        fast: The other's, of the same rounds.
-        seed: Of the resampling.
-
-    Returns:
-        Ratio, lower and upper end.
-    """
-    mean, low, high = interval(_logs(slow, fast), seed)
-    return math.exp(mean), _exp(low), _exp(high)
-
-
-def _logs(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    found: list[float] = np.log(np.asarray(slow, np.float64) / np.asarray(fast, np.float64)).tolist()
-    return found
-
-
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
@@ -194,16 +174,6 @@ def floor_of(logs: Sequence[float]) -> float:
     return max(_SMALLEST_FLOOR, math.exp(abs(float(np.mean(logs)))) - 1)
 
 
-def noise_floor(a: Sequence[float], b: Sequence[float]) -> float:
-    """As `floor_of`, from medians.
-
-    Args:
-        a: Median latencies of the reference, one a round.
-        b: Median latencies of the same model, measured as another candidate.
-    """
-    return floor_of(_logs(a, b))
-
-
 def decide(logs: Sequence[float], floor: float, seed: int) -> Comparison:
     """Decide between two candidates: the 95 % interval has to lie outside the noise floor.
 
@@ -216,18 +186,6 @@ def decide(logs: Sequence[float], floor: float, seed: int) -> Comparison:
     edge = math.log1p(floor)
     outcome = Outcome.FASTER if low > edge else Outcome.SLOWER if high < -edge else Outcome.TIE
     return Comparison(outcome, math.exp(mean), _exp(low), _exp(high))
-
-
-def compare_rounds(reference: Sequence[float], candidate: Sequence[float], floor: float, seed: int) -> Comparison:
-    """As `decide`, from medians.
-
-    Args:
-        reference: Median latencies, one a round.
-        candidate: The candidate's, of the same rounds.
-        floor: Noise floor.
-        seed: Of the bootstrap.
-    """
-    return decide(_logs(reference, candidate), floor, seed)
 
 
 def drift_of(rounds: Sequence[Mapping[str, Any]]) -> float:

@@ -112,7 +112,14 @@ class Stage:
 
 
 def stages_for(
-    device: str, objective: str, machine: Machine, *, native: bool, batches: bool, cores: int | None = None
+    device: str,
+    objective: str,
+    machine: Machine,
+    *,
+    native: bool,
+    batches: bool,
+    cores: int | None = None,
+    concurrency: int | None = None,
 ) -> list[Stage]:
     """What is worth searching on a device, the largest lever first.
 
@@ -123,12 +130,13 @@ def stages_for(
         native: Whether another precision than fp32 is accepted.
         batches: Whether the model takes batches of any size.
         cores: The most threads that may be used; None for all cores allowed.
+        concurrency: Requests in flight; None to find out.
     """
     runtime, _, target = device.partition(":")
     stages: list[Stage] = []
     cores = cores or machine.cores_allowed
     if target == "cpu" and objective == "throughput":
-        stages.append(Stage("parallelism", (tuple(_parallel(runtime, cores)),)))
+        stages.append(Stage("parallelism", (tuple(_parallel(runtime, cores, concurrency)),)))
     elif target == "cpu":
         stages.append(Stage("threads", (tuple(_threads(n) for n in thread_counts(cores)),)))
     if objective == "throughput" and batches:
@@ -160,21 +168,20 @@ def thread_counts(cores: int) -> list[int]:
     return sorted({1, min(2, cores), max(1, cores // 2), cores})
 
 
-def _parallel(runtime: str, cores: int) -> Iterator[Variation]:
+def _parallel(runtime: str, cores: int, concurrency: int | None) -> Iterator[Variation]:
     """Sessions (or streams) times threads within the cores, with as many requests in flight, and twice as many."""
     for lanes in thread_counts(cores):
-        threads = max(1, cores // lanes)
-        for concurrency in (lanes, 2 * lanes):
-            yield _lanes(runtime, lanes, threads, cores, concurrency)
+        for count in (concurrency,) if concurrency else (lanes, 2 * lanes):
+            if lanes <= count:
+                yield _lanes(runtime, lanes, max(1, cores // lanes), count)
 
 
-def _lanes(runtime: str, lanes: int, threads: int, cores: int, concurrency: int) -> Variation:
+def _lanes(runtime: str, lanes: int, threads: int, concurrency: int) -> Variation:
     def vary(base: Config) -> Config:
+        made = replace(base, threads=threads, concurrency=concurrency)
         if runtime == "openvino":
-            # The plugin divides the threads among its streams.
-            made = replace(base, threads=cores, sessions=1, concurrency=concurrency)
             return made.having(NUM_STREAMS=lanes if lanes > 1 else None)
-        return replace(base, threads=threads, sessions=lanes, concurrency=concurrency)
+        return replace(made, sessions=lanes)
 
     return vary
 

@@ -13,7 +13,8 @@ from deploykit.errors import BenchmarkError, OptimizationError
 from deploykit.models import LoadedModel, benchmark_feeds, load_candidate, names_of
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
-from deploykit.tuning import Tuner, tuned_candidates
+from deploykit.staging import check_free, check_writable
+from deploykit.tuning import Tuner, save_winner, tuned_candidates
 
 if TYPE_CHECKING:
     from deploykit.benchmarks import Report
@@ -69,7 +70,8 @@ def benchmark(
         min_cosine: A candidate whose outputs are further from the reference's does not enter.
         confirm: Whether the best three of three or more are measured once more, on new rounds, and those decide.
         tune: Search the runtime's settings of every model and device first, and measure the best beside the defaults:
-            for latency, or in the scenario "offline" for throughput, there with the batch too.
+            for latency, or in the scenario "offline" for throughput, there with the batch too where one model is
+            measured on one device.
         budget_s: Seconds for all of it with ``tune``; rounds and seconds are cut to what is left of them.
         tuned: Settings files that ``save_settings`` wrote; every model is measured with each of its device.
         save_settings: File for the settings of the winner; must not exist.
@@ -87,6 +89,8 @@ def benchmark(
     from deploykit.benchmarks import Candidate, Settings, measure
     from deploykit.explaining import cure_of, explain_candidates
 
+    if tune and (journal is not None or resume):
+        raise BenchmarkError("a search cannot be resumed", expected="a measurement without tune")
     told = progress or Progress()
     loaded = [load_candidate(m) for m in models]
     targets = candidate_devices(loaded, devices)
@@ -109,11 +113,14 @@ def benchmark(
     )  # fmt: skip
     settings.check()
     candidates += tuned_candidates(candidates, tuned, size, told)
+    kept = Path(save_settings) if save_settings is not None else None
+    if kept is not None:
+        check_free(kept)
+        check_writable(kept.parent)
     try:
-        if tune or save_settings is not None:
+        if tune:
             tuner = Tuner(candidates, settings, lambda n: benchmark_feeds(loaded[0], dataset, n, dims or {})[0], told)
-            kept = Path(save_settings) if save_settings is not None else None
-            report, candidates = tuner.run(dataset, budget_s if tune else None, kept, _takes_batches(loaded[0]))
+            report, candidates = tuner.run(dataset, budget_s, _takes_batches(loaded[0]))
         else:
             report = measure(candidates, feeds, settings, data=dataset, progress=told, journal=journal, resume=resume)
     except BenchmarkError as exc:
@@ -123,6 +130,9 @@ def benchmark(
         raise BenchmarkError(
             exc.what, expected=exc.expected, hint=next(map(cure_of, found.values()), None) or exc.hint
         ) from exc
+    if kept is not None and not report.interrupted:
+        save_winner(report, candidates, kept, told)
+        report.data["notes"] = list(told.notes)
     if explain and not report.interrupted:
         measured = report.data.get("settings", {}).get("batch", size)
         if measured != size:  # the tuner chose another

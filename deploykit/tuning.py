@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.data import Dataset
 from deploykit.errors import BenchmarkError, DeploykitError
-from deploykit.machine import inspect_machine
+from deploykit.machine import allowed_cores, inspect_machine
 from deploykit.progress import Progress
 from deploykit.runtimes.settings import RuntimeSettings, machine_fingerprint
 from deploykit.specs import Feeds
-from deploykit.staging import check_free, check_writable
 
 if TYPE_CHECKING:
     from deploykit.benchmarks import Candidate, Report, Settings
@@ -92,15 +91,12 @@ class Tuner:
         self._told = told
         self._began = time.monotonic()
 
-    def run(
-        self, data: Dataset | None, budget_s: float | None, save: Path | None, batches: bool
-    ) -> tuple[Report, list[Candidate]]:
-        """Search, measure, and keep the winner's settings.
+    def run(self, data: Dataset | None, budget_s: float, batches: bool) -> tuple[Report, list[Candidate]]:
+        """Search, then measure what was found beside the defaults.
 
         Args:
             data: With labels, for accuracy.
-            budget_s: Seconds for all; None: measure as told, without a search.
-            save: File for the settings of the winner.
+            budget_s: Seconds for all.
             batches: Whether the model takes batches of any size.
 
         Returns:
@@ -108,35 +104,25 @@ class Tuner:
 
         Raises:
             BenchmarkError: Nothing could be measured.
-            OutputExistsError: The file is there.
         """
         from deploykit.benchmarks import measure
 
-        if save is not None:
-            check_free(save)
-            check_writable(save.parent)
-        if self._settings.scenario == "server" and budget_s is not None:
+        if self._settings.scenario == "server":
             raise BenchmarkError(
                 "the scenario server cannot be tuned", hint="tune for throughput: --scenario offline --tune"
             )
-        tunings: dict[Candidate, Tuning] = {}
-        settings = self._settings
-        if budget_s is not None:
-            tunings = self._search(budget_s, batches)
-            settings = self._cut(tunings, budget_s)
+        tunings = self._search(budget_s, batches)
+        settings = self._cut(tunings, budget_s)
         chosen = [self._with(c, t.chosen) for c, t in tunings.items() if t.chosen != self._base(c)]
         for candidate, tuning in tunings.items():
             if tuning.chosen == self._base(candidate):
                 self._told.note(f"{candidate.label}: nothing is faster than the settings it has")
         candidates = [*self._candidates, *chosen]
         report = measure(candidates, self._feeds_for(settings.batch), settings, data=data, progress=self._told)
-        if tunings:
-            report.data["tuning"] = self._record(tunings, budget_s)
+        report.data["tuning"] = self._record(tunings, budget_s)
         spent = time.monotonic() - self._began
-        if budget_s is not None and spent > 1.1 * budget_s:
+        if spent > 1.1 * budget_s:
             self._told.note(f"it took {spent:.0f} s instead of {budget_s:g}: loading and single requests take too long")
-        if save is not None:
-            self._save(report, candidates, settings.batch, save)
         report.data["notes"] = list(self._told.notes)
         return report, candidates
 
@@ -153,7 +139,7 @@ class Tuner:
 
         settings = self._settings
         return Config(
-            candidate.threads or settings.threads or inspect_machine().cores_allowed,
+            candidate.threads or settings.threads or allowed_cores(),
             sessions=candidate.sessions,
             concurrency=candidate.concurrency or settings.concurrency or 1,
             batch=settings.batch,
@@ -174,6 +160,7 @@ class Tuner:
             stages = stages_for(
                 candidate.device, self._objective, machine, native=self._settings.precision == "native",
                 batches=batches and len(mine) == 1 and self._settings.batch == 1, cores=self._settings.threads,
+                concurrency=self._settings.concurrency,
             )  # fmt: skip
             with tempfile.TemporaryDirectory(prefix="deploykit-tune-") as name:
                 step = self._told.step(f"tune {candidate.label} for {self._objective}")
@@ -210,7 +197,7 @@ class Tuner:
             settings=dict(config.settings),
         )  # fmt: skip
 
-    def _record(self, tunings: dict[Candidate, Tuning], budget_s: float | None) -> dict[str, Any]:
+    def _record(self, tunings: dict[Candidate, Tuning], budget_s: float) -> dict[str, Any]:
         return {
             "objective": self._objective,
             "budget_s": budget_s,
@@ -221,22 +208,30 @@ class Tuner:
             ],
         }
 
-    def _save(self, report: Report, candidates: Sequence[Candidate], batch: int, path: Path) -> None:
-        """Write the settings of the winner, or of the first that ties with it."""
-        labels = report.winner["candidates"]
-        best = next((c for label in labels for c in candidates if c.label == label), None)
-        if best is None:
-            self._told.note(f"no settings are kept in {path}: {report.headline()}")
-            return
-        base = self._base(best)
-        found = next(e for e in report.candidates if (e["name"], e["device"]) == (best.name, best.device))
-        kept = RuntimeSettings(
-            device=best.device, threads=base.threads, sessions=best.sessions,
-            concurrency=found.get("concurrency") or 1, precision=base.precision, batch=batch, optimize=best.optimize,
-            settings=dict(best.settings), machine=machine_fingerprint(best.device), model_sha256=best.sha256,
-        )  # fmt: skip
-        try:
-            kept.save(path)
-            self._told.note(f"settings of {best.label} are in {path}")
-        except DeploykitError as exc:  # the measurement is worth more than the file
-            self._told.note(f"the settings of {best.label} could not be kept: {exc}")
+
+def save_winner(report: Report, candidates: Sequence[Candidate], path: Path, told: Progress) -> None:
+    """Write the settings of the winner, or of the first that ties with it; where it cannot be, that is said.
+
+    Args:
+        report: Of the measurement.
+        candidates: As they were measured.
+        path: A new file.
+        told: Told which settings they are; the measurement is worth more than the file.
+    """
+    labels, settings = report.winner["candidates"], report.data["settings"]
+    best = next((c for label in labels for c in candidates if c.label == label), None)
+    if best is None:
+        told.note(f"no settings are kept in {path}: {report.headline()}")
+        return
+    found = next(e for e in report.candidates if (e["name"], e["device"]) == (best.name, best.device))
+    kept = RuntimeSettings(
+        device=best.device, threads=best.threads or settings["threads"] or allowed_cores(), sessions=best.sessions,
+        concurrency=found.get("concurrency") or 1, precision=best.precision or settings["precision"],
+        batch=settings["batch"], optimize=best.optimize, settings=dict(best.settings),
+        machine=machine_fingerprint(best.device), model_sha256=best.sha256,
+    )  # fmt: skip
+    try:
+        kept.save(path)
+        told.note(f"settings of {best.label} are in {path}")
+    except DeploykitError as exc:
+        told.note(f"the settings of {best.label} could not be kept: {exc}")

@@ -114,7 +114,7 @@ def command(
     check_views(html, markdown, output)
     file = Path(output) if output is not None else None
     replace = _check_output(file, resume=resume)
-    journal = _journal(file, resume=resume, keeps=not (rest["tune"] or rest["save_settings"]))
+    journal = _journal(file, resume=resume, keeps=not rest["tune"])
     report = benchmark(
         models, devices=devices, progress=common.progress(), journal=journal, resume=resume, **settings
     )  # fmt: skip
@@ -181,7 +181,7 @@ def _journal(file: Path | None, *, resume: bool, keeps: bool) -> Path | None:
         return None
     if not keeps:
         if resume:
-            raise BenchmarkError("--resume with --tune or --save-settings", expected="a measurement without a search")
+            raise BenchmarkError("--resume with --tune", expected="a measurement without a search")
         return None
     journal = Journal.beside(file)
     if resume and not journal.exists():

@@ -4,11 +4,11 @@ import pytest
 from deploykit.benchmarks.statistics import (
     MIN_SAMPLES,
     Outcome,
-    compare_rounds,
+    decide,
     drift_of,
+    floor_of,
     interval,
     log_ratios,
-    noise_floor,
     percentile,
     student_975,
 )
@@ -23,8 +23,14 @@ def test_percentiles_need_their_minimum_of_samples(q):
     assert percentile(samples, q) == rank
 
 
-def rounds(rng, median, noise, count=10):
-    return list(median * np.exp(rng.normal(0, noise, count)))
+def rounds(rng, median, noise, count=10, drift=1.0):
+    """Rounds of one turn of one request each."""
+    paces = median * np.exp(rng.normal(0, noise, count)) * drift * 1e6
+    return [{"samples_ns": [int(pace)], "wall_ns": int(pace)} for pace in paces]
+
+
+def judged(reference, candidate, twin, seed=0):
+    return decide(log_ratios(reference, candidate), floor_of(log_ratios(reference, twin)), seed)
 
 
 def test_a_model_against_itself_is_a_tie():
@@ -33,24 +39,23 @@ def test_a_model_against_itself_is_a_tie():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         drift = np.exp(np.cumsum(rng.normal(0, 0.05, 10)))
-        a, b, twin = (list(np.asarray(rounds(rng, 5.0, 0.02)) * drift) for _ in range(3))
-        floor = noise_floor(a, twin)
-        ties += compare_rounds(a, b, floor, seed).outcome is Outcome.TIE
+        a, b, twin = (rounds(rng, 5.0, 0.02, drift=drift) for _ in range(3))
+        ties += judged(a, b, twin, seed).outcome is Outcome.TIE
     assert ties >= 190
 
 
 def test_a_real_difference_is_found_and_has_a_direction():
     rng = np.random.default_rng(1)
     slow, twin, fast = rounds(rng, 6.0, 0.01), rounds(rng, 6.0, 0.01), rounds(rng, 4.0, 0.01)
-    floor = noise_floor(slow, twin)
-    found = compare_rounds(slow, fast, floor, 0)
+    found = judged(slow, fast, twin)
     assert found.outcome is Outcome.FASTER
     assert found.low < 1.5 < found.high or found.ratio == pytest.approx(1.5, rel=0.02)
-    assert compare_rounds(fast, slow, floor, 0).outcome is Outcome.SLOWER
+    assert judged(fast, slow, fast).outcome is Outcome.SLOWER
 
 
 def test_the_floor_is_never_below_one_percent():
-    assert noise_floor([5.0] * 5, [5.0] * 5) == 0.01
+    assert floor_of([0.0] * 5) == 0.01
+    assert floor_of([0.05, 0.05]) == floor_of([-0.05, -0.05]) == pytest.approx(np.expm1(0.05))
 
 
 @pytest.mark.parametrize("count", [3, 5, 10, 30])

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,19 @@ def test_every_stage_keeps_the_base_and_varies_it(device, objective):
         for config in found:
             assert config.threads * config.sessions <= max(machine.cores_allowed, config.sessions)
             assert config.concurrency >= config.sessions
+            assert config.threads * dict(config.settings).get("NUM_STREAMS", 1) <= max(
+                machine.cores_allowed, dict(config.settings).get("NUM_STREAMS", 1)
+            )
+
+
+@pytest.mark.parametrize("device", ["ort:cpu", "openvino:cpu"])
+def test_threads_and_requests_that_were_asked_for_are_kept(device):
+    machine = replace(inspect_machine(), cores_allowed=8)
+    stages = stages_for(device, "throughput", machine, native=False, batches=False, cores=4, concurrency=2)
+    found = [config for stage in stages for config in stage.around(Config(4, concurrency=2))]
+    assert {config.concurrency for config in found} == {2}
+    assert max(config.threads * max(1, config.sessions) for config in found) == 4
+    assert max(config.sessions for config in found) <= 2
 
 
 def test_a_setting_that_is_none_is_taken_away():

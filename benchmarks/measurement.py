@@ -17,7 +17,7 @@ from deploykit.benchmarks.parity import check_vacuity
 from deploykit.benchmarks.plan import MIN_ROUNDS, Candidate, Entry, Settings
 from deploykit.benchmarks.process import ChildError, Process
 from deploykit.benchmarks.rates import RateSearch
-from deploykit.benchmarks.report import Report, build_report, keeps_accuracy, ranking
+from deploykit.benchmarks.report import Report, build_report, keeps_accuracy, missed_rounds, ranking
 from deploykit.benchmarks.rounds import run_round, together, try_rate
 from deploykit.benchmarks.statistics import percentile
 from deploykit.data import Dataset
@@ -108,11 +108,10 @@ class _Measurement:
             best = [] if interrupted else self._best(running)
             if best:
                 interrupted = self._run_rounds("again", [self._entries[0], *best], folder, key)
-        report = build_report(
+        return build_report(
             self._entries, self._twin, settings, environment(),
             notes=told.notes, labelled=self._labelled, interrupted=interrupted,
         )  # fmt: skip
-        return report
 
     def _keep(self, key: dict[str, Any]) -> None:
         elapsed = time.monotonic() - self._began
@@ -199,7 +198,7 @@ class _Measurement:
     def _best(self, running: list[Entry]) -> list[Entry]:
         """The candidates that are measured once more: what was chosen out of many was chosen for its luck too."""
         settings = self._settings
-        eligible = [e for e in running if keeps_accuracy(e, running[0], settings.max_drop)]
+        eligible = [e for e in running if keeps_accuracy(e, running[0], settings.max_drop) and not missed_rounds(e)]
         if not settings.confirm or len(eligible) < _CONFIRMED:
             return []
         best = [eligible[i] for i in ranking([e.rounds for e in eligible])[:_CONFIRMED]]
