@@ -13,6 +13,7 @@ import numpy as np
 from deploykit.benchmarks.compare_rules import METRICS, Rule
 from deploykit.benchmarks.intervals import ratio_of_medians, ratio_of_percentiles
 from deploykit.benchmarks.page_drawing import short
+from deploykit.benchmarks.report import verdict_of
 from deploykit.benchmarks.wording import timed
 from deploykit.specs import Array
 
@@ -114,7 +115,7 @@ def value_of(candidate: Mapping[str, Any], metric: str) -> float | None:
         peak = candidate.get("peak_memory_bytes")
         return float(peak) / 1e6 if peak else None
     if metric == "verdict":
-        compared = candidate.get("against_reference")
+        compared = verdict_of(candidate)
         return _RANKS[compared["verdict"]] if compared else None
     found = candidate.get(_KEYS[metric])
     return None if found is None else float(found)

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from deploykit.benchmarks.statistics import student_975
+from deploykit.benchmarks.statistics import bounded_exp, nearest_rank, student_975
 from deploykit.specs import Array
 
 _RESAMPLES = 10_000
@@ -67,7 +67,7 @@ def ratio_of_medians(old: Sequence[float], new: Sequence[float], seed: int) -> t
     drawn = [np.median(x[rng.integers(0, x.size, (_RESAMPLES, x.size))], axis=1) for x in (a, b)]
     low, high = np.quantile(drawn[1] - drawn[0], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     half = _welch(a, b)
-    return math.exp(middle), _exp(min(low, middle - half)), _exp(max(high, middle + half))
+    return math.exp(middle), bounded_exp(min(low, middle - half)), bounded_exp(max(high, middle + half))
 
 
 def ratio_of_percentiles(old: Sequence[Array], new: Sequence[Array], q: float, seed: int) -> tuple[float, float, float]:
@@ -84,16 +84,11 @@ def ratio_of_percentiles(old: Sequence[Array], new: Sequence[Array], q: float, s
     """
     rng = np.random.default_rng(seed)
     logs = [np.log(_resampled(rounds, q, rng)) for rounds in (old, new)]
-    exact = [math.log(_nearest_rank(np.concatenate(rounds), q)) for rounds in (old, new)]
+    exact = [math.log(nearest_rank(np.concatenate(rounds), q)) for rounds in (old, new)]
     middle = exact[1] - exact[0]
     low, high = np.quantile(logs[1] - logs[0], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    half = _welch(*(np.log([_nearest_rank(r, q) for r in rounds]) for rounds in (old, new)))
-    return math.exp(middle), _exp(min(low, middle - half)), _exp(max(high, middle + half))
-
-
-def _nearest_rank(samples: Array, q: float) -> float:
-    rank = max(1, math.ceil(q / 100 * samples.size))
-    return float(np.partition(samples, rank - 1)[rank - 1])
+    half = _welch(*(np.log([nearest_rank(r, q) for r in rounds]) for rounds in (old, new)))
+    return math.exp(middle), bounded_exp(min(low, middle - half)), bounded_exp(max(high, middle + half))
 
 
 def _resampled(rounds: Sequence[Array], q: float, rng: np.random.Generator) -> Array:
@@ -101,7 +96,7 @@ def _resampled(rounds: Sequence[Array], q: float, rng: np.random.Generator) -> A
 
     A pool's percentile lies between the least and the greatest of its rounds', so that only values there can be it.
     """
-    own = [_nearest_rank(r, q) for r in rounds]
+    own = [nearest_rank(r, q) for r in rounds]
     pool = np.unique(np.concatenate(rounds))
     pool = pool[(pool >= min(own)) & (pool <= max(own))]
     grid = pool[np.unique(np.linspace(0, pool.size - 1, min(_GRID, pool.size)).round().astype(np.int64))]
@@ -123,7 +118,3 @@ def _welch(a: Array, b: Array) -> float:
         return 0.0
     freedom = error**4 / sum(p * p / (x.size - 1) for p, x in zip(parts, (a, b), strict=True))
     return student_975(max(1, int(freedom))) * error
-
-
-def _exp(value: float) -> float:
-    return math.exp(min(float(value), 700.0))

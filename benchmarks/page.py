@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from deploykit.benchmarks.page_details import heat_maps, layers, placement, rate
 from deploykit.benchmarks.page_drawing import color, escape, tag
 from deploykit.benchmarks.page_pareto import pareto
 from deploykit.benchmarks.page_style import SCRIPT, STYLE
-from deploykit.benchmarks.report import Report, table
+from deploykit.benchmarks.report import Report, finite, table
 from deploykit.benchmarks.wording import environment_facts, how_measured, label_of, notes_of, out_of_race, scenario_of
 
 # Latencies of a round that stay in the page's copy of the report.
@@ -32,12 +31,13 @@ _PARETO = (
     "the fastest. Hollow: out of the race, for the reason named above."
 )
 _SPEED = (
-    "Intervals over rounds, each candidate against the reference of the same round. The grey band is the noise: how "
-    "far the reference strays from itself. Hollow: a tie, no difference outside the noise."
+    "Intervals over rounds, each candidate against the reference of the same round; of those that were measured anew, "
+    "over the new rounds. The grey band is the noise: how far the reference strays from itself. Hollow: a tie, no "
+    "difference outside the noise."
 )
 _DISTRIBUTION = (
-    "Every latency of every round, each row as high as its own mode. Percentiles stand where there are samples enough "
-    "for them."
+    "Every latency of every round but those that confirm, each row as high as its own mode. Percentiles stand where "
+    "there are samples enough for them."
 )
 _TIMELINE = (
     "What all candidates show at the same time came from the machine; what one shows alone is its own. The grey band "
@@ -104,13 +104,14 @@ def thinned(report: Report) -> dict[str, Any]:
 
     The result is a report too, and says in `thinned` what it is.
     """
-    found: dict[str, Any] = _finite(report.data)
+    found: dict[str, Any] = finite(report.data)
     for candidate in found["candidates"]:
         for key in ("rounds", "rounds_again"):
             if candidate.get(key):
                 candidate[key] = [_thin(r) for r in candidate[key]]
-    if found.get("reference_again"):
-        found["reference_again"] = [_thin(r) for r in found["reference_again"]]
+    for key in ("reference_again", "reference_again_anew"):
+        if found.get(key):
+            found[key] = [_thin(r) for r in found[key]]
     return found | {"thinned": {"samples_per_round": KEPT_SAMPLES}}
 
 
@@ -122,16 +123,6 @@ def _thin(found: dict[str, Any]) -> dict[str, Any]:
     # Blocks are of the samples in their order, which is lost.
     kept = {k: v for k, v in found.items() if not k.startswith("block_")}
     return kept | {"samples_ns": samples[places].tolist(), "samples": int(samples.size)}
-
-
-def _finite(value: Any) -> Any:
-    """A copy without what JSON cannot say; lists of samples are shared."""
-    if isinstance(value, dict):
-        # Samples are integers, and many.
-        return {k: v if k == "samples_ns" else _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _embedded(report: Report) -> str:

@@ -23,7 +23,7 @@ from deploykit.benchmarks.page_drawing import (
     tag,
     text,
 )
-from deploykit.benchmarks.report import Report
+from deploykit.benchmarks.report import Report, verdict_of
 from deploykit.benchmarks.wording import label_of, timed
 from deploykit.specs import Array
 
@@ -41,14 +41,16 @@ def medians_ms(rounds: Iterable[Mapping[str, Any]]) -> list[float]:
 
 def speed(report: Report) -> str:
     """Ratio to the reference with its interval, and the noise around 1; empty where nothing was compared."""
-    found = [(i, c) for i, c in enumerate(report.candidates) if c.get("against_reference")]
-    return both(lambda width: _draw_speed(found, report.data["noise_floor"], width)) if found else ""
+    found = [(i, c) for i, c in enumerate(report.candidates) if verdict_of(c)]
+    floor = max(report.data["noise_floor"], report.data.get("noise_floor_again") or 0.0)
+    return both(lambda width: _draw_speed(found, floor, width)) if found else ""
 
 
 def _draw_speed(found: Sequence[tuple[int, Mapping[str, Any]]], floor: float, width: int) -> str:
     rows = Rows(len(found), width, 22)
-    ends = [v for _, c in found for v in (c["against_reference"]["low"], c["against_reference"]["high"])]
-    usable = [v for v in ends if 0.01 < v < 100]
+    verdicts = [verdict_of(c) or {} for _, c in found]
+    # An interval of hardly any rounds may reach anywhere; the ratios themselves belong on the axis.
+    usable = [v[k] for v in verdicts for k in ("low", "high") if 0.01 < v[k] < 100] + [v["ratio"] for v in verdicts]
     axis = fit(
         [*usable, 1 / (1 + floor), 1 + floor], rows.left, width - (16 if rows.phone else 180), log=True, pad=0.08
     )
@@ -58,8 +60,7 @@ def _draw_speed(found: Sequence[tuple[int, Mapping[str, Any]]], floor: float, wi
         tag("rect", x=left, y=0, width=right - left, height=rows.bottom, class_="noise"),
         tag("line", x1=axis.at(1), x2=axis.at(1), y1=0, y2=rows.bottom, class_="edge"),
     ]
-    for row, (index, c) in enumerate(found):
-        told = c["against_reference"]
+    for row, ((index, c), told) in enumerate(zip(found, verdicts, strict=True)):
         y = rows.top(row) + rows.height / 2
         low, high = (min(max(axis.at(told[k]), axis.start), axis.end) for k in ("low", "high"))
         said = f"{told['verdict']} {told['ratio']:.2f}x [{told['low']:.2f}, {told['high']:.2f}]"

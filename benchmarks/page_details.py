@@ -61,7 +61,7 @@ def _heat_map(label: str, trials: Sequence[Mapping[str, Any]], throughput: bool)
     cells: dict[tuple[str, int], Mapping[str, Any]] = {}
     for trial in trials:
         place = _settings_text(trial), int(trial["threads"])
-        if trial.get(key) is not None:
+        if trial.get(key) is not None and trial.get("status", "ok") == "ok":
             earlier = cells.get(place, trial)
             cells[place] = {**earlier, "kept": earlier["kept"] or trial["kept"]}
     if not cells:

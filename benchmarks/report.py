@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -67,7 +67,7 @@ class Report:
         try:
             return json.dumps(self.data, indent=1, allow_nan=False) + "\n"
         except ValueError:
-            return json.dumps(_finite(self.data), indent=1, allow_nan=False) + "\n"
+            return json.dumps(finite(self.data), indent=1, allow_nan=False) + "\n"
 
     def headline(self) -> str:
         """One sentence: who won, or that it is a tie."""
@@ -87,12 +87,18 @@ class Report:
         return f"winner: {names}, {ratio} as fast as {winner['reference']}{anew}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """A copy with null for what JSON cannot say; lists of samples, which are integers and many, are shared."""
     if isinstance(value, dict):
-        return {key: _finite(found) for key, found in value.items()}
-    return [_finite(found) for found in value] if isinstance(value, list | tuple) else value
+        return {key: found if key == "samples_ns" else finite(found) for key, found in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(found) for found in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def verdict_of(candidate: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A candidate against the reference: over the new rounds, which decide, where it was in them."""
+    return candidate.get("confirmed") or candidate.get("against_reference")
 
 
 def build_report(
@@ -128,9 +134,11 @@ def build_report(
         "interrupted": interrupted,
         "interval": _INTERVAL,
         "noise_floor": round(judge.floor, 4),
+        "noise_floor_again": round(judge.floor_again, 4) if twin.again else None,
         "winner": judge.winner(),
         "candidates": [_entry(entry, place, judge, settings) for place, entry in enumerate(entries)],
         "reference_again": list(twin.rounds),
+        "reference_again_anew": list(twin.again),
     }
     return Report(data)
 
@@ -307,7 +315,7 @@ def _cells(c: dict[str, Any], *, reference: bool) -> tuple[str, ...]:
     placement = c["placement"] or {}
     precisions = placement.get("compute_precisions", {})
     rate = c.get("highest_rate_per_s")
-    compared = c.get("against_reference")
+    compared = verdict_of(c)
     verdict = "reference" if reference else ""
     if compared:
         verdict = f"{compared['verdict']} {compared['ratio']:.2f}x [{compared['low']:.2f}, {compared['high']:.2f}]"
@@ -347,23 +355,3 @@ def _likeness(outputs: dict[str, Any] | None) -> str:
 
 def _or_na(value: float | None, *, timed: bool) -> str:
     return "" if not timed else "n/a" if value is None else f"{value:.3f}"
-
-
-def summary(report: Report) -> list[str]:
-    """How it was measured, what the search chose, and who won: lines below the table."""
-    machine, settings = report.data["environment"]["machine"], report.data["settings"]
-    objective = f", p99 within {settings['slo_p99_ms']:g} ms" if settings.get("slo_p99_ms") else ""
-    lines = [
-        f"{report.data['scenario']}: {settings['rounds']} rounds of {settings['seconds']:g} s, batch "
-        f"{settings['batch']}, {settings['threads'] or machine['cores_allowed']} threads{objective}, inputs: "
-        f"{settings['inputs']}; noise floor {report.data['noise_floor']:.1%} (the reference against itself)"
-    ]
-    tuning = report.data.get("tuning")
-    if tuning:
-        lines.append(
-            f"tuned for {'throughput' if report.data['scenario'] == 'offline' else 'latency'} in "
-            f"{tuning['spent_s']:g} s (search and measurement), {len(tuning['trials'])} trials:"
-        )
-        kept = {(t.get("model", "model"), t["device"]): t["label"] for t in tuning["trials"] if t["kept"]}
-        lines += [f"  {model} on {device}: {label}" for (model, device), label in kept.items()]
-    return [*lines, report.headline()]

@@ -191,6 +191,7 @@ class TrialEntry(_Open):
     settings: dict[str, JsonValue]
     threads: Count
     stage: str
+    status: str = Field(default="ok", description='"ok", or why it is out')
     median_ms: Positive | None = None
     throughput_per_s: Positive | None = None
     kept: bool
@@ -303,7 +304,9 @@ class ReportDocument(_Open):
     noise_floor: NotNegative = Field(description="how far the reference strays from itself, as a share")
     winner: WinnerEntry
     candidates: list[CandidateEntry] = Field(min_length=1, description="the reference first")
+    noise_floor_again: NotNegative | None = Field(default=None, description="the same over the rounds that confirm")
     reference_again: list[RoundEntry] = []
+    reference_again_anew: list[RoundEntry] = []
     tuning: TuningEntry | None = None
     explain: dict[str, ExplanationEntry] | None = None
 

@@ -70,9 +70,12 @@ def percentile(samples: Array, q: float) -> float | None:
     Returns:
         None where there are too few samples for this percentile.
     """
-    if samples.size < MIN_SAMPLES[q]:
-        return None
-    rank = math.ceil(q / 100 * samples.size)
+    return None if samples.size < MIN_SAMPLES[q] else nearest_rank(samples, q)
+
+
+def nearest_rank(samples: Array, q: float) -> float:
+    """The value that q per cent of the samples do not exceed, however few there are."""
+    rank = max(1, math.ceil(q / 100 * samples.size))
     return float(np.partition(samples, rank - 1)[rank - 1])
 
 
@@ -159,7 +162,8 @@ def student_975(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def _exp(value: float) -> float:
+def bounded_exp(value: float) -> float:
+    """exp, as far as a float goes."""
     return math.exp(min(value, 700.0))
 
 
@@ -185,7 +189,7 @@ def decide(logs: Sequence[float], floor: float, seed: int) -> Comparison:
     mean, low, high = interval(logs, seed)
     edge = math.log1p(floor)
     outcome = Outcome.FASTER if low > edge else Outcome.SLOWER if high < -edge else Outcome.TIE
-    return Comparison(outcome, math.exp(mean), _exp(low), _exp(high))
+    return Comparison(outcome, math.exp(mean), bounded_exp(low), bounded_exp(high))
 
 
 def drift_of(rounds: Sequence[Mapping[str, Any]]) -> float:

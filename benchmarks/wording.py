@@ -37,11 +37,27 @@ def how_measured(report: Report) -> str:
     rounds = f"{settings['rounds']} rounds of {settings['seconds']:g} s"
     if report.interrupted:
         rounds = f"interrupted: fewer than {rounds}"
+    objective = objective_of(report)
+    kept = "" if objective is None else f", p99 within {objective:g} ms"
     return (
-        f"scenario {scenario_of(report)}, {rounds}, batch {settings['batch']}, "
+        f"scenario {scenario_of(report)}, {rounds}{kept}, batch {settings['batch']}, "
         f"{settings['threads'] or machine['cores_allowed']} threads, precision {settings['precision']}, inputs: "
         f"{settings['inputs']}; noise floor {report.data['noise_floor']:.1%} (the reference against itself)"
     )
+
+
+def summary(report: Report) -> list[str]:
+    """How it was measured, what the search chose, and who won: lines below the table on a terminal."""
+    lines = [how_measured(report)]
+    tuning = report.data.get("tuning")
+    if tuning:
+        lines.append(
+            f"tuned for {tuning['objective']} in {tuning['spent_s']:g} s (search and measurement), "
+            f"{len(tuning['trials'])} trials:"
+        )
+        kept = {f"{t['model']} on {t['device']}": t["label"] for t in tuning["trials"] if t["kept"]}
+        lines += [f"  {candidate}: {label}" for candidate, label in kept.items()]
+    return [*lines, report.headline()]
 
 
 def environment_line(report: Report) -> str:

@@ -201,6 +201,11 @@ def add_optional(data: dict[str, Any]) -> dict[str, Any]:
                     "kept": threads == 4,
                 }
             )
+    lost = {"label": "4 threads, x", "model": "fp32", "device": "ort:cpu", "settings": {"x": "1"}, "threads": 4,
+            "stage": "graph", "kept": False}  # fmt: skip
+    trials.append(lost | {"status": "not tried: the budget is too small", "median_ms": None, "throughput_per_s": None})
+    # Quick until it died.
+    trials.append(lost | {"status": "failed: signal 9", "median_ms": 0.1, "throughput_per_s": 1e4})
     data["tuning"] = {
         "objective": "latency",
         "trials": trials,

@@ -112,6 +112,8 @@ def command(
     from deploykit.staging import write_file
 
     check_views(html, markdown, output)
+    if as_json and markdown == "-":
+        raise click.UsageError("--json and --markdown - both write to standard output.")
     file = Path(output) if output is not None else None
     replace = _check_output(file, resume=resume)
     journal = _journal(file, resume=resume, keeps=not rest["tune"])
@@ -125,7 +127,7 @@ def command(
         journal.unlink(missing_ok=True)
     if as_json:
         click.echo(report.to_json(), nl=False)
-    else:
+    elif markdown != "-" or report.interrupted:
         show_report(report)
     if report.interrupted:
         raise KeyboardInterrupt
@@ -195,7 +197,8 @@ def _journal(file: Path | None, *, resume: bool, keeps: bool) -> Path | None:
 
 def show_report(report: object) -> None:
     """Print the table and the verdict."""
-    from deploykit.benchmarks.report import Report, summary, table
+    from deploykit.benchmarks.report import Report, table
+    from deploykit.benchmarks.wording import summary
 
     assert isinstance(report, Report)
     common.show_table(*table(report))

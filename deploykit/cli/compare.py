@@ -30,7 +30,7 @@ FAILED = 3
 @click.option("--allow-missing", is_flag=True, help="Candidates may be gone, or out of the race.")
 @click.option("--allow-different-machine", is_flag=True, help="Compare reports of different machines.")
 @click.option("--allow-different-settings", is_flag=True, help="Compare reports measured in different ways.")
-@click.option("--markdown", metavar="FILE", help="Write it as Markdown, - for standard output; must not exist.")
+@common.markdown_option
 @common.json_option
 def command(
     old: str,

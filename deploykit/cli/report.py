@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of reports, and stop.")
 def command(report: str | None, html: str | None, markdown: str | None, schema: bool) -> None:
     """Show REPORT, the JSON that `deploykit benchmark -o` wrote: a table, or what the options name."""
+    if schema and (report is not None or html is not None or markdown is not None):
+        raise click.UsageError("--schema stands alone.")
     if schema:
         from deploykit.benchmarks.schema import report_schema
 

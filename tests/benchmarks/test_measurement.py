@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from deploykit.benchmarks import Candidate, Settings, measure
 from deploykit.benchmarks.journal import Journal
 from deploykit.benchmarks.process import ChildError, Process
-from deploykit.benchmarks.report import summary, table
+from deploykit.benchmarks.report import table
+from deploykit.benchmarks.wording import summary
 from deploykit.errors import BenchmarkError
 from deploykit.progress import Progress
 
@@ -86,8 +87,9 @@ def test_the_best_three_are_measured_anew(models):
     anew = report.winner["measured_again"]
     assert len(anew) == 3
     assert set(report.winner["candidates"]) <= set(anew)
-    for entry in report.candidates:
-        assert [r["round"] for r in entry["rounds_again"]] == [3, 4, 5]
+    for rounds in (*(entry["rounds_again"] for entry in report.candidates), report.data["reference_again_anew"]):
+        assert [r["round"] for r in rounds] == [3, 4, 5]
+    assert report.data["noise_floor_again"] >= 0.01
 
 
 def test_offline_sweeps_the_requests_in_flight(models):
