@@ -20,6 +20,9 @@ DeploykitError
 ├── OptimizationError           a step could not be applied
 ├── SpeedError                  a quantized model is not faster than its parent
 ├── BenchmarkError              a measurement could not be made
+├── SearchError                 a search that cannot be made, or that found nothing that may be used
+├── WorkerError                 a process that did a job for us died, or could not be had
+│   └── JobTimeoutError         a job took longer than it may
 └── RecipeError                 a recipe does not say what to do
 
 A third-party exception is translated where it enters, with ``raise ... from exc``. What is not a DeploykitError is a
@@ -150,6 +153,18 @@ class SpeedError(DeploykitError):
 
 class BenchmarkError(DeploykitError):
     """A measurement could not be made."""
+
+
+class SearchError(DeploykitError):
+    """A search cannot be made, or found nothing that may be used."""
+
+
+class WorkerError(DeploykitError):
+    """A process that did a job for us died, or could not be had."""
+
+
+class JobTimeoutError(WorkerError):
+    """A job took longer than it may."""
 
 
 class RecipeError(DeploykitError):
