@@ -16,6 +16,12 @@ from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.storing import quantize_half, quantize_weights
 
 Verb = Callable[..., Artifact]
+_VERBS: Mapping[str, tuple[Callable[..., Artifact], Callable[..., Any]]] = {
+    "quantize-half": (quantize_half, HalfConfig),
+    "quantize-weights": (quantize_weights, WeightsConfig),
+    "quantize-dynamic": (quantize_dynamic, DynamicConfig),
+    "quantize-static": (quantize_static, StaticConfig),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +29,42 @@ class Scheme:
     """One way to make a model smaller or faster.
 
     Attributes:
-        verb: Makes the artifact from a model and a place; further arguments by name.
+        table: What a recipe's step says; what it does not say is the verb's default.
         calibrated: Whether it needs calibration data.
         usual: Whether it is tried where nobody chose; the others take minutes, or help few models.
         about: What it is, in a few words.
     """
 
-    verb: Verb
+    table: Mapping[str, Any]
     calibrated: bool
     usual: bool
     about: str
 
+    @property
+    def verb(self) -> Verb:
+        """Makes the artifact from a model and a place; further arguments by name."""
+        verb, config = _VERBS[self.table["step"]]
+        return partial(verb, config=config(**{k: v for k, v in self.table.items() if k != "step"}))
 
-def _static(**fields: Any) -> Verb:
-    return partial(quantize_static, config=StaticConfig(**fields))
+
+def _half(precision: str) -> dict[str, Any]:
+    return {"step": "quantize-half", "precision": precision}
+
+
+def _weights(bits: int) -> dict[str, Any]:
+    return {"step": "quantize-weights", "bits": bits}
+
+
+def _static(**fields: Any) -> dict[str, Any]:
+    return {"step": "quantize-static", **fields}
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "fp16": Scheme(partial(quantize_half, config=HalfConfig("fp16")), False, True, "weights in float16"),
-    "bf16": Scheme(partial(quantize_half, config=HalfConfig("bf16")), False, False, "weights in bfloat16"),
-    "weights8": Scheme(partial(quantize_weights, config=WeightsConfig(8)), False, True, "weights in blocks of 8 bits"),
-    "weights4": Scheme(partial(quantize_weights, config=WeightsConfig(4)), False, True, "weights in blocks of 4 bits"),
-    "dynamic": Scheme(partial(quantize_dynamic, config=DynamicConfig()), False, True, "int8, ranges at run time"),
+    "fp16": Scheme(_half("fp16"), False, True, "weights in float16"),
+    "bf16": Scheme(_half("bf16"), False, False, "weights in bfloat16"),
+    "weights8": Scheme(_weights(8), False, True, "weights in blocks of 8 bits"),
+    "weights4": Scheme(_weights(4), False, True, "weights in blocks of 4 bits"),
+    "dynamic": Scheme({"step": "quantize-dynamic"}, False, True, "int8, ranges at run time"),
     "static": Scheme(_static(), True, True, "int8, ranges from data"),
     "static-auto": Scheme(_static(calibration="auto"), True, True, "the same, ranges clipped where that is better"),
     "static-nncf": Scheme(_static(engine="nncf"), True, available("nncf"), "static, by NNCF and repaired"),
