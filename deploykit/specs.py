@@ -96,7 +96,8 @@ def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
     """Check ``feeds`` against the inputs; widen dtypes where no value can change.
 
     Integers are cast where every value survives, float64 becomes float32 or narrower where it stays finite. Names
-    beside the inputs are ignored, so that labels and spare columns may stay in a dataset.
+    beside the inputs are ignored, so that labels and spare columns may stay in a dataset. One array for a model of one
+    input is that input's, whatever it is called.
 
     Returns:
         One array an input, in the order of the signature.
@@ -106,6 +107,8 @@ def fit_feeds(signature: Signature, feeds: Feeds) -> dict[str, Array]:
     """
     sizes: dict[str, tuple[int, str]] = {}
     out: dict[str, Array] = {}
+    if len(signature.inputs) == 1 and len(feeds) == 1:
+        feeds = {signature.inputs[0].name: next(iter(feeds.values()))}
     for spec in signature.inputs:
         if spec.name not in feeds:
             raise DataError(

@@ -56,7 +56,7 @@ class ArtifactWriter:
             # Its name is known before it is there: an interrupt in between leaves nothing that nobody removes.
             self.dir = self.output.parent / f"{self._prefix()}{secrets.token_hex(8)}"
             self.dir.mkdir(mode=0o700)
-            self._lock = _take_lock(self.dir)
+            self._lock = take_lock(self.dir)
         except OSError as exc:
             self._discard()
             raise _place_error(exc, self.output) from exc
@@ -159,7 +159,7 @@ class ArtifactWriter:
             with contextlib.suppress(FileNotFoundError):  # another writer swept it
                 if time.time() - stale.lstat().st_mtime < _LOCK_GRACE_S:
                     continue
-            lock = _take_lock(stale)
+            lock = take_lock(stale)
             if lock is not None:
                 shutil.rmtree(stale, ignore_errors=True)
                 os.close(lock)
@@ -223,7 +223,7 @@ def _escape(text: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", text)
 
 
-def _take_lock(folder: Path) -> int | None:
+def take_lock(folder: Path) -> int | None:
     """An exclusive lock on a directory, released by the kernel when its process ends; None where it is taken."""
     import fcntl
 

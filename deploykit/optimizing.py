@@ -1,0 +1,276 @@
+"""The verb `optimize`: the best deployment of a model, found by measuring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.artifact import Artifact, is_artifact
+from deploykit.comparing import MIN_COSINE, find_targets
+from deploykit.data import Dataset
+from deploykit.errors import DataError, SearchError
+from deploykit.progress import Progress
+from deploykit.quantizing import make_goal
+from deploykit.recipe import ExportStep
+from deploykit.runtimes import Device, Session, open_session
+from deploykit.search.document import Outcome, sealed_of
+from deploykit.search.engine import Event, Search
+from deploykit.search.output import DOCUMENT, PAGE, RECIPE, REPORT, SETTINGS, Output
+from deploykit.search.state import Seat
+from deploykit.search.wish import Limits, Wish
+
+if TYPE_CHECKING:
+    from deploykit.search.jobs import Executor
+
+EXECUTORS = ("local", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `optimize` found.
+
+    Attributes:
+        path: The output directory; it stands for its winner wherever a model is taken.
+        document: `optimize.json`.
+    """
+
+    path: Path
+    document: dict[str, Any]
+
+    @property
+    def artifact(self) -> Artifact:
+        """The winner."""
+        return Artifact.open(self.path / self.document["winner"])
+
+    @property
+    def headline(self) -> str:
+        """One sentence: what won, by how much, at which accuracy and size."""
+        return str(self.document["headline"])
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an interrupt ended the search; the best so far is there."""
+        return self.document["state"] == "interrupted"
+
+    def open(self) -> Session:
+        """The winner in a session, with the settings that were found for it.
+
+        Raises:
+            DeploykitError: As `open_session`.
+        """
+        artifact = self.artifact
+        return open_session(artifact, tuned=artifact.path / SETTINGS)
+
+
+def optimize(
+    model: str | Path | Any,
+    output: str | Path,
+    *,
+    example_inputs: Any = None,
+    data: str | Path | None = None,
+    eval_data: str | Path | None = None,
+    metric: str | None = None,
+    max_drop: float | str | None = None,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    output_name: str | None = None,
+    objective: str = "latency",
+    max_latency_ms: float | None = None,
+    max_memory_mb: float | None = None,
+    max_size_mb: float | None = None,
+    devices: Sequence[str | Device] = (),
+    batch: int = 1,
+    dims: Mapping[str, int] | None = None,
+    contract: Sequence[str] = (),
+    schemes: Sequence[str] = (),
+    export_options: Mapping[str, Any] | None = None,
+    native: bool = True,
+    tune: bool = True,
+    min_cosine: float = MIN_COSINE,
+    budget_s: float = 600.0,
+    seed: int = 0,
+    executor: str | Executor = "local",
+    workers: int | None = None,
+    cache: str | Path | bool = True,
+    fresh: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Result:
+    """Find the best deployment of a model on this machine, and prove it.
+
+    Args:
+        model: What `export` takes, or an artifact, or a live `torch.nn.Module`.
+        output: Directory that receives winner, front and evidence; see `search.output`.
+        example_inputs: For a live module, as for `export`.
+        data: Calibration data; without them, what needs them is left out.
+        eval_data: Real inputs that accuracy is judged on, with `labels` for a metric; `data` by default.
+        metric: "accuracy", "f1", "precision" or "recall"; accuracy where `eval_data` are all that is given.
+        max_drop: How much of it may be lost: 0.01 in its units (the default), or "1%" of the exported model's value.
+        min_sqnr: Smallest ratio of signal to error power of the judged output, in dB.
+        min_agreement: Smallest share of rows whose class is the exported model's.
+        output_name: The output that is judged; the first [batch, classes] by default.
+        objective: "latency" (one request in flight), "throughput", "size", or "cost" (time of a core for a sample).
+        max_latency_ms: Most milliseconds that a request may take, in the median.
+        max_memory_mb: Most memory of a process that serves it, in 10^6 bytes.
+        max_size_mb: Most bytes of model and weights, in 10^6.
+        devices: By default the CPU of every installed runtime.
+        batch: Samples in a request.
+        dims: Sizes of dynamic dimensions where inputs are made up.
+        contract: Runtimes that have to be able to run the result.
+        schemes: Names of quantization schemes to try; the usual ones by default.
+        export_options: What else `export` takes ("dynamic", "inputs", "opset", "exporter", "task", "part", ...).
+        native: Whether a runtime may compute in less than float32, where the target is kept.
+        tune: Whether the runtimes' settings are searched too.
+        min_cosine: A candidate whose outputs are further from the exported model's is wrong.
+        budget_s: Seconds for all of it.
+        seed: Of orders and bootstraps.
+        executor: "local": processes of this machine. "ray", or "ray://host:port": a Ray cluster.
+        workers: Jobs side by side; by default half as many as cores are allowed.
+        cache: Where results of steps are kept; True for the usual place, False for nowhere.
+        fresh: Measure anew what was measured earlier.
+        resume: Go on in a directory that an interrupted search for the same left.
+        progress: Told about phases and notes.
+        on_event: Called with every `Event`.
+
+    Returns:
+        The result; after an interrupt with the best so far, where there is one.
+
+    Raises:
+        SearchError: Nothing keeps what was asked for, or the options do not go together.
+        DataError: The data cannot be read, or do not fit.
+        OutputExistsError: The output is there, and `resume` is not given.
+        DeploykitError: The model cannot be exported, or runs nowhere.
+    """
+    told = progress or Progress()
+    goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
+    targets, _ = find_targets(devices)
+    for source in (data, eval_data):
+        if source is not None:
+            Dataset.open(source)  # said now, and not after minutes
+    if goal.asked and data is None and eval_data is None:
+        raise DataError("a target needs real data", hint="add --eval DATA or --data DATA")
+    live = not isinstance(model, str | Path)
+    wish = Wish(
+        source=type(model).__qualname__ if live else str(model),
+        data=None if data is None else str(data),
+        eval_data=None if eval_data is None else str(eval_data),
+        goal=goal,
+        objective=objective,
+        limits=Limits(max_latency_ms, max_memory_mb, max_size_mb),
+        devices=tuple(map(str, targets)),
+        batch=batch,
+        dims=dict(dims or {}),
+        contract=tuple(contract),
+        schemes=tuple(schemes),
+        export=_export_options(export_options or {}),
+        native=native,
+        tune=tune,
+        min_cosine=min_cosine,
+        budget_s=budget_s,
+        seed=seed,
+    )
+    wish.check()
+    with ExitStack() as stack:
+        out = stack.enter_context(Output(output, wish.as_dict(), resume=resume))
+        doer = stack.enter_context(_executor(executor, workers, cache, fresh, told))
+        return _search(_with_model(wish, model, example_inputs, out, told), out, doer, told, on_event)
+
+
+def _export_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check what `[export]` is told besides.
+
+    Raises:
+        SearchError: It has no such key.
+    """
+    ours = {"step", "source", "data", "dims", "contract", "devices"}
+    known = [name for name in ExportStep.model_fields if name not in ours]
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise SearchError(f"export takes no option {unknown!r}", expected=", ".join(known))
+    return {k: v for k, v in given.items() if v not in (None, (), [])}
+
+
+def _with_model(wish: Wish, model: Any, example_inputs: Any, out: Output, told: Progress) -> Wish:
+    """The artifact to start from, where the source is one, or is a live module, which no other process can export."""
+    from dataclasses import replace
+
+    from deploykit.exporting import export
+
+    if isinstance(model, str | Path):
+        return replace(wish, model=str(Artifact.open(model).path)) if _holds_artifact(Path(model)) else wish
+    made = export(
+        model, out.path / ".work" / "source", example_inputs=example_inputs, devices=wish.devices,
+        contract=wish.contract, dims=wish.dims, progress=told, **wish.export,
+    )  # fmt: skip
+    return replace(wish, model=str(made.path))
+
+
+def _holds_artifact(path: Path) -> bool:
+    return is_artifact(path) or (path / DOCUMENT).is_file()
+
+
+def _executor(kind: str | Executor, workers: int | None, cache: str | Path | bool, fresh: bool, told: Progress) -> Any:
+    """Who does the jobs, with what was done already."""
+    found: Executor
+    if not isinstance(kind, str):
+        found = kind
+    elif kind == "local":
+        from deploykit.search.executor import LocalExecutor
+
+        found = LocalExecutor(workers, progress=told)
+    elif kind == "ray" or kind.startswith("ray://"):
+        from deploykit.search.ray_executor import RayExecutor
+
+        found = RayExecutor(None if kind == "ray" else kind, progress=told)
+    else:
+        raise SearchError(f"unknown executor {kind!r}", expected="local, ray or ray://HOST:PORT")
+    if cache is False:
+        return found
+    from deploykit.search.cache import Cache, CachedExecutor
+
+    return CachedExecutor(found, Cache(None if cache is True else Path(cache)), fresh=fresh, progress=told)
+
+
+def _search(
+    wish: Wish, out: Output, executor: Executor, told: Progress, on_event: Callable[[Event], None] | None
+) -> Result:
+    state = "done"
+
+    def best(seat: Seat) -> None:
+        path = search.variants[seat.place.model].path
+        assert path is not None
+        from deploykit.artifact import sha256_of
+
+        settings = seat.best_place.settings_for(sha256_of(Artifact.open(path).model_path))
+        sealed = sealed_of(seat, search, settings, seat.place.model)
+        out.publish_interim(sealed, {"headline": f"best so far: {seat.best_place.label}", "spent_s": search.spent_s()})
+
+    search = Search(
+        wish, executor, out.scratch, told, run=out.run, on_best=best, on_event=on_event or (lambda event: None)
+    )
+    try:
+        search.go()
+    except KeyboardInterrupt:
+        if not search.seats:
+            raise
+        state = "interrupted"
+        told.note("interrupted: the best so far is kept; --resume goes on")
+    outcome = Outcome(search, state)
+    document = outcome.document()
+    files = {RECIPE: outcome.recipe().encode()}
+    if search.report is not None:
+        files[REPORT] = (json.dumps(search.report, indent=1) + "\n").encode()
+    page = _page(document, search.report, files[RECIPE].decode())
+    if page is not None:
+        files[PAGE] = page.encode()
+    out.publish([outcome.sealed(s) for s in outcome.front], outcome.name_of(outcome.winner), document, files)
+    return Result(out.path, {**json.loads((out.path / DOCUMENT).read_text(encoding="utf-8"))})
+
+
+def _page(document: Mapping[str, Any], report: Mapping[str, Any] | None, recipe: str) -> str | None:
+    return None

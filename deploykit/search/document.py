@@ -1,0 +1,273 @@
+"""What a search hands over: the document, the artifacts of the front, and the recipe of the winner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import deploykit
+from deploykit.artifact import Artifact, StepRecord, sha256_of
+from deploykit.benchmarks.environment import environment
+from deploykit.errors import SearchError
+from deploykit.recipe import Recipe, dump
+from deploykit.runtimes.settings import RuntimeSettings
+from deploykit.search.choice import badness, overlap, pareto, preference, ranked, why_on_front
+from deploykit.search.engine import Search
+from deploykit.search.output import Sealed
+from deploykit.search.state import Seat, Variant
+from deploykit.search.variants import steps_to
+
+_MEASURED = ("screen", "tune", "decide")
+
+
+class Outcome:
+    """The result of a search, ready to be written.
+
+    Args:
+        search: Done, or interrupted.
+        state: "done" or "interrupted".
+
+    Attributes:
+        winner: The seat that is kept.
+        tied: Seats that cannot be told from it.
+        front: Seats of the Pareto front, the winner first.
+
+    Raises:
+        SearchError: Nothing keeps what was asked for.
+    """
+
+    def __init__(self, search: Search, state: str) -> None:
+        self.search = search
+        self.state = state
+        order = ranked(search.seats, search.variants, search.wish.objective, search.cores)
+        if not order:
+            raise SearchError(
+                f"nothing keeps what was asked for: {_closest(search)}", hint="ask for less, or give more time"
+            )
+        self.tied = self._tied(order)
+        self.winner = min(self.tied, key=lambda s: preference(s, search.variants))
+        right = [s for s in search.seats if s.ratio is not None and _is_right(s)]
+        right.sort(key=lambda s: (s is not self.winner, s.dropped is not None, preference(s, search.variants)))
+        found = pareto(right, search.variants)
+        self.front = [self.winner, *(s for s in found if s is not self.winner)]
+        for seat in self.front:
+            seat.status = "front"
+        for seat in self.tied:
+            seat.status = "tie"
+        self.winner.status = "winner"
+        for seat in search.seats:
+            if seat.status == "open":
+                self._explain(seat)
+
+    def _explain(self, seat: Seat) -> None:
+        """Say why a seat that was right to the end is not kept."""
+        winner, measure = self.winner, self.search.wish.objective
+        if seat.ratio is None:
+            seat.drop("screen", "not measured")
+        elif measure == "size":
+            seat.drop("decide", "larger than the winner")
+        else:
+            phase = "decide" if seat.decision is not None else "screen"
+            worse = "dearer" if measure == "cost" else "slower"
+            seat.drop(phase, f"{worse}: {seat.ratio:.2f}x the reference, the winner {winner.ratio or 1.0:.2f}x")
+
+    def _tied(self, order: Sequence[Seat]) -> list[Seat]:
+        """The best, with all that the last measurement could not tell from it."""
+        search = self.search
+        best = order[0]
+        if search.wish.objective == "size":
+            return [s for s in order if self._badness(s) <= self._badness(best) * 1.0001]
+        if search.verdict is None or search.wish.objective == "cost":
+            return [s for s in order if s is best or (s.best_place.cores == best.best_place.cores and overlap(s, best))]
+        labels = search.verdict["candidates"]
+        tied = [s for s in order if s.decision is not None and _measured_label(s, search) in labels]
+        return tied or [best]
+
+    def _badness(self, seat: Seat) -> float:
+        return badness(seat, self.search.variants[seat.place.model], self.search.wish.objective, self.search.cores)
+
+    @property
+    def reference(self) -> str:
+        """The exported model with the runtime's defaults, on the first device that runs it."""
+        return self.search.reference.label
+
+    @property
+    def headline(self) -> str:
+        """One sentence: what won, by how much, at which accuracy and size."""
+        winner, search = self.winner, self.search
+        size = search.variants[winner.place.model].facts.get("size_bytes", 0) / 1e6
+        parts = [f"{size:.2f} MB"]
+        if winner.quality is not None:
+            parts.append(str(winner.quality["summary"]))
+        said = f"winner: {winner.best_place.label}"
+        found = winner.decision or winner.screening
+        if winner.best_place == search.reference:
+            said += ", the exported model as it is: nothing that is right was faster"
+        elif found is not None and found.get("ratio") is not None:
+            faster = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}] as fast as {self.reference}"
+            said += f", {faster}" if winner.decision is not None else f", {faster} (screened only)"
+        others = [s.best_place.label for s in self.tied if s is not winner]
+        if others:
+            said += f"; tie with {', '.join(others)}, and kept for its accuracy or size"
+        return f"{said}; {', '.join(parts)}"
+
+    def document(self) -> dict[str, Any]:
+        """For `optimize.json`."""
+        search = self.search
+        return {
+            "deploykit": deploykit.__version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "state": self.state,
+            "spent_s": round(search.spent_s(), 1),
+            "environment": environment(),
+            "headline": self.headline,
+            "winner_seat": self.winner.best_place.label,
+            "tied": [s.best_place.label for s in self.tied],
+            "reference": self.reference,
+            "front": [self._front_entry(seat) for seat in self.front],
+            "tried": [_tried(v, search) for v in search.variants.values()],
+            "phases": [asdict(p) for p in search.phases],
+            "trials": search.trials,
+            "failures": search.failures,
+            "notes": list(dict.fromkeys(search.told.notes)),
+        }
+
+    def _front_entry(self, seat: Seat) -> dict[str, Any]:
+        found = seat.decision or seat.screening or {}
+        variants = self.search.variants
+        return {
+            "name": self.name_of(seat),
+            "path": f"front/{self.name_of(seat)}",
+            "seat": seat.best_place.label,
+            "device": seat.place.device,
+            "settings": self.settings_of(seat).as_dict(),
+            "size_bytes": variants[seat.place.model].facts.get("size_bytes"),
+            "ratio": found.get("ratio"), "low": found.get("low"), "high": found.get("high"),
+            "quality": seat.quality,
+            "why": why_on_front(seat, self.front, variants) if seat.ratio is not None else "fastest",
+        }  # fmt: skip
+
+    def name_of(self, seat: Seat) -> str:
+        """The artifact's directory: the variant, with the device where it is on the front more than once."""
+        mine = seat.place.model
+        if sum(s.place.model == mine for s in self.front) == 1:
+            return mine
+        native = "-native" if seat.place.config.precision == "native" else ""
+        return f"{mine}-{seat.place.device.replace(':', '-')}{native}"
+
+    def settings_of(self, seat: Seat) -> RuntimeSettings:
+        """How to open it."""
+        path = self.search.variants[seat.place.model].path
+        assert path is not None
+        return seat.best_place.settings_for(sha256_of(Artifact.open(path).model_path))
+
+    def sealed(self, seat: Seat) -> Sealed:
+        """An artifact of the front, as it is to be written."""
+        return sealed_of(seat, self.search, self.settings_of(seat), self.name_of(seat))
+
+    def recipe(self) -> str:
+        """The winner's steps as TOML, with all paths absolute; checked to be a recipe."""
+        tables = recipe_of(self.winner.place.model, self.search)
+        Recipe.from_tables(tables, Path.cwd())
+        return f"# The winner of a search, without the search: deploykit run recipe.toml -o OUT\n\n{dump(tables)}"
+
+
+def sealed_of(seat: Seat, search: Search, settings: RuntimeSettings, name: str) -> Sealed:
+    """A seat's artifact with what the search found out about it."""
+    path = search.variants[seat.place.model].path
+    assert path is not None
+    made, wish = Artifact.open(path), search.wish
+    record = StepRecord(
+        step="optimize",
+        params={
+            "objective": wish.objective, "target": wish.goal.describe() or None,
+            "limits": wish.limits.describe() or None, "budget_s": wish.budget_s, "seat": seat.best_place.label,
+        },
+        tools={"deploykit": deploykit.__version__}, parent=made.digest, seconds=round(search.spent_s(), 3),
+    )  # fmt: skip
+    evidence: dict[str, list[dict[str, Any]]] = {}
+    if seat.quality is not None:
+        certified = wish.goal.asked and bool(seat.quality["met"])
+        evidence["accuracy"] = [{"device": seat.place.device, "certified": certified, **seat.quality}]
+    if seat.placement is not None:
+        evidence["placement"] = [dict(seat.placement)]
+    found = seat.decision or seat.screening
+    if found is not None:
+        against = search.reference.label
+        evidence["benchmark"] = [
+            {"device": seat.place.device, "against": against, "settings": settings.as_dict(), **found}
+        ]
+    return Sealed(name, made, settings, record, evidence)
+
+
+def recipe_of(name: str, search: Search) -> dict[str, dict[str, Any]]:
+    """Tables of the steps that lead to a variant."""
+    tables: dict[str, dict[str, Any]] = {}
+    for variant in steps_to(name, list(search.variants.values())):
+        if variant.table is None:
+            continue
+        table = dict(variant.table)
+        if variant.parent is not None:
+            parent = search.variants[variant.parent]
+            table["model"] = parent.name if parent.table is not None else str(Path(str(parent.path)).absolute())
+        elif search.wish.source and Path(search.wish.source).exists():
+            table["source"] = str(Path(search.wish.source).absolute())
+        if search.wish.data is not None:
+            table["data"] = _absolute(search.wish.data)
+        if table.get("metric") and search.wish.eval_data is not None:
+            table["eval_data"] = _absolute(search.wish.eval_data)
+        tables[variant.name] = {k: v for k, v in table.items() if v not in (None, [], {})}
+    return tables
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).absolute()) if Path(source).exists() else source
+
+
+def _tried(variant: Variant, search: Search) -> dict[str, Any]:
+    seats = {s.place.label: _seat_entry(s) for s in search.seats if s.place.model == variant.name}
+    kept = any(s["status"] in ("winner", "tie", "front") for s in seats.values())
+    return {
+        "name": variant.name, "about": variant.about, "parent": variant.parent,
+        "steps": [dict(v.table) for v in steps_to(variant.name, list(search.variants.values())) if v.table is not None],
+        "status": "kept" if kept else "dropped", "dropped": variant.dropped,
+        "size_bytes": variant.facts.get("size_bytes"), "nodes": variant.facts.get("nodes"),
+        "seconds": variant.seconds, "cached": variant.cached, "seats": seats,
+    }  # fmt: skip
+
+
+def _seat_entry(seat: Seat) -> dict[str, Any]:
+    tuned = seat.tuned
+    return {
+        "label": seat.place.label, "device": seat.place.device, "precision": seat.place.config.precision,
+        "status": seat.status, "dropped": seat.dropped if seat.status == "dropped" else None,
+        "quality": seat.quality, "placement": seat.placement, "screening": seat.screening,
+        "tuned": {"label": tuned.config.label, **tuned.config.as_dict()} if tuned is not None else None,
+        "decision": seat.decision,
+    }  # fmt: skip
+
+
+def _is_right(seat: Seat) -> bool:
+    """Whether it keeps what was asked for; being slower is no fault."""
+    if seat.missed:
+        return False
+    dropped = seat.dropped
+    return dropped is None or (dropped["phase"] in _MEASURED and dropped["reason"].startswith("slower"))
+
+
+def _measured_label(seat: Seat, search: Search) -> str:
+    return search.reference.label if seat.place == search.reference else seat.best_place.label
+
+
+def _closest(search: Search) -> str:
+    """Why the most promising seats were dropped."""
+    dropped = [s for s in search.seats if s.dropped is not None]
+    limits = [s for s in dropped if s.dropped and s.dropped["phase"] == "limits"]
+    shown = sorted(limits or dropped, key=lambda s: -(s.ratio or 0.0))[:3]
+    missed = [s for s in search.seats if s.missed and s.dropped is None]
+    parts = [f"{s.place.label}: {s.dropped['reason']}" for s in shown if s.dropped]
+    parts += [f"{s.place.label}: the target is missed" for s in missed[:1]]
+    return "; ".join(parts) or "nothing was made"
