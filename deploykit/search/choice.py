@@ -57,13 +57,16 @@ def overlap(one: Seat, other: Seat) -> bool:
     return bool(a["low"] <= b["high"] and a["high"] >= b["low"])
 
 
-def preference(seat: Seat, variants: Mapping[str, Variant]) -> tuple[bool, bool, float, float, str]:
-    """Among those that tie: float before integers, plain before native, the smaller, the more accurate, by name."""
+def preference(seat: Seat, variants: Mapping[str, Variant]) -> tuple[bool, bool, bool, float, float, str]:
+    """Among those that tie: float before integers, plain before native, the exported model, the smaller, the more
+    accurate, by name.
+    """
     variant = variants[seat.place.model]
     loss = loss_of(seat.quality)
     return (
         variant.quantized,
         seat.place.config.precision == "native",
+        not seat.reference,
         float(variant.facts.get("size_bytes") or math.inf),
         loss if loss is not None else 0.0,
         seat.place.label,

@@ -139,6 +139,7 @@ class Search:
         self._clock = clock
         self._began = clock()
         self._best: Seat | None = None
+        self._reference: Place | None = None
         machine = inspect_machine()
         self.cores = machine.cores_allowed
         self._native = [d for d in wish.devices if d == "openvino:cpu" and machine.flags.get("bf16") and wish.native]
@@ -338,6 +339,8 @@ class Search:
         Raises:
             SearchError: None does.
         """
+        if self._reference is not None:
+            return self._reference
         first = next(iter(self.variants))
         for device in self.wish.devices:
             seat = next(
@@ -346,6 +349,7 @@ class Search:
                 if (s.place.model, s.place.device, s.place.config.precision) == (first, device, "fp32")
             )
             if seat.status == "open":
+                self._reference, seat.reference = seat.place, True
                 return seat.place
         why = "; ".join(str(s.dropped["reason"]) for s in self.seats if s.dropped and s.place.model == first)
         raise SearchError(f"the exported model runs on none of {', '.join(self.wish.devices)}: {why}")
@@ -359,7 +363,8 @@ class Search:
                 entries.append((seat, seat.place))
             if timed_by_wall(self.wish.objective) and self.cores > 1 and seat.place.device.endswith(":cpu"):
                 entries.append((seat, side_by_side(seat.place, self.cores)))
-        self._seat_at(reference).screening = {"status": "ok", "ratio": 1.0, "low": 1.0, "high": 1.0, "turns": 0}
+        first = self._seat_at(reference)
+        first.screening = {"status": "ok", "ratio": 1.0, "low": 1.0, "high": 1.0, "turns": 0}
         if not entries:
             return
         keep = len(entries) if self.wish.objective == "size" else max(_KEPT, math.ceil(len(entries) / 4))
@@ -372,7 +377,8 @@ class Search:
         found = outcome.value["found"]
         for (seat, place), entry in zip(entries, found[1:], strict=True):
             self._keep_better(seat, place, entry)
-        self._seat_at(reference).screening |= {"pace_ms": found[0].get("pace_ms")}  # type: ignore[operator]
+        first.screening |= {k: found[0].get(k) for k in ("pace_ms", "peak_memory_bytes")}
+        self._after_screening(first)
         for seat in {id(s): s for s, _ in entries}.values():
             self._after_screening(seat)
 
@@ -393,7 +399,8 @@ class Search:
         if status != "ok":
             seat.drop("screen", status)
             return
-        latency = None if timed_by_wall(self.wish.objective) else entry["pace_ms"] * self.wish.batch
+        pace = None if timed_by_wall(self.wish.objective) else entry.get("pace_ms")
+        latency = pace * self.wish.batch if pace is not None else None
         broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry.get("peak_memory_bytes"))
         if broken:
             seat.drop("limits", broken)

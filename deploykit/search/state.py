@@ -118,6 +118,7 @@ class Seat:
         dropped: Phase and reason.
         quality: On real data against the exported model; None where it was not judged.
         placement: What ran on integers, see `proof.prove_placement`.
+        reference: Whether it is what all others are compared with.
         missed: Whether the target is missed, so that it is timed only to see whether a better one is worth making.
         screening: See `Screened.as_dict`.
         tuned: The place with the settings that were found, and its label.
@@ -129,6 +130,7 @@ class Seat:
     dropped: dict[str, str] | None = None
     quality: dict[str, Any] | None = None
     placement: dict[str, Any] | None = None
+    reference: bool = False
     missed: bool = False
     screening: dict[str, Any] | None = None
     tuned: Place | None = None

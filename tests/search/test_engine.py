@@ -1,0 +1,322 @@
+"""The search's decisions, with an executor that answers as it is told: no model runs here."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deploykit.artifact import Artifact, Evidence, StepRecord
+from deploykit.errors import OptimizationError, SearchError
+from deploykit.goals import Goal
+from deploykit.progress import Progress
+from deploykit.search.document import Outcome
+from deploykit.search.engine import Search
+from deploykit.search.graphs import facts_of
+from deploykit.search.jobs import Done, Job
+from deploykit.search.wish import Limits, Wish
+from deploykit.specs import Signature, TensorSpec
+from deploykit.staging import ArtifactWriter
+
+STATIC = "static on ort:cpu"
+
+
+def write_artifact(place: Path, weight: float, *, quantized: bool = False) -> Artifact:
+    """One product; `weight` makes it another model."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    if quantized:
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
+            helper.make_node("MatMul", ["d", "w"], ["y"]),
+        ]  # fmt: skip
+    info = helper.make_tensor_value_info
+    weights = [
+        numpy_helper.from_array(np.full((2, 2), weight, np.float32), "w"),
+        numpy_helper.from_array(np.float32(1), "s"),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.FLOAT, ["n", 2])], [info("y", TensorProto.FLOAT, ["n", 2])], weights
+    )
+    with ArtifactWriter(place) as writer:
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), str(writer.dir / "model.onnx"))
+        x, y = (TensorSpec(name, "float32", ("n", 2)) for name in "xy")
+        record = StepRecord(step="export", params={}, tools={}, parent=None, seconds=0.0)
+        return writer.commit(model="model.onnx", signature=Signature((x,), (y,)), lineage=[record], evidence=Evidence())
+
+
+class Clock:
+    """Seconds that pass as jobs say."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scripted:
+    """Answers jobs out of tables, and keeps what it was asked."""
+
+    slots = 1
+
+    def __init__(self, clock: Clock, **tables: Any) -> None:
+        self.clock = clock
+        self.asked: list[Job] = []
+        self.size: dict[str, int] = tables.get("size", {})
+        self.quality: dict[str, dict[str, Any]] = tables.get("quality", {})
+        self.speed: dict[str, float] = tables.get("speed", {})
+        self.fails: dict[str, Exception] = tables.get("fails", {})
+        self.wrong: dict[str, str] = tables.get("wrong", {})
+        self.tuned: dict[str, Any] = tables.get("tuned", {})
+        self.ties: list[str] | None = tables.get("ties")
+        self.takes: dict[str, float] = tables.get("takes", {})
+
+    def submit(self, job: Job, folder: Path) -> Future[Done]:
+        self.asked.append(job)
+        deed = job.deed.partition(":")[2]
+        self.clock.now += self.takes.get(job.label, self.takes.get(deed, 1.0))
+        future: Future[Done] = Future()
+        try:
+            value = getattr(self, f"_{deed}")(job, folder)
+        except (OptimizationError, RuntimeError) as exc:
+            future.set_exception(exc)
+        else:
+            future.set_result(Done(value, folder, 1.0))
+        return future
+
+    def names(self, deed: str) -> list[str]:
+        return [j.params.get("name", j.label) for j in self.asked if j.deed.endswith(f":{deed}")]
+
+    def _make(self, job: Job, folder: Path) -> dict[str, Any]:
+        name = job.params["name"]
+        if name in self.fails:
+            raise self.fails[name]
+        step = job.params["table"].get("step", "export")
+        weight = 1.0 + sum(name.encode())
+        made = write_artifact(folder / "a", weight, quantized=step.startswith("quantize") and "half" not in step)
+        size = {"size_bytes": self.size.get(name, 1000)}
+        likeness = {} if step in ("export", "simplify") else {"likeness": name}
+        return {"artifact": "a", **facts_of(made), **size, **likeness}
+
+    def _judge(self, job: Job, folder: Path) -> dict[str, Any]:
+        fine = {"summary": "fine", "met": True, "collapsed": "", "sqnr_db": 40.0, "agreement": 1.0}
+        found = {}
+        for name, precision in job.params["seats"]:
+            quality = self.quality.get(f"{name} on {job.params['device']}", self.quality.get(name, fine))
+            found[f"{name}/{precision}"] = {"quality": {**fine, **quality}}
+        return {"found": found}
+
+    def _entry(self, seat: dict[str, Any]) -> dict[str, Any]:
+        label = f"{seat['label']} on {seat['device']}"
+        ratio = self.speed.get(label, 1.0)
+        entry = {"status": "ok", "turns": 4, "peak_memory_bytes": 10**8, "outputs": None}
+        if label in self.wrong:
+            return entry | {"status": self.wrong[label]}
+        return entry | {"ratio": ratio, "low": ratio * 0.99, "high": ratio * 1.01, "pace_ms": 1 / ratio}
+
+    def _screen(self, job: Job, folder: Path) -> dict[str, Any]:
+        return {"found": [self._entry(s) for s in job.params["seats"]]}
+
+    def _tune(self, job: Job, folder: Path) -> dict[str, Any]:
+        (seat,) = job.params["seats"]
+        config = {
+            "threads": seat["threads"], "sessions": 1, "concurrency": 1, "batch": 1, "precision": seat["precision"],
+            "optimize": True, "settings": {},
+        }  # fmt: skip
+        return {"chosen": config | self.tuned.get(seat["label"], {}), "trials": []}
+
+    def _decide(self, job: Job, folder: Path) -> dict[str, Any]:
+        labels = [f"{s['label']} on {s['device']}" for s in job.params["seats"]]
+        found = [self._entry(s) for s in job.params["seats"]]
+        candidates = []
+        for label, entry in zip(labels, found, strict=True):
+            against = {"verdict": "faster", "ratio": entry["ratio"], "low": entry["low"], "high": entry["high"]}
+            candidates.append({
+                "name": label, "status": "ok", "median_ms": entry["pace_ms"], "p90_ms": None, "p99_ms": None,
+                "throughput_per_s": 1.0, "peak_memory_bytes": 10**8, "against_reference": against,
+            })  # fmt: skip
+        best = max(zip(labels, found, strict=True), key=lambda pair: pair[1]["ratio"])[0]
+        return {"report": {"candidates": candidates, "winner": {"candidates": self.ties or [best]}}}
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Search with a scripted executor; gives the outcome and the executor."""
+
+    def go(*, wish: dict[str, Any] | None = None, **tables: Any) -> tuple[Outcome, Scripted, Search]:
+        clock = Clock()
+        executor = Scripted(clock, **tables)
+        data = tmp_path / "data.npz"
+        if not data.exists():
+            np.savez(data, x=np.zeros((4, 2), np.float32))
+        asked: dict[str, Any] = {
+            "source": "net.py:make", "data": str(data), "devices": ("ort:cpu", "openvino:cpu"), "budget_s": 100.0,
+            "goal": Goal(min_agreement=0.9), "native": False,
+        }  # fmt: skip
+
+        def scratch() -> Path:
+            return Path(tempfile.mkdtemp(dir=tmp_path))
+
+        search = Search(Wish(**{**asked, **(wish or {})}), executor, scratch, Progress(), clock=clock)
+        search.go()
+        return Outcome(search, "done"), executor, search
+
+    return go
+
+
+def dropped(search: Search, label: str) -> str:
+    """Phase and reason of a seat."""
+    found = next(s for s in search.seats if s.place.label == label).dropped
+    return f"{found['phase']}: {found['reason']}" if found else ""
+
+
+def test_the_fastest_that_keeps_the_target_wins_and_the_document_says_why_the_others_did_not(run: Any) -> None:
+    outcome, _, search = run(speed={STATIC: 2.0, "dynamic on ort:cpu": 1.5, "fp16 on ort:cpu": 0.5})
+    assert outcome.winner.place.label == STATIC
+    assert "winner: static on ort:cpu, 2.00x [1.98, 2.02] as fast as export on ort:cpu" in outcome.headline
+    assert dropped(search, "dynamic on ort:cpu").startswith("decide: slower: 1.50x the reference, the winner 2.00x")
+    document = outcome.document()
+    json.dumps(document)
+    assert document["winner_seat"] == STATIC
+    assert [p["name"] for p in document["phases"]] == [
+        "export", "graphs", "make", "judge", "screen", "mend", "tune", "decide",
+    ]  # fmt: skip
+    by_name = {t["name"]: t for t in document["tried"]}
+    assert by_name["simplify"]["dropped"]["reason"] == "the same graph as export"
+    assert by_name["static"]["status"] == "kept"
+    assert [s["step"] for s in by_name["static"]["steps"]] == ["export", "quantize-static"]
+
+
+def test_what_misses_the_target_is_not_kept_but_mended_where_it_is_faster(run: Any) -> None:
+    missed = {"met": False, "summary": "agreement 0.5"}
+    outcome, executor, search = run(
+        quality={"static": missed}, speed={STATIC: 2.0, "static-mixed on ort:cpu": 1.8, "dynamic on ort:cpu": 1.2}
+    )
+    assert dropped(search, STATIC) == "judge: too inaccurate: agreement 0.5"
+    assert outcome.winner.place.label == "static-mixed on ort:cpu"
+    made = next(j for j in executor.asked if j.params.get("name") == "static-mixed")
+    assert made.params["table"]["min_agreement"] == 0.9
+
+
+def test_nothing_is_mended_that_would_not_win(run: Any) -> None:
+    missed = {"met": False, "summary": "agreement 0.5"}
+    outcome, executor, _ = run(quality={"static": missed}, speed={STATIC: 1.1, "dynamic on ort:cpu": 1.2})
+    assert "static-mixed" not in executor.names("make")
+    assert outcome.winner.place.label == "dynamic on ort:cpu"
+
+
+def test_a_model_that_collapsed_is_wrong_also_where_no_target_was_given(run: Any) -> None:
+    collapsed = {"met": False, "collapsed": "it collapsed", "summary": "it collapsed"}
+    outcome, _, search = run(wish={"goal": Goal()}, quality={"static": collapsed}, speed={STATIC: 9.0})
+    assert dropped(search, STATIC) == "judge: wrong: it collapsed"
+    assert outcome.winner.place.model != "static"
+
+
+def test_without_an_answer_of_the_judge_nothing_quantized_is_kept(run: Any) -> None:
+    outcome, _, search = run(takes={"export": 100.0}, speed={STATIC: 9.0})
+    assert outcome.winner.place.label == "export on ort:cpu"
+    assert search.variants["static"].dropped == {"phase": "make", "reason": "not tried: the budget is too small"}
+    assert any("did not reach a last measurement" in n for n in search.told.notes) or search.report is None
+
+
+def test_wrong_outputs_failures_and_crashes_are_recorded_and_harm_nobody_else(run: Any) -> None:
+    outcome, _, search = run(
+        fails={"dynamic": OptimizationError("nothing to quantize"), "weights8": RuntimeError("Traceback\nKeyError: 1")},
+        wrong={"static-auto on ort:cpu": "wrong outputs: cosine 0.1"}, speed={STATIC: 2.0},
+    )  # fmt: skip
+    assert outcome.winner.place.label == STATIC
+    assert search.variants["dynamic"].dropped == {"phase": "make", "reason": "nothing to quantize"}
+    assert search.variants["weights8"].dropped == {"phase": "make", "reason": "it crashed: KeyError: 1"}
+    assert dropped(search, "static-auto on ort:cpu") == "screen: wrong outputs: cosine 0.1"
+    assert {f["label"] for f in search.failures} >= {"dynamic", "weights8"}
+    assert any("weights8 crashed; please report it" in note for note in search.told.notes)
+
+
+def test_among_those_that_tie_float_is_kept_before_integers_and_the_smaller_before_the_larger(run: Any) -> None:
+    speed = {STATIC: 1.5, "fp16 on ort:cpu": 1.5, "static-auto on ort:cpu": 1.5}
+    labels = [STATIC, "fp16 on ort:cpu", "static-auto on ort:cpu"]
+    outcome, _, _ = run(speed=speed, ties=labels)
+    assert outcome.winner.place.label == "fp16 on ort:cpu"
+    assert "tie with" in outcome.headline
+    outcome, _, _ = run(
+        speed={STATIC: 1.5, "static-auto on ort:cpu": 1.5}, size={"static": 900, "static-auto": 500},
+        ties=[STATIC, "static-auto on ort:cpu"],
+    )  # fmt: skip
+    assert outcome.winner.place.label == "static-auto on ort:cpu"
+
+
+def test_limits_exclude(run: Any) -> None:
+    outcome, _, search = run(
+        wish={"limits": Limits(max_size_mb=0.0009)}, size={"static": 2000, "dynamic": 500},
+        speed={STATIC: 2.0, "dynamic on ort:cpu": 1.2},
+    )  # fmt: skip
+    assert outcome.winner.place.label == "dynamic on ort:cpu"
+    assert search.variants["static"].dropped == {"phase": "limits", "reason": "0.00 MB, more than 0.0009"}
+    outcome, _, search = run(wish={"limits": Limits(max_latency_ms=0.6)}, speed={STATIC: 2.0})
+    assert outcome.winner.place.label == STATIC
+    with pytest.raises(SearchError, match=r"nothing keeps what was asked for: .* ms, more than 0\.1"):
+        run(wish={"limits": Limits(max_latency_ms=0.1)}, speed={STATIC: 2.0})
+
+
+def test_the_smallest_wins_where_size_is_the_objective(run: Any) -> None:
+    outcome, executor, _ = run(
+        wish={"objective": "size"}, size={"static": 400, "weights4": 300}, speed={STATIC: 2.0}
+    )  # fmt: skip
+    assert outcome.winner.place.model == "weights4"
+    assert not executor.names("tune")
+
+
+def test_cost_counts_the_cores_that_are_kept_busy(run: Any) -> None:
+    outcome, _, _ = run(wish={"objective": "cost"}, speed={STATIC: 2.0}, tuned={"static": {"threads": 1}})
+    assert outcome.winner.place.label == STATIC
+    assert outcome.winner.best_place.cores == 1
+
+
+def test_found_settings_are_measured_in_the_end_and_handed_over(run: Any) -> None:
+    outcome, _, _ = run(
+        speed={STATIC: 2.0, "static tuned on ort:cpu": 2.5},
+        tuned={"static": {"settings": {"session.intra_op.allow_spinning": "0"}}},
+    )  # fmt: skip
+    assert outcome.winner.best_place.label == "static tuned on ort:cpu"
+    settings = outcome.settings_of(outcome.winner)
+    assert settings.settings == {"session.intra_op.allow_spinning": "0"}
+    assert "2.50x" in outcome.headline
+
+
+def test_the_exported_model_wins_where_nothing_is_faster(run: Any) -> None:
+    slow = {f"{n} on ort:cpu": 0.5 for n in ("static", "dynamic", "static-auto", "fp16", "weights8", "weights4")}
+    slow |= {label.replace("ort", "openvino"): ratio for label, ratio in slow.items()}
+    slow |= {"static-nncf on ort:cpu": 0.5, "static-nncf on openvino:cpu": 0.5, "export on openvino:cpu": 0.6}
+    others = ("fuse-transformers", "fuse-onnxscript", "export-torchscript", "simplify")
+    slow |= {f"{n} on {d}": 0.5 for n in others for d in ("ort:cpu", "openvino:cpu")}
+    outcome, _, _ = run(speed=slow)
+    assert outcome.winner.place.label == "export on ort:cpu"
+    assert "the exported model as it is: nothing that is right was faster" in outcome.headline
+
+
+def test_the_budget_ends_the_search_at_each_phase(run: Any) -> None:
+    for slow in ("make", "judge", "screen", "tune", "decide"):
+        outcome, _, search = run(takes={slow: 60.0, "export": 1.0}, speed={STATIC: 2.0})
+        assert outcome.winner is not None, slow
+        assert search.phases[-1].name == "decide"
+
+
+def test_the_recipe_holds_the_winners_steps(run: Any) -> None:
+    outcome, _, _ = run(speed={STATIC: 2.0})
+    text = outcome.recipe()
+    assert "[export]" in text and '[static]\nstep = "quantize-static"' in text
+    assert "dynamic" not in text.replace("dynamic =", "")
