@@ -1,10 +1,11 @@
 """What `optimize` finds against the best file of each peer: python benchmarks/suite/optimize_peers.py [NAME ...]
 
-ResNet-50, MobileNetV2 and ViT-tiny with random weights, which serve for speed only, and MiniLM with its own. The peers'
-files are those of `quantized_shapes.py` and onnxruntime's dynamic quantization by channel. `deploykit.optimize` gets the
-exported model, 64 samples and a target that the best peer keeps as well. Then all of it is timed in one interleaved run,
-each file in each runtime with the runtime's defaults, and the winner as it is to be served. Printed is the speed as a
-ratio to float32 in ONNX Runtime, the cosine to float32's outputs, and the winner against the best peer that is right.
+ResNet-50, MobileNetV2 and ViT-tiny with random weights, which serve for speed only, and MiniLM with its own. The
+peers' files are those of `quantized_shapes.py` and onnxruntime's dynamic quantization by channel. `deploykit.optimize`
+gets the exported model, 64 samples and a target that the best peer keeps as well. Then all of it is timed in one
+interleaved run, each file in each runtime with the runtime's defaults, and the winner as it is to be served. Printed is
+the speed as a ratio to float32 in ONNX Runtime, the cosine to float32's outputs, and the winner against the best peer
+that is right.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def compare(name: str, batch: int, folder: Path, options: argparse.Namespace, ma
             optimize=kept["optimize"],
             settings=kept["settings"],
             tuned=True,
-        )  # fmt: skip
+        )
     )
     settings = Settings(
         rounds=options.rounds, seconds=options.seconds, warmup_s=0.3, batch=size, min_cosine=-1, max_drop=1.0,
@@ -96,9 +97,8 @@ def compare(name: str, batch: int, folder: Path, options: argparse.Namespace, ma
         for e in report.candidates
     ]  # fmt: skip
     least = least_cosine(TARGETS[name])
-    print(
-        f"\n{name}, batch {batch}; noise floor {report.data['noise_floor']:.1%}; searched {spent:.0f} s of {options.budget:g}"
-    )
+    floor = report.data["noise_floor"]
+    print(f"\n{name}, batch {batch}; noise floor {floor:.1%}; searched {spent:.0f} s of {options.budget:g}")
     for row in rows:
         wrong = "" if row["cosine"] >= least else "  (too inaccurate)"
         print(
