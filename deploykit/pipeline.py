@@ -14,6 +14,7 @@ from deploykit.benchmarking import benchmark
 from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
+from deploykit.fusing import fuse
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.storing import quantize_half, quantize_weights
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "export",
     "export_parts",
+    "fuse",
     "quantize_dynamic",
     "quantize_half",
     "quantize_repair",

@@ -2,7 +2,7 @@
 
 - "onnxscript": the optimizer of onnxscript and its default rewrite rules. Only operators of the standard come out.
 - "transformers": attention in one node (`fuse_attention`), then the fusions of `onnxruntime.transformers`
-  (SkipLayerNormalization, BiasGelu, EmbedLayerNormalization, ...). These are operators of ONNX Runtime, `com.microsoft`.
+  (SkipLayerNormalization, BiasGelu, EmbedLayerNormalization, ...). These are ONNX Runtime's own (`com.microsoft`).
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def _refused(model: Path, candidate: Path, before: int, passes: str) -> str | No
     if after >= before:
         return f"it found nothing to fuse: {after} nodes, {before} before"
     if passes == "onnxscript":
-        new = {domain_of(n) for n in all_nodes(made)} - {domain_of(n) for n in all_nodes(read_model(model, weights=False))}
+        new = {domain_of(n) for n in all_nodes(made)} - {
+            domain_of(n) for n in all_nodes(read_model(model, weights=False))
+        }
         if new - {""}:
             return f"it brought in operators of {', '.join(sorted(new - {''}))}"
     return None

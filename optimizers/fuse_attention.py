@@ -57,7 +57,9 @@ def has_attention(model: onnx.ModelProto) -> bool:
         if not is_op(node, "Softmax"):
             continue
         reached = [*graph.readers(node.output[0])]
-        reached += [r for n in reached if is_op(n, "Where", "Cast", "Dropout") for r in graph.readers(n.output[0])]
+        for passed in reached:  # grows while it is walked
+            if is_op(passed, "Where", "Cast", "Dropout", "Identity"):
+                reached += [r for r in graph.readers(passed.output[0]) if not any(r is known for known in reached)]
         if any(is_op(n, "MatMul") and all(graph.maker(i) is not None for i in n.input) for n in reached):
             return True
     return False
@@ -74,7 +76,7 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """
     known = {value.name for value in model.graph.value_info}
     made, _ = prepare(model, per_channel=False, quantized=True)
-    for equal in (turn_keys_once, drop_idle_masks, drop_idle_guards):
+    for equal in (_drop_idle_casts, turn_keys_once, drop_idle_masks, drop_idle_guards):
         graph = GraphEditor(made)
         if equal(graph):
             graph.finish()
@@ -89,6 +91,15 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
         entry = made.opset_import.add()
         entry.domain, entry.version = _DOMAIN, 1
     return made, count
+
+
+def _drop_idle_casts(graph: GraphEditor) -> int:
+    """Take away casts to the type that a tensor has."""
+    count = 0
+    for node in graph.nodes:
+        if is_op(node, "Cast") and attribute(node, "to") == graph.elem_type(node.input[0]):
+            count += graph.replace(node.output[0], node.input[0])
+    return count
 
 
 def _fuse(graph: GraphEditor, soft: onnx.NodeProto, masks: dict[tuple[str, _Size, _Size], str]) -> bool:
