@@ -113,7 +113,7 @@ def fuse(
                     or check(candidate)
                 )
                 if why:
-                    joined = f" after attention was joined in {given.blocks} blocks" if given.blocks else ""
+                    joined = f" after attention was joined" if given.blocks else ""
                     notes.append(f"{tool} was not used{joined}: {why}")
                     shutil.rmtree(candidate.parent)
                     continue
@@ -163,7 +163,7 @@ def _model_types(model: onnx.ModelProto) -> tuple[str, ...]:
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.type.tensor_type for value in model.graph.input if value.name not in weights]
     ops = {node.op_type for node in model.graph.node}
-    if any(len(kind.shape.dim) == 4 and kind.elem_type == _FLOAT for kind in inputs):
+    if "Conv" in ops and any(len(kind.shape.dim) == 4 and kind.elem_type == _FLOAT for kind in inputs):
         return ("transformers:vit",)
     if "Softmax" in ops and ("Split" in ops or "Trilu" in ops):  # queries, keys and values in one product; causal
         return ("transformers:gpt2", "transformers:bert")

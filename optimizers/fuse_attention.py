@@ -11,7 +11,7 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """
     known = {value.name for value in model.graph.value_info}
     made, _ = prepare(model, per_channel=False, quantized=True)
-    for equal in (_drop_idle_casts, turn_keys_once, drop_idle_masks, drop_idle_guards):
+    for equal in (_drop_copies, turn_keys_once, drop_idle_masks, drop_idle_guards):
         graph = GraphEditor(made)
         if equal(graph):
             graph.finish()
@@ -93,11 +93,12 @@ def fuse_attention(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     return made, count
 
 
-def _drop_idle_casts(graph: GraphEditor) -> int:
-    """Take away casts to the type that a tensor has."""
+def _drop_copies(graph: GraphEditor) -> int:
+    """Take away Identity, and casts to the type that a tensor has."""
     count = 0
     for node in graph.nodes:
-        if is_op(node, "Cast") and attribute(node, "to") == graph.elem_type(node.input[0]):
+        same = is_op(node, "Cast") and attribute(node, "to") == graph.elem_type(node.input[0])
+        if same or is_op(node, "Identity"):
             count += graph.replace(node.output[0], node.input[0])
     return count
 
@@ -238,7 +239,7 @@ def _bias(
 def _node(graph: GraphEditor, query: _Heads, key: _Heads, value: _Heads, bias: str, scale: float) -> str:
     """Add the operator; three products of one tensor with constants become one."""
     parts = [_projection(graph, h.name) for h in (query, key, value)]
-    settings = {"domain": _DOMAIN, "num_heads": query.heads, "scale": float(scale)}
+    settings: dict[str, Any] = {"domain": _DOMAIN, "num_heads": query.heads, "scale": float(scale)}
     known = [p for p in parts if p is not None]
     if len(known) == 3 and len({source for source, _, _ in known}) == 1:
         weight = graph.add_constant(query.name + "_weights", np.concatenate([w for _, w, _ in known], axis=1))

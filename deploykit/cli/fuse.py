@@ -53,7 +53,8 @@ def command(
     artifact = fuse(model, output, progress=common.progress(), **asked)
     if not as_json:
         params = artifact.manifest.lineage[-1].params
-        fused = ", ".join(f"{count} {op}" for op, count in params.get("fused", {}).items())
+        found: Any = params.get("fused", {})
+        fused = ", ".join(f"{count} {op}" for op, count in found.items())
         told = f"{params['tool']}: {params['nodes_before']} nodes -> {params['nodes_after']}"
         click.echo(f"{told} ({fused})" if fused else told)
     common.show_artifact(artifact, as_json=as_json)
