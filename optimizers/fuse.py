@@ -113,7 +113,7 @@ def fuse(
                     or check(candidate)
                 )
                 if why:
-                    joined = f" after attention was joined" if given.blocks else ""
+                    joined = " after attention was joined" if given.blocks else ""
                     notes.append(f"{tool} was not used{joined}: {why}")
                     shutil.rmtree(candidate.parent)
                     continue

@@ -1,4 +1,4 @@
-"""`fuse` as a verb: MiniLM with its real weights, what a contract allows, and results that are not faster."""
+"""`fuse` as a verb: what a contract allows, results that are not faster, and models with nothing to fuse."""
 
 from __future__ import annotations
 
@@ -18,9 +18,25 @@ from deploykit.recipe import Recipe
 from deploykit.targets import parse_targets
 
 
-@pytest.fixture(scope="module")
-def exported(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return deploykit.export(minilm_dir, tmp_path_factory.mktemp("minilm") / "fp32", devices=["ort:cpu"])
+@pytest.fixture
+def block(tmp_path: Path) -> Path:
+    """Attention without a mask, and a Gelu behind it."""
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[b,t,8] x) => (float[b,t,8] z) {
+        lq = MatMul(x, wq) rq = Reshape(lq, heads) tq = Transpose<perm = [0, 2, 1, 3]>(rq)
+        lk = MatMul(x, wk) rk = Reshape(lk, heads) tk = Transpose<perm = [0, 2, 3, 1]>(rk)
+        lv = MatMul(x, wv) rv = Reshape(lv, heads) tv = Transpose<perm = [0, 2, 1, 3]>(rv)
+        dots = MatMul(tq, tk) scores = Mul(dots, half) weights = Softmax<axis = -1>(scores)
+        mixed = MatMul(weights, tv) back = Transpose<perm = [0, 2, 1, 3]>(mixed) joined = Reshape(back, whole)
+        e1 = Div(joined, root) e2 = Erf(e1) e3 = Add(e2, one) e4 = Mul(joined, e3) z = Mul(e4, half)
+    }"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    weights = {f"w{n}": rng.standard_normal((8, 8)).astype(np.float32) for n in "qkv"}
+    weights |= {n: np.float32(a) for n, a in (("root", 2**0.5), ("one", 1), ("half", 0.5))}
+    weights |= {"heads": np.int64([0, 0, 2, 4]), "whole": np.int64([0, 0, 8])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in weights.items())
+    onnx.save(model, tmp_path / "block.onnx")
+    return tmp_path / "block.onnx"
 
 
 @pytest.fixture
@@ -58,34 +74,26 @@ def judged(monkeypatch: pytest.MonkeyPatch, **verdicts: str) -> None:
     monkeypatch.setattr(gating, "time_pair", time_pair)
 
 
-def test_minilm(exported: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_gelu_and_speed(block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, ort="faster", openvino="tie")
-    made = deploykit.fuse(exported.path, tmp_path / "fused")
+    made = deploykit.fuse(block, tmp_path / "fused")
     step = made.manifest.lineage[-1]
-    assert step.step == "fuse" and step.parent == exported.digest
-    assert (step.params["passes"], step.params["changed"]) == ("transformers", True)
-    assert step.params["fused"] == {"Attention": 6, "BiasGelu": 6, "SkipLayerNormalization": 12}
-    assert step.params["nodes_after"] < step.params["nodes_before"] / 3
-    assert made.manifest.evidence.parity[0]["verdict"] == "passed"
+    assert (step.step, step.params["passes"], step.params["changed"]) == ("fuse", "transformers", True)
+    assert step.params["fused"] == {"Attention": 1, "Gelu": 1}
     assert [r["verdict"] for r in made.manifest.evidence.benchmark] == ["faster", "tie"]
-    # A row of which the mask hides all is what it was, and so is one of which it hides the end.
-    ids = np.arange(21).reshape(3, 7) + 1000
-    mask = np.array([[1] * 7, [1] * 3 + [0] * 4, [0] * 7], np.int64)
-    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    with deploykit.open_session(exported) as old, deploykit.open_session(made) as new:
-        want, have = old.run(feeds)["last_hidden_state"], new.run(feeds)["last_hidden_state"]
-    assert np.isfinite(want).all()
-    np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-4)
+    # OpenVINO reads these operators of ONNX Runtime.
+    assert [r["verdict"] for r in made.manifest.evidence.parity] == ["passed", "passed"]
 
 
-def test_minilm_for_other_runtimes_keeps_to_the_standard(exported: Artifact, tmp_path: Path) -> None:
-    made = deploykit.fuse(exported.path, tmp_path / "held", contract=["openvino:2026.4"], gate_seconds=0)
+def test_contract_with_another_runtime_keeps_to_the_standard(block: Path, tmp_path: Path) -> None:
+    made = deploykit.fuse(block, tmp_path / "held", contract=["openvino:2026.4"], gate_seconds=0)
     assert made.manifest.lineage[-1].params["passes"] == "onnxscript"
     assert {n.domain for n in read_model(made.path / "model.onnx", weights=False).graph.node} == {""}
+    old = deploykit.fuse(block, tmp_path / "old", contract=["triton:24.08"], gate_seconds=0)
+    assert old.manifest.lineage[-1].params["fused"] == {"Gelu": 1}
 
 
-def test_what_auto_and_attention_depend_on(exported: Artifact) -> None:
-    path = exported.path / "model.onnx"
+def test_what_auto_and_attention_depend_on(block: Path) -> None:
     for contract, passes, attention in (
         ([], "transformers", True),
         (["ort:1.22"], "transformers", True),
@@ -94,12 +102,12 @@ def test_what_auto_and_attention_depend_on(exported: Artifact) -> None:
         (["ort:1.24", "openvino:2026.4"], "onnxscript", False),
     ):
         held = parse_targets(contract)
-        assert fusing.choose_passes(path, held) == passes
+        assert fusing.choose_passes(block, held) == passes
         assert fusing.runs_attention(held) == attention
 
 
 def test_contract_that_lacks_an_operator_refuses_it(
-    exported: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table says what a runtime reads; where it lacks an operator, the graph stays as it was, with the reason."""
     from dataclasses import replace
@@ -107,12 +115,12 @@ def test_contract_that_lacks_an_operator_refuses_it(
     from deploykit import deriving
 
     (target,) = parse_targets(["openvino:2026.4"])
-    less = replace(target, contrib=target.contrib - {"BiasGelu"})
+    less = replace(target, contrib=target.contrib - {"Gelu"})
     monkeypatch.setattr(deriving, "contract_of", lambda lineage, asked: (less,))
-    made = deploykit.fuse(exported.path, tmp_path / "f", passes="transformers", gate_seconds=0)
+    made = deploykit.fuse(block, tmp_path / "f", passes="transformers", gate_seconds=0)
     step = made.manifest.lineage[-1]
     assert not step.params["changed"]
-    assert any("breaks the contract" in note and "com.microsoft.BiasGelu" in note for note in step.notes)
+    assert any("breaks the contract" in note and "com.microsoft.Gelu" in note for note in step.notes)
 
 
 def test_nothing_to_fuse(convs: Path, tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_nothing_to_fuse(convs: Path, tmp_path: Path) -> None:
 
 def test_not_faster_is_refused(redundant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(monkeypatch, ort="tie", openvino="faster")
-    with pytest.raises(SpeedError, match="the fused model is not faster than its parent: ort:cpu tie 1.00x"):
+    with pytest.raises(SpeedError, match=r"the fused model is not faster than its parent: ort:cpu tie 1.00x"):
         deploykit.fuse(redundant, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     made = deploykit.fuse(redundant, tmp_path / "out", allow_slower=True)
