@@ -62,6 +62,8 @@ def _by_fusions(model: Any, model_type: str) -> Any:
     from onnxruntime.transformers.fusion_options import FusionOptions
 
     options = FusionOptions(model_type)
+    # By default, masks become lengths, which is right only where padding is at the end.
+    options.use_raw_attention_mask(True)
     # Made for GPUs: other layouts of images, and fusions that the CPU provider has no kernel for.
     options.enable_nhwc_conv = False
     options.enable_group_norm = False
