@@ -174,10 +174,15 @@ def _in_words(record: Mapping[str, Any]) -> str:
     return f"{record['verdict']} {interval}, {record['parent_ms']:.3f} -> {record['ms']:.3f} ms"
 
 
-def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate) -> str:
+def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate, kind: str = "quantized") -> str:
     """Refuse a model that is slower somewhere, or faster nowhere.
 
     It has to be faster in at least one of the devices that decide, and slower in none; a tie is not faster.
+
+    Args:
+        records: Of `time_against_parent`.
+        gate: Which of them decide, and what is allowed.
+        kind: What the model is called: "quantized" or "fused".
 
     Returns:
         What to say where it is accepted all the same; empty where it is faster.
@@ -196,9 +201,10 @@ def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate) -> str:
     others = [str(r["device"]) for r in counted if r["verdict"] == "faster"]
     where = f"name the runtime that it is for (--device {others[0]}), " if others else ""
     raise SpeedError(
-        f"the quantized model is {what}",
+        f"the {kind} model is {what}",
         expected="slower in no runtime" if gate.tie_allowed else "faster in one runtime, slower in none",
-        hint=f"{where}keep the model in floating point, or take it as it is: --allow-slower",
+        hint=f"{where}keep the {'parent' if kind == 'fused' else 'model in floating point'}, or take it as it is: "
+        "--allow-slower",
     )
 
 

@@ -14,6 +14,7 @@ from deploykit.benchmarking import benchmark
 from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
+from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
@@ -26,6 +27,7 @@ __all__ = [
     "compare",
     "export",
     "export_parts",
+    "fuse",
     "optimize",
     "quantize_dynamic",
     "quantize_half",

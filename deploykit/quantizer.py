@@ -270,20 +270,7 @@ class Quantizer:
             SpeedError: It is not faster.
         """
         accuracy = self._certify(work, target)
-        feeds, origin, _ = benchmark_feeds(work.parent, work.data, 1, work.dims)
-        short = {d: why for d in self.gate.devices if (why := memory_short(d, work.parent, target))}
-        gate = replace(self.gate, devices=tuple(d for d in self.gate.devices if d not in short))
-        with work.told.step(f"time against the parent in {', '.join(map(str, gate.devices))}"):
-            speed = time_against_parent(work.parent, target, gate, feeds, origin)
-        speed += [
-            {"device": str(d), "verdict": "not timed", "summary": f"not timed: {why}"} for d, why in short.items()
-        ]
-        allowed = check_speed(speed, gate)
-        silent = [id(r) for r in gate.decisive(speed) if r["verdict"] != "not timed"]
-        for note in ([allowed] if allowed else []) + [
-            f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent and gate.seconds > 0
-        ]:
-            work.told.note(note)
+        speed, gate = prove_speed(work, target, self.gate)
         half = isinstance(self.config, HalfConfig)  # not about integers
         placement = [] if half else [prove_placement(target, device, self.reasons) for device in gate.devices]
         return Evidence(accuracy=accuracy, placement=placement, benchmark=speed)
@@ -306,6 +293,36 @@ class Quantizer:
                 hint="give more calibration data, or set a target that keeps layers in float: --eval DATA",
             )
         return [self.judge.record(score)]
+
+
+def prove_speed(work: Work, target: Path, gate: Gate, kind: str = "quantized") -> tuple[list[dict[str, Any]], Gate]:
+    """Time the model that will be committed against its parent, and say what does not decide.
+
+    Args:
+        work: The step.
+        target: The model.
+        gate: How speed is judged.
+        kind: What the model is called.
+
+    Returns:
+        A record a device, and the gate without the devices that have too little memory for it.
+
+    Raises:
+        SpeedError: It is not faster.
+    """
+    feeds, origin, _ = benchmark_feeds(work.parent, work.data, 1, work.dims)
+    short = {d: why for d in gate.devices if (why := memory_short(d, work.parent, target))}
+    gate = replace(gate, devices=tuple(d for d in gate.devices if d not in short))
+    with work.told.step(f"time against the parent in {', '.join(map(str, gate.devices))}"):
+        speed = time_against_parent(work.parent, target, gate, feeds, origin)
+    speed += [{"device": str(d), "verdict": "not timed", "summary": f"not timed: {why}"} for d, why in short.items()]
+    allowed = check_speed(speed, gate, kind)
+    silent = [id(r) for r in gate.decisive(speed) if r["verdict"] != "not timed"]
+    for note in ([allowed] if allowed else []) + [
+        f"{r['device']} {r['summary']}" for r in speed if id(r) not in silent and gate.seconds > 0
+    ]:
+        work.told.note(note)
+    return speed, gate
 
 
 class _Bench:

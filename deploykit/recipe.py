@@ -67,6 +67,21 @@ class SimplifyStep(_Step):
     contract: list[str] = []
 
 
+class FuseStep(_Step):
+    """`deploykit fuse`."""
+
+    step: Literal["fuse"] = "fuse"
+    model: str | None = None
+    passes: Literal["auto", "onnxscript", "transformers"] = "auto"
+    timeout_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    data: str | None = None
+    dims: dict[str, int] = {}
+    devices: list[str] = []
+    allow_slower: bool = False
+    gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    contract: list[str] = []
+
+
 class _GoalStep(_Step):
     """What a smaller model is held to."""
 
@@ -196,10 +211,21 @@ class BenchmarkStep(_Step):
     explain: bool = False
 
 
-Step = ExportStep | SimplifyStep | DynamicStep | StaticStep | WeightsStep | HalfStep | RepairStep | BenchmarkStep
+Step = (
+    ExportStep
+    | SimplifyStep
+    | FuseStep
+    | DynamicStep
+    | StaticStep
+    | WeightsStep
+    | HalfStep
+    | RepairStep
+    | BenchmarkStep
+)
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "simplify": SimplifyStep,
+    "fuse": FuseStep,
     "quantize-dynamic": DynamicStep,
     "quantize-static": StaticStep,
     "quantize-weights": WeightsStep,

@@ -20,6 +20,7 @@ from deploykit.recipe import (
     BenchmarkStep,
     DynamicStep,
     ExportStep,
+    FuseStep,
     HalfStep,
     Recipe,
     RepairStep,
@@ -178,6 +179,7 @@ def _run_step(
     model = params.pop("model") or str(output / str(previous))
     verbs: dict[type[Step], Callable[..., Artifact]] = {
         SimplifyStep: pipeline.simplify,
+        FuseStep: pipeline.fuse,
         DynamicStep: _dynamic,
         StaticStep: _static,
         WeightsStep: _weights,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
+from deploykit.optimizers.fuse import FuseConfig
+from deploykit.optimizers.fuse_attention import has_attention
 from deploykit.optimizers.quantize_config import (
     DynamicConfig,
     HalfConfig,
@@ -25,6 +27,7 @@ from deploykit.optimizers.steps import StepConfig, optimize
 
 __all__ = [
     "DynamicConfig",
+    "FuseConfig",
     "HalfConfig",
     "RepairConfig",
     "SimplifierProcess",
@@ -36,6 +39,7 @@ __all__ = [
     "check_engine",
     "escalation",
     "for_engine",
+    "has_attention",
     "optimize",
     "own_options",
     "require_nncf",

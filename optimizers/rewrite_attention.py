@@ -128,7 +128,7 @@ def drop_idle_guards(graph: GraphEditor) -> int:
     """
     count = 0
     for node in graph.nodes:
-        found = _guard(graph, node)
+        found = guarded_softmax(graph, node)
         soft = graph.maker(found, "Softmax") if found is not None else None
         if found is None or soft is None:
             continue
@@ -152,7 +152,7 @@ def guard_less(graph: GraphEditor) -> int:
     """
     count = 0
     for node in graph.nodes:
-        found = _guard(graph, node)
+        found = guarded_softmax(graph, node)
         product = graph.reader(node.output[0], "MatMul") if found is not None else None
         if found is None or product is None or product.input[0] != node.output[0] or graph.kept(product.output[0]):
             continue
@@ -169,7 +169,7 @@ def guard_less(graph: GraphEditor) -> int:
     return count
 
 
-def _guard(graph: GraphEditor, node: onnx.NodeProto) -> str | None:
+def guarded_softmax(graph: GraphEditor, node: onnx.NodeProto) -> str | None:
     """The softmax that a Where replaces by zeros in places where it is NaN."""
     if not is_op(node, "Where") or graph.scalar(node.input[1]) != 0:
         return None

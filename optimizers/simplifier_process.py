@@ -45,7 +45,7 @@ class SimplifierProcess:
         """Simplify ``source`` into ``target``.
 
         Args:
-            tool: "onnxsim" or "onnxslim".
+            tool: What the worker offers, such as "onnxsim"; see `simplify_worker`.
             source: The model.
             target: Where the result goes.
             timeout_s: Seconds that it may take.

@@ -61,14 +61,14 @@ def simplify(
         # Beside the result: what is accepted is moved there, whatever its size.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix=".simplify-", dir=target.parent)))
         worker = process or stack.enter_context(SimplifierProcess())
-        given, light, aside = _set_aside(model, folder)
+        given, light, aside = set_large_aside(model, folder)
         limit = max(FOLD_LIMIT_BYTES, _largest(model))
         for tool in _TOOLS:
             candidate = folder / tool / target.name
             candidate.parent.mkdir()
             why = (
                 worker.run(tool, given, candidate, config.timeout_s, fold_limit_bytes=limit)
-                or _put_back(candidate, light, aside)
+                or put_large_back(candidate, light, aside)
                 or _grown(candidate, before, model_bytes(model))
                 or changed_interface(model, candidate)
                 or check(candidate)
@@ -80,7 +80,7 @@ def simplify(
             params = {"tool": tool, "nodes_before": before, "nodes_after": _count(candidate)}
             if aside:
                 params["weights_set_aside"] = len(aside)
-            _move(candidate, target)
+            move_candidate(candidate, target)
             return StepResult(
                 changed=not filecmp.cmp(target, model, shallow=False),
                 notes=tuple(notes),
@@ -92,7 +92,7 @@ def simplify(
     return StepResult(False, tuple(notes), {"tool": "none", "nodes_before": before, "nodes_after": before})
 
 
-def _set_aside(model: Path, folder: Path) -> tuple[Path, LightModel | None, list[onnx.TensorProto]]:
+def set_large_aside(model: Path, folder: Path) -> tuple[Path, LightModel | None, list[onnx.TensorProto]]:
     """The file that the tools are given, and the weights that are not in it."""
     import onnx
 
@@ -107,7 +107,7 @@ def _set_aside(model: Path, folder: Path) -> tuple[Path, LightModel | None, list
     return given, light, aside
 
 
-def _put_back(candidate: Path, light: LightModel | None, aside: list[onnx.TensorProto]) -> str | None:
+def put_large_back(candidate: Path, light: LightModel | None, aside: list[onnx.TensorProto]) -> str | None:
     """Give a candidate its large weights back; says why it cannot be done."""
     if light is None:
         return None
@@ -122,7 +122,8 @@ def _put_back(candidate: Path, light: LightModel | None, aside: list[onnx.Tensor
     return None
 
 
-def _move(candidate: Path, target: Path) -> None:
+def move_candidate(candidate: Path, target: Path) -> None:
+    """Move an accepted file, with its external data, to where the result goes."""
     for file in candidate.parent.iterdir():
         file.replace(target.parent / file.name)
 

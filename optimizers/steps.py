@@ -8,6 +8,7 @@ from pathlib import Path
 from deploykit.data import Dataset
 from deploykit.errors import OptimizationError
 from deploykit.optimizers.base import Check, Opener, StepResult
+from deploykit.optimizers.fuse import FuseConfig, fuse
 from deploykit.optimizers.quantize_config import (
     DynamicConfig,
     HalfConfig,
@@ -26,7 +27,7 @@ from deploykit.optimizers.simplify import SimplifyConfig, simplify
 from deploykit.progress import Progress
 from deploykit.specs import Feeds
 
-StepConfig = SimplifyConfig | DynamicConfig | StaticConfig | WeightsConfig | HalfConfig | RepairConfig
+StepConfig = SimplifyConfig | FuseConfig | DynamicConfig | StaticConfig | WeightsConfig | HalfConfig | RepairConfig
 
 
 def optimize(
@@ -52,7 +53,7 @@ def optimize(
         check: Says why a candidate is not acceptable; steps with alternatives ask it.
         open_model: Runs a model file; needed by `StaticConfig`.
         data: Calibration data; needed by `StaticConfig`.
-        process: Where simplifiers run; whoever simplifies many models keeps one.
+        process: Where simplifiers and fusions run; whoever simplifies many models keeps one.
         progress: Told how far a step is that takes long.
         same_bits: Says why a file does not give the model's very bits without fusions; `RepairConfig` asks it.
         keep_float: Where a quantizer leaves the graph as it was, rewritten, before anything in it was quantized; for
@@ -64,6 +65,8 @@ def optimize(
     """
     if isinstance(config, SimplifyConfig):
         return simplify(model, config, target, check, process)
+    if isinstance(config, FuseConfig):
+        return fuse(model, config, target, check, process)
     if isinstance(config, DynamicConfig):
         return quantize_dynamic(model, config, target, keep_float)
     if isinstance(config, WeightsConfig):

@@ -18,6 +18,7 @@ _COMMANDS = {
     "doctor": "What is installed, which devices exist, what clashes, and what to do about it.",
     "export": "Turn a model into a verified ONNX artifact.",
     "simplify": "Simplify the graph, compared with its parent.",
+    "fuse": "Fuse nodes, where that is right and faster.",
     "quantize": "Quantize to 8 bits: dynamic or static.",
     "optimize": "Find the best deployment: export, quantize, tune and measure, under a target and a budget.",
     "verify": "Compare a model with another, or with its own golden outputs.",

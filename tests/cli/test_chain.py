@@ -150,6 +150,7 @@ def test_recipe(run_cli, conv_model, tmp_path):
     [
         ["export", "net.onnx", "-o", "x"],
         ["simplify", "-m", "net.onnx", "-o", "x"],
+        ["fuse", "-m", "net.onnx", "-o", "x", "--passes", "onnxscript", "--device", "ort:cpu", "--allow-slower"],
         ["quantize", "dynamic", "-m", "net.onnx", "-o", "x", "--exclude", "n", "--smooth", "off"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz"],
         ["quantize", "static", "-m", "net.onnx", "-o", "x", "--data", "calib.npz", "--smooth", "auto", "--equalize"],

@@ -8,7 +8,7 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-    [], ["doctor"], ["export"], ["simplify"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
+    [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["verify"],
     ["inspect"], ["benchmark"], ["report"], ["compare"], ["run"],
 ]  # fmt: skip

@@ -73,3 +73,18 @@ def test_dynamic_int8_keeps_the_embeddings(exported, torch_side, tmp_path):
     cosines = (embeddings["fp32"] * embeddings["int8"]).sum(1)
     assert cosines.mean() > 0.98
     assert cosines.min() > 0.95  # what the command itself guarantees; the one-word sentence is the worst
+
+
+def test_fused_attention_keeps_the_numbers_at_hidden_rows(exported, tmp_path):
+    made = deploykit.fuse(exported.path, tmp_path / "fused", gate_seconds=0)
+    params = made.manifest.lineage[-1].params
+    assert params["fused"] == {"Attention": 6, "BiasGelu": 6, "SkipLayerNormalization": 12}
+    assert params["nodes_after"] < params["nodes_before"] / 3
+    assert [r["verdict"] for r in made.manifest.evidence.parity] == ["passed", "passed"]
+    ids = np.arange(21).reshape(3, 7) + 1000
+    mask = np.array([[1] * 7, [1] * 3 + [0] * 4, [0] * 7], np.int64)  # the last row hides all
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    with deploykit.open_session(exported) as old, deploykit.open_session(made) as new:
+        want, have = old.run(feeds)["last_hidden_state"], new.run(feeds)["last_hidden_state"]
+    assert np.isfinite(want).all()
+    np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-4)
