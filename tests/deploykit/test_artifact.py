@@ -654,7 +654,7 @@ def test_an_interrupt_while_the_staging_directory_is_made_leaves_nothing(
         assert folder.is_dir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploykit.staging._take_lock", interrupted)
+    monkeypatch.setattr("deploykit.staging.take_lock", interrupted)
     with pytest.raises(KeyboardInterrupt), ArtifactWriter(tmp_path / "deep" / "out"):
         pytest.fail("it never opens")
     assert not list(tmp_path.iterdir())
