@@ -30,6 +30,7 @@ _EXPORTS = {
     "compare": "pipeline",
     "export": "pipeline",
     "export_parts": "pipeline",
+    "load": "runtimes",
     "open_session": "runtimes",
     "quantize_dynamic": "pipeline",
     "quantize_half": "pipeline",
@@ -56,6 +57,7 @@ __all__ = [
     "compare",
     "export",
     "export_parts",
+    "load",
     "open_session",
     "quantize_dynamic",
     "quantize_half",
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
         verify,
     )
     from deploykit.recipe import Recipe
-    from deploykit.runtimes import Session, open_session
+    from deploykit.runtimes import Session, load, open_session
     from deploykit.specs import Signature, TensorSpec
 
 
