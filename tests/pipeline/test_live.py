@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -202,14 +203,14 @@ images = (images / 16).astype("float32")
 net = keras.Sequential([keras.Input((64,), name="image"), keras.layers.Dense(32, "relu"), keras.layers.Dropout(0.2),
                         keras.layers.Dense(10)])
 net.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-net.fit(images[:1200], labels[:1200], epochs=10, verbose=0)
+net.fit(images[:1200], labels[:1200], epochs=20, batch_size=100, verbose=0)
 before = [w.copy() for w in net.get_weights()]
 artifact = deploykit.export(net, "out", images[:4], devices=["ort:cpu"])
 assert all((a == b).all() for a, b in zip(before, net.get_weights()))
 with deploykit.load("out") as session:
     (found,) = session.run({artifact.signature.inputs[0].name: images[1200:]}).values()
 wanted = np.asarray(net.predict(images[1200:], verbose=0))
-net.fit(images[:1200], labels[:1200], epochs=1, verbose=0)  # its training goes on
+net.fit(images[:1200], labels[:1200], epochs=1, batch_size=100, verbose=0)  # its training goes on
 print(json.dumps([artifact.manifest.lineage[0].params["source"], float(abs(found - wanted).max()),
                   float((found.argmax(1) == labels[1200:]).mean())]))
 """
@@ -220,8 +221,9 @@ def test_a_keras_model(tmp_path: Path, backend: str) -> None:
     if not (available("keras") and available(backend)):
         pytest.skip(f"Keras or {backend} is not installed")
     done = subprocess.run(
-        [sys.executable, "-c", _KERAS, backend], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", _KERAS, backend], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     label, error, accuracy = json.loads(done.stdout.splitlines()[-1])
     assert label.startswith("model Sequential of keras.")
