@@ -157,7 +157,7 @@ class ArtifactWriter:
             shutil.rmtree(self.dir, ignore_errors=True)
             self.dir = Path()
         if self._lock is not None:
-            os.close(self._lock)
+            free_lock(self._lock)
             self._lock = None
         for folder in reversed(self._made_parents):
             with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ def take_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int 
         wait: Whether to wait for those who hold it.
 
     Returns:
-        What `os.close` releases; None where the lock is taken or cannot be had.
+        For `free_lock`; None where the lock is taken or cannot be had.
     """
     import fcntl
 
@@ -239,6 +239,15 @@ def take_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int 
     return handle
 
 
+def free_lock(handle: int) -> None:
+    """Give a lock back, also where a forked child has inherited it."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
 def sweep(parent: Path, prefix: str) -> None:
     """Remove the directories below ``parent`` whose owner is gone: nobody holds the lock on them."""
     for stale in parent.glob(f"{_escape(prefix)}*"):
@@ -248,7 +257,7 @@ def sweep(parent: Path, prefix: str) -> None:
         lock = take_lock(stale)
         if lock is not None:
             shutil.rmtree(stale, ignore_errors=True)
-            os.close(lock)
+            free_lock(lock)
 
 
 def flush_tree(folder: Path) -> None:

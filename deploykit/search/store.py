@@ -28,7 +28,7 @@ from deploykit.errors import StorageError
 from deploykit.progress import Progress
 from deploykit.search.entries import ENTRY, FILES, Entry, describe_entry, read_entry, write_entry
 from deploykit.search.jobs import Done
-from deploykit.staging import flush_tree, sweep, take_lock
+from deploykit.staging import flush_tree, free_lock, sweep, take_lock
 
 _PREFIX = "of-"
 
@@ -72,7 +72,7 @@ class Cache:
             if self._use is not None:
                 shutil.rmtree(self._use, ignore_errors=True)
             if self._lock is not None:
-                os.close(self._lock)
+                free_lock(self._lock)
             self._use = self._lock = None
 
     @property
@@ -85,7 +85,8 @@ class Cache:
         with self._guard:
             if not self._off:
                 self._off = True
-                why = (exc.strerror or str(exc)) if isinstance(exc, OSError) else exc.what
+                cause = exc if isinstance(exc, OSError) else exc.__cause__
+                why = (isinstance(cause, OSError) and cause.strerror) or str(exc)
                 self._told.note(f"results are not kept: the cache {self.root} cannot be used ({why})")
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):
                     held |= {p.name for p in use.iterdir()}
             else:
-                os.close(lock)
+                free_lock(lock)
         return held
 
     @contextlib.contextmanager
@@ -225,7 +226,7 @@ class Cache:
             yield
         finally:
             if lock is not None:
-                os.close(lock)
+                free_lock(lock)
 
     def _remove(self, keys: list[str], *, damaged: bool = False, own: bool = False) -> set[str]:
         """Remove entries that nobody uses, or whoever uses them where they are damaged; which it were."""
@@ -239,14 +240,15 @@ class Cache:
             with self._gate(shared=False):
                 held = set() if damaged else self._held(by_others=own)
                 for key in keys:
-                    if key not in held:
+                    # Another may have removed the damaged one meanwhile, and put a good one there.
+                    if key not in held and not (damaged and read_entry(self.root / "entries" / key)):
                         with contextlib.suppress(FileNotFoundError):  # another one was faster
                             (self.root / "entries" / key).rename(bin_ / key)
                             removed.add(key)
         finally:
             shutil.rmtree(bin_, ignore_errors=True)
             if lock is not None:
-                os.close(lock)
+                free_lock(lock)
         return removed
 
     def _sweep(self) -> None:
@@ -282,6 +284,8 @@ class Writing:
         Raises:
             StorageError: The cache cannot be written.
         """
+        if self._cache._off:
+            raise StorageError(f"the cache {self._cache.root} cannot be used")
         try:
             self._cache._mark(self._key)
             self._dir = self._cache.root / "staging" / f"{_PREFIX}{self._key[:16]}-{secrets.token_hex(8)}"
@@ -341,5 +345,5 @@ class Writing:
             shutil.rmtree(self._dir, ignore_errors=True)
             self._dir = Path()
         if self._lock is not None:
-            os.close(self._lock)
+            free_lock(self._lock)
             self._lock = None

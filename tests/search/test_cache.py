@@ -155,6 +155,27 @@ def test_a_damaged_entry_counts_as_not_there_and_is_removed(cache: Cache, damage
     assert cache.notes == ()
 
 
+def test_a_damaged_entry_that_another_made_good_meanwhile_stays(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploykit.search import store
+
+    keep(cache)
+    change(cache.root / "entries" / KEY)
+    read = store.read_entry
+
+    def slow(place: Path) -> Done | None:
+        found = read(place)
+        if found is None:
+            monkeypatch.setattr(store, "read_entry", read)
+            with Cache(cache.root) as other:
+                assert other.find(KEY) is None
+                keep(other)
+        return found
+
+    monkeypatch.setattr(store, "read_entry", slow)
+    assert cache.find(KEY) is None
+    assert cache.find(KEY) is not None
+
+
 def test_an_entry_that_was_renamed_is_not_another(cache: Cache) -> None:
     keep(cache)
     (cache.root / "entries" / KEY).rename(cache.root / "entries" / OTHER)
