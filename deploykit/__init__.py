@@ -31,6 +31,7 @@ _EXPORTS = {
     "export": "pipeline",
     "export_parts": "pipeline",
     "fuse": "pipeline",
+    "load": "runtimes",
     "open_session": "runtimes",
     "optimize": "pipeline",
     "quantize_dynamic": "pipeline",
@@ -59,6 +60,7 @@ __all__ = [
     "export",
     "export_parts",
     "fuse",
+    "load",
     "open_session",
     "optimize",
     "quantize_dynamic",
@@ -95,7 +97,7 @@ if TYPE_CHECKING:
         verify,
     )
     from deploykit.recipe import Recipe
-    from deploykit.runtimes import Session, open_session
+    from deploykit.runtimes import Session, load, open_session
     from deploykit.specs import Signature, TensorSpec
 
 

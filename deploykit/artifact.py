@@ -5,7 +5,11 @@
     ├── model.onnx        (+ external data), or model.xml + model.bin
     ├── golden.npz        inputs, and the outputs of the source model for them
     ├── export.log        what the frameworks printed
+    ├── settings.json     how to open it, where a tuner found that out
     └── assets/           tokenizer files and the like
+
+What `optimize` writes is a directory of artifacts with an `optimize.json` that names the winner; wherever an artifact
+is asked for, such a directory stands for its winner.
 
 An artifact is written into a temporary directory beside its place and renamed when it is whole, so that a crash leaves
 nothing or everything. It is verified whenever it is opened.
@@ -19,7 +23,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +37,9 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 LOG = "export.log"
+SETTINGS = "settings.json"
 ASSETS = "assets/"
+RESULT = "optimize.json"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
 _GOLDEN_LIMIT_BYTES = 32 * 2**20
 
@@ -109,12 +115,15 @@ class Artifact:
     def open(cls, path: str | Path) -> Artifact:
         """Read the manifest and check every file against it.
 
+        Args:
+            path: The artifact's directory, or what `optimize` wrote, for its winner.
+
         Raises:
             ArtifactError: No artifact, an unknown schema version, or a file that is missing, added or changed.
         """
         root = Path(path)
         try:
-            return cls._open(root)
+            return cls._open(_winner_of(root) if _is_result(root) else root)
         except OSError as exc:
             raise ArtifactError(f"cannot read {exc.filename or root}: {exc.strerror or exc}") from exc
 
@@ -165,7 +174,7 @@ class Artifact:
         return sum(
             f.bytes
             for name, f in self.manifest.files.items()
-            if name not in (GOLDEN, LOG) and not name.startswith(ASSETS)
+            if name not in (GOLDEN, LOG, SETTINGS) and not name.startswith(ASSETS)
         )
 
     def golden(self) -> list[tuple[dict[str, Array], dict[str, Array]]]:
@@ -176,8 +185,39 @@ class Artifact:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether ``path`` is a directory with a manifest."""
-    return (path / MANIFEST).is_file()
+    """Whether ``path`` is a directory with a manifest, or one that `optimize` wrote."""
+    return (path / MANIFEST).is_file() or _is_result(path)
+
+
+def _is_result(root: Path) -> bool:
+    return (root / RESULT).is_file() and not (root / MANIFEST).exists()
+
+
+def _winner_of(root: Path) -> Path:
+    """The winning artifact in what `optimize` wrote."""
+    file, again = root / RESULT, "run the search again"
+    if file.is_symlink() or file.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        raise ArtifactError(f"{file} is a link, or larger than {_MANIFEST_LIMIT_BYTES} bytes", hint=again)
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as exc:
+        raise ArtifactError(f"{file} is not JSON ({first_line(exc)})", hint=again) from exc
+    winner = found.get("winner") if isinstance(found, dict) else None
+    if not isinstance(winner, str) or not winner:
+        raise ArtifactError(f"{file} names no winner", expected="a search that came to its end", hint=again)
+    parts = PurePosixPath(winner).parts
+    if PurePosixPath(winner).is_absolute() or not parts or ".." in parts or "\\" in winner or "\0" in winner:
+        raise ArtifactError(
+            f"{file} names the winner {winner!r:.200}", expected="a directory below its own", hint=again
+        )
+    here = root
+    for part in parts:
+        here = here / part
+        if here.is_symlink():
+            raise ArtifactError(f"{here} is a link", expected="a directory, as the search wrote it", hint=again)
+    if not (here / MANIFEST).is_file():
+        raise ArtifactError(f"{file} names the winner {winner!r:.200}, which is no artifact", hint=again)
+    return here
 
 
 def _read_manifest(root: Path) -> bytes:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord, write_golden
-from deploykit.benchmarks.parity import (
-    Tolerance,
-    Verdict,
-    check_vacuity,
-    compare,
-)
+from deploykit.benchmarks.parity import Tolerance, Verdict, check_vacuity, compare
 from deploykit.comparing import MIN_COSINE, compare_outputs, find_targets, within_rounding
 from deploykit.contract import conform
 from deploykit.errors import (
@@ -26,12 +21,14 @@ from deploykit.errors import (
     ExportError,
     OptionError,
     ParityError,
+    SourceError,
     TimeLimitError,
     UnverifiableError,
 )
 from deploykit.exporters import ExportOptions, Source, Way, open_parts, open_source
 from deploykit.exporters import export as write_onnx
 from deploykit.exporters.base import DEFAULT_OPSET
+from deploykit.exporters.live import name_of, open_model, undisturbed
 from deploykit.models import load_model
 from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
@@ -44,8 +41,9 @@ _LOG = "export.log"
 
 
 def export(
-    source: str | Path,
+    source: str | Path | Any,
     output: str | Path,
+    example_inputs: Any = None,
     *,
     dynamic: Sequence[str] = (),
     inputs: Sequence[str] = (),
@@ -68,8 +66,13 @@ def export(
 
     Args:
         source: `file.py:factory`, `package.module:factory`, a `.pt2`, `.keras`, `.tflite`, `.skops` or `.onnx` file, a
-            Hugging Face model directory, a SavedModel directory (`DIR` or `DIR:signature`).
+            Hugging Face model directory, a SavedModel directory (`DIR` or `DIR:signature`). Or a model in this process:
+            a `torch.nn.Module` in any mode, a Keras model, a fitted scikit-learn estimator. A copy of it is exported,
+            in evaluation mode; the model itself, its training flags, weights and hooks stay as they are.
         output: Where the artifact will stand; nothing may be there.
+        example_inputs: Of a model in this process, what a factory would return beside it: a tensor, a tuple of
+            arguments, a dictionary of them, or nests of these; an array or rows for Keras and scikit-learn, which may
+            do without.
         dynamic: `batch` (default), `none`, or `input:axis=symbol,axis=symbol`.
         inputs: `name=dtype[dim,...]` for a factory that gives no example inputs.
         dims: Sizes of dynamic dimensions where inputs are made up.
@@ -99,10 +102,25 @@ def export(
         tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part,
         timeout_s,
     )  # fmt: skip
-    made = _export(
-        str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=True,
-        unverified=allow_unverified,
-    )  # fmt: skip
+    live = not isinstance(source, str | Path)
+    label = name_of(source) if live else str(source)
+    if example_inputs is not None and not live:
+        raise OptionError(
+            f"example_inputs are given, and {label} has inputs of its own",
+            expected="example_inputs beside a model in this process",
+            hint="let the factory return (model, example_inputs), or give real inputs as data",
+        )
+
+    def load() -> dict[str, Source]:
+        if live:
+            return {"": open_model(source, example_inputs, options, label)}
+        return {"": open_source(label, options, _unoptimized)}
+
+    with undisturbed():
+        made = _export(
+            label, output, options, devices, parse_targets(contract), progress or Progress(), load,
+            unverified=allow_unverified,
+        )  # fmt: skip
     return next(iter(made.values()))
 
 
@@ -136,9 +154,11 @@ def export_parts(
         tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), str(data) if data else None, task, part,
         timeout_s,
     )  # fmt: skip
+    if not isinstance(source, str | Path):
+        raise SourceError(f"a {type(source).__name__} becomes one graph", hint="use deploykit.export")
     return _export(
-        str(source), output, options, devices, parse_targets(contract), progress or Progress(), single=False,
-        unverified=allow_unverified,
+        str(source), output, options, devices, parse_targets(contract), progress or Progress(),
+        lambda: open_parts(str(source), options, _unoptimized), unverified=allow_unverified,
     )  # fmt: skip
 
 
@@ -149,8 +169,8 @@ def _export(
     devices: Sequence[str | Device],
     held: Sequence[Target],
     told: Progress,
+    load: Callable[[], dict[str, Source]],
     *,
-    single: bool,
     unverified: bool,
 ) -> dict[str, Artifact]:
     started = time.monotonic()
@@ -159,11 +179,7 @@ def _export(
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
         with told.step(f"load {source}"), quiet(log):
-            opened = (
-                {"": open_source(source, options, _unoptimized)}
-                if single
-                else open_parts(source, options, _unoptimized)
-            )
+            opened = load()
         _check_dims(opened, options.dims, told)
         if len(opened) == 1:
             ((name, only),) = opened.items()

@@ -52,7 +52,7 @@ class ArtifactWriter:
         check_free(self.output)
         try:
             self._make_parents()
-            self._sweep()
+            sweep(self.output.parent, self._prefix())
             # Its name is known before it is there: an interrupt in between leaves nothing that nobody removes.
             self.dir = self.output.parent / f"{self._prefix()}{secrets.token_hex(8)}"
             self.dir.mkdir(mode=0o700)
@@ -106,8 +106,7 @@ class ArtifactWriter:
         )
         raw = (manifest.model_dump_json(indent=2) + "\n").encode()
         (self.dir / MANIFEST).write_bytes(raw)
-        for path in (*paths, self.dir / MANIFEST, *(p for p in self.dir.rglob("*") if p.is_dir()), self.dir):
-            _fsync(path)
+        flush_tree(self.dir)
         self._publish()
         return Artifact(self.output, manifest, hashlib.sha256(raw).hexdigest())
 
@@ -153,23 +152,12 @@ class ArtifactWriter:
                 folder.mkdir()
                 self._made_parents.append(folder)
 
-    def _sweep(self) -> None:
-        """Remove staging directories whose writer is gone: nobody holds the lock on them."""
-        for stale in self.output.parent.glob(f"{_escape(self._prefix())}*"):
-            with contextlib.suppress(FileNotFoundError):  # another writer swept it
-                if time.time() - stale.lstat().st_mtime < _LOCK_GRACE_S:
-                    continue
-            lock = take_lock(stale)
-            if lock is not None:
-                shutil.rmtree(stale, ignore_errors=True)
-                os.close(lock)
-
     def _discard(self) -> None:
         if self.dir != Path():
             shutil.rmtree(self.dir, ignore_errors=True)
             self.dir = Path()
         if self._lock is not None:
-            os.close(self._lock)
+            free_lock(self._lock)
             self._lock = None
         for folder in reversed(self._made_parents):
             with contextlib.suppress(OSError):
@@ -223,8 +211,17 @@ def _escape(text: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", text)
 
 
-def take_lock(folder: Path) -> int | None:
-    """An exclusive lock on a directory, released by the kernel when its process ends; None where it is taken."""
+def take_lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | None:
+    """A lock on a directory, released by the kernel when its process ends.
+
+    Args:
+        folder: What is locked.
+        shared: Whether others may hold it too, if they also ask for a shared one.
+        wait: Whether to wait for those who hold it.
+
+    Returns:
+        For `free_lock`; None where the lock is taken or cannot be had.
+    """
     import fcntl
 
     try:
@@ -232,11 +229,42 @@ def take_lock(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None
+    except BaseException:  # interrupted while it waited
+        os.close(handle)
+        raise
     return handle
+
+
+def free_lock(handle: int) -> None:
+    """Give a lock back, also where a forked child has inherited it."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the directories below ``parent`` whose owner is gone: nobody holds the lock on them."""
+    for stale in parent.glob(f"{_escape(prefix)}*"):
+        with contextlib.suppress(FileNotFoundError):  # another one swept it
+            if time.time() - stale.lstat().st_mtime < _LOCK_GRACE_S:
+                continue
+        lock = take_lock(stale)
+        if lock is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            free_lock(lock)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the disk take over everything below a directory that holds no links."""
+    below = sorted(folder.rglob("*"))
+    for path in (*(p for p in below if p.is_file()), *(p for p in below if p.is_dir()), folder):
+        _fsync(path)
 
 
 def _fsync(path: Path) -> None:

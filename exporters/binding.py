@@ -127,7 +127,7 @@ def _bind(signature: inspect.Signature, given: Any, keywords: dict[str, Any], la
             failure = failure or exc
     raise SourceError(
         f"the example inputs of {label} do not fit forward{signature} ({first_line(failure or TypeError())})",
-        hint="mend the example that the factory returns, or --input",
+        hint="mend the example inputs, or --input",
     ) from failure
 
 

@@ -40,6 +40,22 @@ def open_factory(text: str, options: ExportOptions) -> Source:
     keywords: Any = None
     if isinstance(made, tuple) and len(made) in (2, 3):
         made, examples, keywords = (*made, None)[:3]
+    return source_of(made, examples, keywords, options, text)
+
+
+def source_of(made: Any, examples: Any, keywords: Any, options: ExportOptions, text: str) -> Source:
+    """A source for a model of any framework, which may be changed: it is a copy, or nobody else has it.
+
+    Args:
+        made: The model.
+        examples: Its example inputs; None where there are none.
+        keywords: Keyword arguments beside them, for a torch module.
+        options: What the user asked for.
+        text: What the user called it.
+
+    Raises:
+        SourceError: No model, or example inputs that do not fit it.
+    """
     if is_estimator(made):
         return SklearnSource(made, options, text, examples)
     if is_keras_model(made):

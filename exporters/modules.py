@@ -99,6 +99,19 @@ def computes_in_half(run: Callable[[], Any]) -> bool:
 
 def unwrap(module: Any) -> Any:
     """The user's module inside torch.compile, DataParallel and their like; compiled submodules run eagerly again."""
+    module = bare(module)
+    for parent in list(module.modules()):
+        if getattr(parent, "_compiled_call_impl", None) is not None:
+            parent._compiled_call_impl = None  # module.compile() in place
+        for name, child in list(parent.named_children()):
+            inner = unwrap(child) if hasattr(child, "_orig_mod") else child
+            if inner is not child:
+                setattr(parent, name, inner)
+    return module
+
+
+def bare(module: Any) -> Any:
+    """The user's module inside its wrappers; nothing is changed."""
     torch = require("torch", extra="torch")
     from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -108,15 +121,7 @@ def unwrap(module: Any) -> Any:
         elif hasattr(module, "_orig_mod") and isinstance(module, torch.nn.Module):
             module = module._orig_mod
         else:
-            break
-    for parent in list(module.modules()):
-        if getattr(parent, "_compiled_call_impl", None) is not None:
-            parent._compiled_call_impl = None  # module.compile() in place
-        for name, child in list(parent.named_children()):
-            inner = unwrap(child) if hasattr(child, "_orig_mod") else child
-            if inner is not child:
-                setattr(parent, name, inner)
-    return module
+            return module
 
 
 def recurrent_layers(module: Any) -> list[str]:

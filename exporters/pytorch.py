@@ -182,7 +182,7 @@ class TorchSource(Source):
             raise SourceError(
                 f"{self.label} does not accept its example inputs {shapes} ({first_line(exc)}{user_frame(exc)})",
                 expected="a module that runs on the example inputs",
-                hint="mend the example that the factory returns, or --input",
+                hint="mend the example inputs, or --input",
             ) from exc
         if not outputs:
             raise SourceError(f"{self.label} returns no tensors", expected="at least one tensor as output")

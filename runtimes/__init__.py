@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploykit.runtimes.base import Device, NodePlacement, Placement, Session, parse_device
 from deploykit.runtimes.requests import Bound, Request
-from deploykit.runtimes.sessions import default_devices, open_session, require_device
+from deploykit.runtimes.sessions import default_devices, load, open_session, require_device
 from deploykit.runtimes.settings import RuntimeSettings
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RuntimeSettings",
     "Session",
     "default_devices",
+    "load",
     "open_session",
     "parse_device",
     "require_device",

@@ -1,4 +1,4 @@
-"""The one verb of the runtimes."""
+"""The verb of the runtimes, and the same with the settings that an artifact brings."""
 
 from __future__ import annotations
 
@@ -75,6 +75,56 @@ def open_session(
     if found is not None:
         session.settings["tuned_notes"] = found.notes_for(path, digest)
     return session
+
+
+def load(
+    model: str | Path | Artifact,
+    device: str | Device | None = None,
+    *,
+    threads: int | None = None,
+    optimize: bool | str | None = None,
+    precision: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tuned: str | Path | RuntimeSettings | None = None,
+) -> Session:
+    """Open a model as it was found to be fastest: `open_session` with the settings that its artifact brings.
+
+    Args:
+        model: As for `open_session`; what `optimize` wrote stands for its winner.
+        device: Where; by default the device of the artifact's own settings, else `ort:cpu`. Named as another, the
+            settings are not used.
+        threads: As for `open_session`, like the arguments after it; what is given wins over the artifact's settings.
+        optimize: Whether the runtime may rewrite the graph.
+        precision: "fp32" or "native".
+        settings: The runtime's own settings.
+        tuned: Settings to use in place of the artifact's.
+
+    Returns:
+        A context manager with `run`, which takes and gives arrays by name. `settings["tuned_notes"]` lists what is not
+        as it was when the settings were found: they hold, but may not be the fastest any more.
+
+    Raises:
+        DeploykitError: As `open_session`.
+    """
+    if isinstance(model, str | Path) and Path(model).is_dir():
+        from deploykit.artifact import Artifact
+
+        model = Artifact.open(model)
+    if tuned is None and not isinstance(model, str | Path):
+        tuned = _own_settings(model, device)
+    return open_session(
+        model, device, threads=threads, optimize=optimize, precision=precision, settings=settings, tuned=tuned
+    )
+
+
+def _own_settings(artifact: Artifact, device: str | Device | None) -> RuntimeSettings | None:
+    """The settings that an artifact brings, where they are for the device."""
+    from deploykit.artifact import SETTINGS
+
+    if SETTINGS not in artifact.manifest.files:
+        return None
+    own = RuntimeSettings.load(artifact.path / SETTINGS)
+    return own if device is None or parse_device(own.device) == parse_device(device) else None
 
 
 def _open(path: Path, target: Device, options: SessionOptions) -> Session:

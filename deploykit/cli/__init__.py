@@ -27,6 +27,7 @@ _COMMANDS = {
     "report": "Show a report again: table, HTML page, Markdown, or the schema of reports.",
     "compare": "Compare two reports; fail where a condition on the change fails.",
     "run": "Run a recipe: the whole chain.",
+    "cache": "List and prune what searches have kept.",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,13 +51,13 @@ dry_run_option: Decorator = click.option(
 
 
 def seconds(text: str | float) -> float:
-    """Read a time, which is positive and ends: "90", "90s", "1.5m", "1h".
+    """Read a time, which is positive and ends: "90", "90s", "1.5m", "1h", "30d".
 
     Raises:
         click.BadParameter: It is not.
     """
     text = str(text)  # defaults come as numbers
-    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:].lower())
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}.get(text[-1:].lower())
     try:
         found = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
@@ -64,6 +65,19 @@ def seconds(text: str | float) -> float:
     if not 0 < found < math.inf:
         raise click.BadParameter(f"{text!r} is not a positive number of seconds (90, 90s, 1.5m).")
     return found
+
+
+def size_bytes(text: str) -> int:
+    """Read a size: "2GB", "500 MB", "1.5GiB", or bytes.
+
+    Raises:
+        click.BadParameter: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower(), re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size (2GB, 500MB, 1.5GiB).")
+    power = " kmgt".index(match[2]) if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def data_option(text: str, *, required: bool = False) -> Decorator:

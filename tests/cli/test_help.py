@@ -11,6 +11,7 @@ COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["verify"],
     ["inspect"], ["benchmark"], ["report"], ["compare"], ["run"],
+    ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 
 

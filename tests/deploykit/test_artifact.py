@@ -35,7 +35,7 @@ from deploykit.errors import (
     StorageError,
 )
 from deploykit.specs import Signature, TensorSpec
-from deploykit.staging import ArtifactWriter, write_file
+from deploykit.staging import ArtifactWriter, free_lock, take_lock, write_file
 
 SIGNATURE = Signature(
     (TensorSpec("ids", "int64", ("batch", 8)), TensorSpec("mask", "bool", None)),
@@ -658,3 +658,21 @@ def test_an_interrupt_while_the_staging_directory_is_made_leaves_nothing(
     with pytest.raises(KeyboardInterrupt), ArtifactWriter(tmp_path / "deep" / "out"):
         pytest.fail("it never opens")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_given_back_is_free_though_a_child_inherited_it(tmp_path: Path) -> None:
+    lock = take_lock(tmp_path)
+    assert lock is not None
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert take_lock(tmp_path) is None
+        free_lock(lock)
+        again = take_lock(tmp_path)
+        assert again is not None
+        free_lock(again)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
