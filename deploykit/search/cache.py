@@ -135,7 +135,12 @@ class CachedExecutor:
         inner.add_done_callback(settle)
 
     def _keep(self, done: Done, writing: Writing, job: Job, folder: Path) -> Done:
-        """Put a result into the cache, or else into the folder that was meant for it."""
+        """Put a result into the cache, or else into the folder that was meant for it.
+
+        What says that it is incomplete, because its time was over, is not to be found again by who has more time.
+        """
+        if done.value.get("incomplete"):
+            return copy_files(done, folder)
         try:
             kept = writing.commit(done, deed=job.deed, label=job.label)
         except StorageError as exc:

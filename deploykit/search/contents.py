@@ -150,7 +150,8 @@ def key_of(
     """Digest of all that a job's result follows from.
 
     Args:
-        job: What is to be done; where its inputs lie does not count, nor its label, time limit and retries.
+        job: What is to be done; where its inputs lie does not count, nor its label, time limit and retries, nor the
+            "effort" among its parameters: how long it may take.
         tools: Versions of the packages that take part.
         machine: The fingerprint of the machine that does it; counts for exclusive jobs only, which measure time.
         contents: How the content of an input is found.
@@ -161,7 +162,7 @@ def key_of(
     return _digest(
         {
             "deed": job.deed,
-            "params": dict(job.params),
+            "params": {name: value for name, value in job.params.items() if name != "effort"},
             "inputs": {name: contents(path) for name, path in job.inputs.items()},
             "tools": dict(tools),
             "deploykit": __version__,
