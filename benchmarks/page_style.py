@@ -124,10 +124,11 @@ SCRIPT = """
     var text = document.getElementById("report").textContent;
     var link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-    link.download = "report-thinned.json";
+    link.download = button.dataset.file;
     link.click();
     setTimeout(function () { URL.revokeObjectURL(link.href); }, 1000);
   });
-  document.body.dataset.ready = JSON.parse(document.getElementById("report").textContent).candidates.length;
+  var told = JSON.parse(document.getElementById("report").textContent);
+  document.body.dataset.ready = (told.candidates || told.tried).length;
 })();
 """
