@@ -112,7 +112,7 @@ def _draw(bubbles: Sequence[Bubble], plane: Plane, joined: Sequence[int], width:
     xs = [v for b in bubbles if b.x is not None for v in (b.x, *(b.x_ends or ()))]
     x_axis = fit(xs, 58, right, log=None, pad=0.1)
     values = _worth_showing(bubbles, down=plane.down) + ([] if plane.line is None else [plane.line[0]])
-    y_axis = fit(values, *((34, bottom) if plane.down else (bottom, 34)), pad=0.1)
+    y_axis = fit(values, *((34, bottom) if plane.down else (bottom, 34)), pad=0.15 if plane.down else 0.1)
     parts = [
         bottom_axis(x_axis, 34, bottom, plane.x_title, 5 if phone else 9),
         left_axis(y_axis, 58, right, plane.y_title, 6, limit=plane.limit),
@@ -216,7 +216,7 @@ def _free(
     ]  # fmt: skip
     for left, top in spots:
         box = (left, top, left + size, top + 15)
-        inside = left >= 60 and box[2] <= width - 2 and top >= 20
+        inside = left >= 60 and box[2] <= width - 2 and top >= 30
         covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
         over = any(
             math.hypot(min(max(cx, box[0]), box[2]) - cx, min(max(cy, box[1]), box[3]) - cy) < r - 1
