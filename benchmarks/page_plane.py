@@ -117,8 +117,10 @@ def _draw(bubbles: Sequence[Bubble], plane: Plane, joined: Sequence[int], width:
         bottom_axis(x_axis, 34, bottom, plane.x_title, 5 if phone else 9),
         left_axis(y_axis, 58, right, plane.y_title, 6, limit=plane.limit),
     ]
+    taken: list[Box] = []
     if plane.line is not None:
         y = y_axis.at(plane.line[0])
+        taken.append((right - 4 - len(plane.line[1]) * LETTER, y + 2, right - 4, y + 18))
         parts.append(tag("line", x1=58, x2=right, y1=y, y2=y, class_="objective", data_objective=plane.line[0]))
         parts.append(text(right - 4, y + 14, plane.line[1], "small", "end"))
     largest = max(1.0, *(b.size for b in bubbles))
@@ -137,7 +139,7 @@ def _draw(bubbles: Sequence[Bubble], plane: Plane, joined: Sequence[int], width:
         parts.append(tag("polyline", points=line, class_="front"))
     for n in sorted(range(len(bubbles)), key=lambda n: -radii[n]):
         parts.append(_bubble(bubbles[n], places[n], radii[n], x_axis, None if n in low else y_axis))
-    parts += _labels(bubbles, places, radii, width, low, phone=phone)
+    parts += _labels(bubbles, places, radii, width, low, taken, phone=phone)
     return svg(width, height, plane.label, *parts)
 
 
@@ -178,11 +180,11 @@ def _labels(
     radii: Sequence[float],
     width: int,
     low: set[int],
+    taken: list[Box],
     *,
     phone: bool,
 ) -> list[str]:
     """Names beside bubbles, where they cover no other name; the shorter one where the longer finds no room."""
-    taken: list[Box] = []
     circles = [(*place, radius) for place, radius in zip(places, radii, strict=True)]
     parts = []
     for n in sorted(range(len(bubbles)), key=lambda n: (not bubbles[n].front, n)):

@@ -25,6 +25,7 @@ th:nth-child(-n+4),td:nth-child(-n+4){text-align:left}
 td.verdict{white-space:normal;min-width:12em}td.name{max-width:20em;min-width:6em;overflow-wrap:break-word;
 white-space:normal}
 th.words,td.words{text-align:left;white-space:normal;min-width:11em;overflow-wrap:anywhere}
+td.long{min-width:21em}
 tr.out td{color:var(--dim)}tr.best td{font-weight:600}
 .badge{font-weight:600;font-size:.78rem;border:1px solid currentColor;border-radius:9px;padding:0 7px;margin-right:6px;
 color:var(--good);white-space:nowrap}.badge.tie{color:var(--dim)}.badge.bad{color:var(--bad)}

@@ -33,6 +33,22 @@ def search_data():
     return _beside("search_data")
 
 
+@pytest.fixture(scope="session")
+def page_tools():
+    """The module `page_tools.py`: looking at pages."""
+    return _beside("page_tools")
+
+
+@pytest.fixture
+def browse(page_tools, tmp_path):
+    """Open a page in a headless browser: `browse(path, *options)`."""
+
+    def run(path, *options):
+        return page_tools.browse(tmp_path / "profile", path, *options)
+
+    return run
+
+
 def _beside(name: str):
     spec = importlib.util.spec_from_file_location(f"_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)

@@ -43,6 +43,7 @@ _RAW = (
     "optimize.json, which `deploykit report` shows again; the decision's raw samples are in benchmark.json beside it."
 )
 _DECISION = ("candidates", "toggles", "speed", "distributions", "timeline")
+_WORDS = ("quality", "settings")
 _BADGES = {"winner": "winner", "tie": "tie for first", "front": "front", "dropped": "dropped", "open": "open"}
 
 
@@ -101,12 +102,12 @@ def _front(document: Mapping[str, Any]) -> str:
             tag("td", badge, escape(e["why"]), class_="verdict"),
             tag("td", escape(ratio_text(e) or "-")),
             tag("td", escape(size_text(e["size_bytes"]))),
-            tag("td", escape(quality_text(e.get("quality")) or "-")),
+            tag("td", escape(quality_text(e.get("quality")) or "-"), class_="words"),
             tag("td", escape(runtime_text(e.get("settings"))), class_="words"),
         ]
         rows.append(tag("tr", *cells, class_="best" if wins else None))
     header = ("#", "folder", "seat", "why it is kept", "vs reference", "size MB", "quality", "settings")
-    shown = scroll_table(header, rows, "table of the results", ("seat", "settings")) if rows else ""
+    shown = scroll_table(header, rows, "table of the results", ("seat", *_WORDS)) if rows else ""
     tied = document.get("tied") or []
     said = f"No difference outside the noise to {document.get('winner_seat')}: {', '.join(tied)}."
     reference = document.get("reference")
@@ -196,14 +197,14 @@ def _table(document: Mapping[str, Any]) -> str:
             tag("td", tag("i", class_="dot"), str(n + 1), class_=key),
             tag("td", escape(cells[0]), class_="name"),
             tag("td", escape(cells[1] or "-")),
-            tag("td", _badge(line.status), escape(_without_badge(line, cells[-1])), class_="verdict"),
-            *(tag("td", escape(cell or "-")) for cell in cells[2:-2]),
-            tag("td", escape(cells[-2] or "-"), class_="words"),
-        ]
+            tag("td", _badge(line.status), escape(_without_badge(line, cells[-1])), class_="verdict long"),
+            *(tag("td", escape(cell or "-"), class_="words" if name in _WORDS else None)
+              for name, cell in zip(COLUMNS[2:-1], cells[2:-1], strict=True)),
+        ]  # fmt: skip
         classes = {"dropped": "out", "winner": "best"}.get(line.status)
         rows.append(tag("tr", *shown, class_=classes))
     header = ("#", *COLUMNS[:2], COLUMNS[-1], *COLUMNS[2:-1])
-    return scroll_table(header, rows, "table of everything that was tried", (COLUMNS[-2],)) if rows else ""
+    return scroll_table(header, rows, "table of everything that was tried", _WORDS) if rows else ""
 
 
 def _without_badge(line: Line, outcome: str) -> str:
@@ -238,6 +239,9 @@ def _failures(document: Mapping[str, Any]) -> str:
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    wish = [(words(key), plain(value)) for key, value in document["wish"].items()]
+    wish = [
+        (words(key), plain({k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value))
+        for key, value in document["wish"].items()
+    ]
     origin = f"schema {document['schema_version']}, DeployKit {document['deploykit']}, {document['created']}"
     return [*wish, *machine_facts(document["environment"]), ("document", origin)]

@@ -129,7 +129,7 @@ def _loss_of(document: Mapping[str, Any], lines: Sequence[Line]) -> _Loss:
     least = goal.get("min_agreement")
     if least is not None and any(number(q.get("agreement")) is not None for q in judged):
         told = (1.0 - least, f"agreement of at least {least:g}")
-        return _Loss("share of rows with another class than the parent's", "agreement", told, reference)
+        return _Loss("share of changed classes", "agreement", told, reference)
     least = goal.get("min_sqnr_db")
     line = None if least is None else (_error(least), f"SQNR of at least {least:g} dB")
     return _Loss("error of the output, % of its size", "sqnr_db", line, reference)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.benchmarks.reading import Kind, check_document, load_json, read_report, read_text
+from deploykit.benchmarks.reading import REPORT, Kind, check_document, load_json, read_report, read_text
 from deploykit.benchmarks.report import Report
 from deploykit.errors import SearchError
 from deploykit.search.schema import SCHEMA_VERSION, SearchDocument, what_is_wrong
@@ -37,6 +37,20 @@ class Beside:
 def is_search(data: Any) -> bool:
     """Whether JSON is the document of a search, and not that of a benchmark."""
     return isinstance(data, dict) and "tried" in data and "candidates" not in data
+
+
+def load_any(path: str | Path) -> tuple[Any, str]:
+    """What JSON holds, of a benchmark or of a search, and the file's name; not validated.
+
+    Args:
+        path: A file, or the output of `deploykit optimize`.
+
+    Raises:
+        DeploykitError: There is no such file, or it holds no JSON.
+    """
+    file = place_of(path)
+    kind = Kind(f"{REPORT.expected}, or {SEARCH.expected}", REPORT.hint, REPORT.noun)
+    return load_json(read_text(file, kind), str(file), kind), str(file)
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
