@@ -94,7 +94,8 @@ def as_document(data: Any, name: str) -> dict[str, Any]:
         SearchError: It is no document of a search.
     """
     check_document(data, name, SEARCH, "tried", (SCHEMA_VERSION,), what_is_wrong)
-    return _finite(SearchDocument.model_validate(data).model_dump())
+    found: dict[str, Any] = _finite(SearchDocument.model_validate(data).model_dump())
+    return found
 
 
 def read_beside(path: str | Path) -> Beside:

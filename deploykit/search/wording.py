@@ -139,7 +139,7 @@ def settings_text(seat: Mapping[str, Any] | None) -> str:
 def runtime_text(settings: Mapping[str, Any] | None) -> str:
     """Settings of a result, as `settings.json` holds them, without the defaults and what names the machine."""
     usual = {"sessions": 1, "concurrency": 1, "batch": 1, "precision": "fp32", "optimize": True}
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in (settings or {}).items():
         known = key in usual and value == usual[key] and not (isinstance(value, bool) ^ isinstance(usual[key], bool))
         if value is None or known or key in ("device", "machine", "model_sha256", "schema_version", "deploykit"):
