@@ -137,9 +137,9 @@ def _draw(bubbles: Sequence[Bubble], plane: Plane, joined: Sequence[int], width:
     if len(joined) > 1:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(places[n] for n in joined))
         parts.append(tag("polyline", points=line, class_="front"))
-    for n in sorted(range(len(bubbles)), key=lambda n: -radii[n]):
+    for n in sorted(range(len(bubbles)), key=lambda n: (not bubbles[n].faint, -radii[n])):
         parts.append(_bubble(bubbles[n], places[n], radii[n], x_axis, None if n in low else y_axis))
-    parts += _labels(bubbles, places, radii, width, low, taken, phone=phone)
+    parts += _labels(bubbles, places, radii, (width, bottom), low, taken, phone=phone)
     return svg(width, height, plane.label, *parts)
 
 
@@ -178,7 +178,7 @@ def _labels(
     bubbles: Sequence[Bubble],
     places: Sequence[tuple[float, float]],
     radii: Sequence[float],
-    width: int,
+    room: tuple[float, float],
     low: set[int],
     taken: list[Box],
     *,
@@ -186,12 +186,14 @@ def _labels(
 ) -> list[str]:
     """Names beside bubbles, where they cover no other name; the shorter one where the longer finds no room."""
     circles = [(*place, radius) for place, radius in zip(places, radii, strict=True)]
+    # A name may cover what is dim where its own bubble is not.
+    bright = [circle for circle, b in zip(circles, bubbles, strict=True) if not b.faint]
     parts = []
     for n in sorted(range(len(bubbles)), key=lambda n: (not bubbles[n].front, n)):
         b, (x, y) = bubbles[n], places[n]
         fallen = f" ▾ {b.y:.3g}" if n in low else ""
         for content in b.labels[1 if phone and len(b.labels) > 1 else 0 :]:
-            box = _free(x, y, radii[n] + 6, len(content + fallen) * LETTER, width, taken, circles)
+            box = _free(x, y, radii[n] + 6, len(content + fallen) * LETTER, room, taken, circles if b.faint else bright)
             if box is not None:
                 taken.append(box)
                 name = text(box[0], box[3] - 3, content + fallen, "name")
@@ -205,7 +207,7 @@ def _free(
     y: float,
     away: float,
     size: float,
-    width: int,
+    room: tuple[float, float],
     taken: Sequence[Box],
     circles: Sequence[tuple[float, float, float]],
 ) -> Box | None:
@@ -218,7 +220,7 @@ def _free(
     ]  # fmt: skip
     for left, top in spots:
         box = (left, top, left + size, top + 15)
-        inside = left >= 60 and box[2] <= width - 2 and top >= 30
+        inside = left >= 60 and box[2] <= room[0] - 2 and top >= 30 and box[3] <= room[1]
         covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
         over = any(
             math.hypot(min(max(cx, box[0]), box[2]) - cx, min(max(cy, box[1]), box[3]) - cy) < r - 1

@@ -57,7 +57,7 @@ text{fill:var(--ink)}.tick,.small{fill:var(--dim);font-size:11px}.title{fill:var
 .area{fill:var(--k);fill-opacity:.4;stroke:var(--k);stroke-width:1}.percentile{stroke:var(--ink);stroke-width:1.5}
 .series{fill:none;stroke:var(--k);stroke-width:1.5;opacity:.8}.twin .series{stroke-dasharray:4 4}
 .objective{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:7 4}.bar{fill:var(--k)}
-.faint{opacity:.42}.twin .bubble{fill-opacity:.15}
+.faint{opacity:.42}.faint .hollow{fill:none;pointer-events:all}.twin .bubble{fill-opacity:.15}
 .kept{stroke:var(--ink);stroke-width:2}.dropped{stroke:none}
 .m:hover,.m:focus-visible{outline:2px solid var(--ink);outline-offset:1px}
 #tip{position:fixed;z-index:9;pointer-events:none;max-width:min(340px,92vw);padding:6px 10px;border-radius:6px;

@@ -7,7 +7,7 @@ from typing import Any
 
 from deploykit.benchmarks.page import measurement
 from deploykit.benchmarks.page_details import heat_maps
-from deploykit.benchmarks.page_drawing import color, escape, tag
+from deploykit.benchmarks.page_drawing import color, escape, short, tag
 from deploykit.benchmarks.page_frame import download, facts, page, scroll_table, section
 from deploykit.benchmarks.report import Report, finite
 from deploykit.benchmarks.wording import how_measured, machine_facts, plain, words
@@ -43,6 +43,7 @@ _RAW = (
     "optimize.json, which `deploykit report` shows again; the decision's raw samples are in benchmark.json beside it."
 )
 _DECISION = ("candidates", "toggles", "speed", "distributions", "timeline")
+_FIGURES = (("median_ms", "ms at the median"), ("p99_ms", "ms at p99"), ("throughput_per_s", "per s"))
 _WORDS = ("quality", "settings")
 _BADGES = {"winner": "winner", "tie": "tie for first", "front": "front", "dropped": "dropped", "open": "open"}
 
@@ -183,7 +184,17 @@ def _end(line: Line, reference: str | None) -> str:
     device += ", native precision" if line.seat is not None and line.seat.get("precision") == "native" else ""
     parts = [device, "" if speed is None else str(speed), "reference" if line.label == reference else ""]
     parts.append(_without_badge(line, line.outcome))
-    return tag("li", _badge(line.status), escape(", ".join(p for p in parts if p)))
+    proof = tag("small", escape(f" {told}")) if (told := _proof(line.seat or {})) else ""
+    return tag("li", _badge(line.status), escape(", ".join(p for p in parts if p)), proof)
+
+
+def _proof(seat: Mapping[str, Any]) -> str:
+    """What was measured beside the ratio, and which layers ran on integers."""
+    decision, placed = seat.get("decision") or {}, seat.get("placement") or {}
+    parts = [f"{short(decision[key])} {unit}" for key, unit in _FIGURES if decision.get(key)]
+    memory = decision.get("peak_memory_bytes")
+    parts += [f"{memory / 1e6:.0f} MB of memory"] if memory else []
+    return ", ".join([*parts, *([plain(placed["summary"])] if placed.get("summary") else [])])
 
 
 def _table(document: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deploykit.benchmarks.page_drawing import (
@@ -38,6 +38,9 @@ from deploykit.search.wording import (
 # Decibels beyond which an error is none, or all there is.
 _DECIBELS = 300.0
 _SAID_REASONS = 6
+# More names than that hide what they name; those of what was dropped stay in the tooltips then.
+_MOST_NAMES = 24
+_RANKS = {"winner": 0, "tie": 1, "front": 2}
 
 
 def plane(document: Mapping[str, Any]) -> str:
@@ -46,7 +49,11 @@ def plane(document: Mapping[str, Any]) -> str:
     loss = _loss_of(document, lines)
     found = [(line, lost) for line in lines if line.seat is not None and (lost := loss.of(line)) is not None]
     devices = list(dict.fromkeys(str(line.seat["device"]) for line, _ in found if line.seat is not None))
+    # The first are labelled first.
+    found.sort(key=lambda pair: _RANKS.get(pair[0].status, len(_RANKS)))
     bubbles = [_bubble(line, lost, loss, devices, document) for line, lost in found]
+    if len(bubbles) > _MOST_NAMES:
+        bubbles = [replace(b, labels=()) if b.faint else b for b in bubbles]
     front = front_of({n: (-b.x, -b.y) for n, b in enumerate(bubbles) if b.front and b.x is not None})
     drawn = draw_plane(
         bubbles,

@@ -192,6 +192,7 @@ def test_the_tree_has_every_variant_under_its_parent(document, page):
             depth[words] = sum(t == "li" for t, _ in above)
     assert set(depth) == {v["name"] for v in document["tried"]}
     assert [depth[n] for n in ("fp32", "simple", "static", "static-equalize")] == [1, 2, 3, 4]
+    assert "1.65 ms at the median, 608 per s, 91 MB of memory, 8 of 9 Conv int8" in reasons
     for variant in document["tried"]:
         for told in [variant, *variant["seats"].values()]:
             if told["dropped"]:
