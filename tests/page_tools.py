@@ -1,10 +1,13 @@
 """Looking at pages: their elements, and what a browser makes of them."""
 
+import os
 import shutil
+import signal
 import struct
 import subprocess
 import zlib
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -57,14 +60,26 @@ class Page(HTMLParser):
 
 
 def browse(profile, path, *options):
-    """Open a page in a headless browser that keeps its things in a folder."""
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-         f"--user-data-dir={profile}", "--virtual-time-budget=2000", *options, path.as_uri()],
-        capture_output=True, text=True, errors="replace", check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
+    """Open a page in a headless browser that keeps its things in a folder; gives its standard output and error."""
+    # The start of a browser hangs once in a while on a busy machine; a page that hangs does so in both.
+    for attempt in range(2):
+        command = [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+            f"--user-data-dir={profile}-{attempt}", "--virtual-time-budget=2000", *options, path.as_uri(),
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its renderers too, which hold the pipes
+            process.communicate()
+            continue
+        assert process.returncode == 0, stderr[-2000:]
+        return SimpleNamespace(stdout=stdout, stderr=stderr)
+    raise AssertionError(f"the browser did not come to an end with {path}, twice")
 
 
 def read_png(data):
