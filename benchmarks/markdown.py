@@ -21,7 +21,7 @@ def to_markdown(report: Report) -> str:
     """
     header, rows = table(report)
     lines = [f"**{escape(report.headline())}**", "", *pipe_table(header, rows), ""]
-    lines += [f"{_sentence(how_measured(report))}  ", _sentence(environment_line(report)), ""]
+    lines += [f"{sentence(how_measured(report))}  ", sentence(environment_line(report.data["environment"])), ""]
     notes = [f"{label}: {reason}" for label, reason in out_of_race(report)] + notes_of(report)
     lines += [f"- {escape(note)}" for note in notes]
     origin = f"DeployKit {report.data['deploykit']}, {report.data['created']}"
@@ -47,5 +47,6 @@ def pipe_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: in
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """Text as a sentence, escaped."""
     return escape(text[:1].upper() + text[1:]) + "."

@@ -1,15 +1,7 @@
-"""The report as one HTML page that needs nothing else: no network, no library, no file beside it.
-
-Everything that comes out of the report is escaped, and the page's own security policy lets only its one script run, so
-that a model's name cannot become code. Plots are SVG; without JavaScript they are all there, with the browser's own
-tooltips.
-"""
+"""The report as one HTML page; `page_frame.py` says what makes it safe."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -17,8 +9,8 @@ import numpy as np
 from deploykit.benchmarks.page_candidates import distributions, speed, timeline
 from deploykit.benchmarks.page_details import heat_maps, layers, placement, rates, sweep
 from deploykit.benchmarks.page_drawing import color, escape, tag
+from deploykit.benchmarks.page_frame import download, facts, page, scroll_table, section, toggles
 from deploykit.benchmarks.page_pareto import pareto
-from deploykit.benchmarks.page_style import SCRIPT, STYLE
 from deploykit.benchmarks.report import Report, finite, table
 from deploykit.benchmarks.wording import environment_facts, how_measured, label_of, notes_of, out_of_race, scenario_of
 
@@ -50,6 +42,7 @@ _HEAT = (
 _SWEEP = "The full mark is the knee: from there on, more requests in flight buy little but latency."
 _RATES = "Full marks meet the objective; hollow ones do not. Latency counts from the intended start of a request."
 _LAYERS = "By the runtime's own profile; colours are the precisions that the kernels computed in."
+_RAW = f"At most {KEPT_SAMPLES} latencies a round, evenly spaced among the sorted ones; -o writes all of them."
 _PLACEMENT = (
     "Nodes that compute (convolutions, matrix products, recurrences), by the precision that their kernels ran in."
 )
@@ -65,38 +58,38 @@ def to_html(report: Report) -> str:
         A whole HTML document. Sections appear where the report holds their data.
     """
     sections = [
-        _section("candidates", "Candidates", _table(report) + _reasons(report)),
-        _toggles(report),
-        _section("pareto", _pareto_title(report), pareto(report), _PARETO),
-        _section("speed", "Speed against the reference", speed(report), _SPEED),
-        _section("distributions", "Distributions of the latencies", distributions(report), _DISTRIBUTION),
-        _section("timeline", "Rounds in time", timeline(report), _TIMELINE),
-        _section("tuning", "Tuner", heat_maps(report) + _budget(report), _HEAT),
-        _section("sweep", "Throughput over concurrency", sweep(report), _SWEEP),
-        _section("rates", "Latency over the rate of requests", rates(report), _RATES),
-        _section("layers", "Slowest layers", layers(report), _LAYERS),
-        _section("placement", "Placement and precisions", placement(report), _PLACEMENT),
-        _section("notes", "Notes", "".join(tag("p", escape(note)) for note in notes_of(report))),
-        _section("environment", "Environment and settings", _facts(report)),
-        _section("raw", "The report as JSON", _raw(report)),
+        *measurement(report).values(),
+        section("tuning", "Tuner", heat_maps(report.data.get("tuning") or {}) + _budget(report), _HEAT),
+        section("sweep", "Throughput over concurrency", sweep(report), _SWEEP),
+        section("rates", "Latency over the rate of requests", rates(report), _RATES),
+        section("layers", "Slowest layers", layers(report), _LAYERS),
+        section("placement", "Placement and precisions", placement(report), _PLACEMENT),
+        section("notes", "Notes", "".join(tag("p", escape(note)) for note in notes_of(report))),
+        section("environment", "Environment and settings", facts(environment_facts(report))),
+        section("raw", "The report as JSON", download("report-thinned.json", _RAW)),
     ]
-    title = f"DeployKit benchmark: {report.headline()}"
-    head = [
-        '<meta charset="utf-8"/>',
-        tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", escape(title)),
-        f"<style>{STYLE}</style>",
-    ]
-    body = [
+    header = [
         tag("header", tag("h1", _origin(report)), tag("p", escape(report.headline()), class_="headline")),
         tag("p", escape(how_measured(report)), class_="dim"),
-        tag("main", *sections),
-        tag("div", id="tip", role="status", hidden="hidden"),
-        f'<script type="application/json" id="report">{_embedded(report)}</script>',
-        f"<script>{SCRIPT}</script>",
     ]
-    return f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head>\n<body>{"".join(body)}</body></html>\n'
+    return page(f"DeployKit benchmark: {report.headline()}", header, sections, thinned(report))
+
+
+def measurement(report: Report) -> dict[str, str]:
+    """The sections about the candidates and their rounds, by their ids, in order; for other pages too."""
+    return {
+        "candidates": section("candidates", "Candidates", _table(report) + _reasons(report)),
+        "toggles": toggles(
+            ((str(i), f"{i + 1} {label_of(c)}", color(i)) for i, c in enumerate(report.candidates)),
+            "candidates shown in the plots",
+        ),
+        "pareto": section("pareto", _pareto_title(report), pareto(report), _PARETO),
+        "speed": section("speed", "Speed against the reference", speed(report), _SPEED),
+        "distributions": section(
+            "distributions", "Distributions of the latencies", distributions(report), _DISTRIBUTION
+        ),
+        "timeline": section("timeline", "Rounds in time", timeline(report), _TIMELINE),
+    }
 
 
 def thinned(report: Report) -> dict[str, Any]:
@@ -125,26 +118,6 @@ def _thin(found: dict[str, Any]) -> dict[str, Any]:
     return kept | {"samples_ns": samples[places].tolist(), "samples": int(samples.size)}
 
 
-def _embedded(report: Report) -> str:
-    """JSON that cannot end its script element, nor begin a comment in it."""
-    text = json.dumps(thinned(report), separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _policy() -> str:
-    """Nothing is loaded from anywhere; this one script and this one style sheet count."""
-    style, script = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (STYLE, SCRIPT))
-    rest = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    return f"{rest}; style-src 'sha256-{style}'; script-src 'sha256-{script}'"
-
-
-def _section(name: str, title: str, content: str, caption: str = "") -> str:
-    if not content:
-        return ""
-    below = tag("p", escape(caption), class_="dim") if caption else ""
-    return tag("section", tag("h2", escape(title)), content, below, id=name)
-
-
 def _origin(report: Report) -> str:
     machine = report.data["environment"]["machine"]
     return escape(f"DeployKit benchmark, {scenario_of(report)}, {report.data['created']}, {machine['cpu']}")
@@ -160,7 +133,6 @@ def _table(report: Report) -> str:
     best = set(report.winner["candidates"])
     # The verdict is what a phone has to show without scrolling, so it comes before the figures.
     header, rows = _verdict_first(header), [_verdict_first(cells) for cells in rows]
-    head = tag("tr", *(tag("th", escape(h), scope="col") for h in ("#", *header)))
     body = []
     for index, (cells, c) in enumerate(zip(rows, report.candidates, strict=True)):
         wins = label_of(c) in best
@@ -176,8 +148,7 @@ def _table(report: Report) -> str:
         figures = [tag("td", escape(text)) for text in cells[3:]]
         classes = "out" if c["status"] != "ok" else "best" if wins and len(best) == 1 else None
         body.append(tag("tr", first, *names, *figures, class_=classes))
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex=0, role="region",
-               aria_label="table of the candidates")  # fmt: skip
+    return scroll_table(("#", *header), body, "table of the candidates")
 
 
 def _verdict_first(cells: tuple[str, ...]) -> tuple[str, ...]:
@@ -191,32 +162,9 @@ def _reasons(report: Report) -> str:
     )
 
 
-def _toggles(report: Report) -> str:
-    """Which candidates the plots show; works where JavaScript does, and is not shown elsewhere."""
-    boxes = [
-        tag(
-            "label",
-            tag("input", type="checkbox", checked="checked", data_toggle=index, autocomplete="off"),
-            escape(f"{index + 1} {label_of(c)}"),
-            class_=color(index),
-        )
-        for index, c in enumerate(report.candidates)
-    ]
-    return tag("div", *boxes, class_="toggles", role="group", aria_label="candidates shown in the plots")
-
-
 def _budget(report: Report) -> str:
     tuning = report.data.get("tuning") or {}
     if not tuning:
         return ""
     budget = f" of {tuning['budget_s']:.0f} s" if tuning.get("budget_s") is not None else ""
     return tag("p", f"The search took {tuning['spent_s']:.0f} s{budget}.", class_="dim")
-
-
-def _facts(report: Report) -> str:
-    return tag("dl", *(tag("dt", escape(name)) + tag("dd", escape(text)) for name, text in environment_facts(report)))
-
-
-def _raw(report: Report) -> str:
-    said = f"At most {KEPT_SAMPLES} latencies a round, evenly spaced among the sorted ones; -o writes all of them."
-    return tag("p", said) + tag("button", "Download JSON", id="download", type="button")

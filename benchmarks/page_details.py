@@ -36,9 +36,12 @@ _RAMP = ((253, 231, 137), (144, 210, 137), (59, 160, 145), (50, 105, 142), (61, 
 # --- tuner -----------------------------------------------------------------------------------------------------------
 
 
-def heat_maps(report: Report) -> str:
-    """Trials of the tuner, a map for each candidate; empty where nothing was tuned."""
-    tuning = report.data.get("tuning") or {}
+def heat_maps(tuning: Mapping[str, Any]) -> str:
+    """Trials of the tuner, a map for each candidate; empty where nothing was tuned.
+
+    Args:
+        tuning: `objective` and `trials`.
+    """
     trials = tuning.get("trials") or []
     throughput = tuning.get("objective") == "throughput"
     groups: dict[str, list[Mapping[str, Any]]] = {}

@@ -206,7 +206,9 @@ def left_axis(axis: Axis, left: float, right: float, title: str, most: int, limi
         y = axis.at(value)
         parts.append(tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
         parts.append(text(left - 7, y + 4, label, "tick", "end"))
-    return "".join(parts) + text(4, axis.end - 8, title + (", logarithmic" if axis.log else ""), "title")
+    return "".join(parts) + text(
+        4, min(axis.start, axis.end) - 8, title + (", logarithmic" if axis.log else ""), "title"
+    )
 
 
 @dataclass(frozen=True, slots=True)

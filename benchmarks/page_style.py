@@ -24,6 +24,8 @@ th{color:var(--dim);font-weight:600;border-bottom-width:2px}
 th:nth-child(-n+4),td:nth-child(-n+4){text-align:left}
 td.verdict{white-space:normal;min-width:12em}td.name{max-width:20em;min-width:6em;overflow-wrap:break-word;
 white-space:normal}
+th.words,td.words{text-align:left;white-space:normal;min-width:11em;overflow-wrap:anywhere}
+td.long{min-width:21em}
 tr.out td{color:var(--dim)}tr.best td{font-weight:600}
 .badge{font-weight:600;font-size:.78rem;border:1px solid currentColor;border-radius:9px;padding:0 7px;margin-right:6px;
 color:var(--good);white-space:nowrap}.badge.tie{color:var(--dim)}.badge.bad{color:var(--bad)}
@@ -55,6 +57,7 @@ text{fill:var(--ink)}.tick,.small{fill:var(--dim);font-size:11px}.title{fill:var
 .area{fill:var(--k);fill-opacity:.4;stroke:var(--k);stroke-width:1}.percentile{stroke:var(--ink);stroke-width:1.5}
 .series{fill:none;stroke:var(--k);stroke-width:1.5;opacity:.8}.twin .series{stroke-dasharray:4 4}
 .objective{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:7 4}.bar{fill:var(--k)}
+.faint{opacity:.42}.faint .hollow{fill:none;pointer-events:all}.twin .bubble{fill-opacity:.15}
 .kept{stroke:var(--ink);stroke-width:2}.dropped{stroke:none}
 .m:hover,.m:focus-visible{outline:2px solid var(--ink);outline-offset:1px}
 #tip{position:fixed;z-index:9;pointer-events:none;max-width:min(340px,92vw);padding:6px 10px;border-radius:6px;
@@ -66,11 +69,16 @@ overflow-wrap:anywhere}.finding{border-left:4px solid var(--line);background:var
 overflow-wrap:anywhere}.finding.severe{border-color:var(--bad)}
 dl{display:grid;grid-template-columns:minmax(9em,max-content) 1fr;gap:2px 16px;font-size:.86rem;margin:6px 0}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+pre{background:var(--soft);border-radius:8px;padding:10px 12px;font-size:.82rem;line-height:1.45;overflow-x:auto}
+ul.tree{list-style:none;margin:6px 0;padding:0}ul.tree ul.tree{margin-left:9px;padding-left:16px;
+border-left:1px solid var(--line)}ul.tree>li{margin:8px 0;overflow-wrap:anywhere}
+ul.seats{list-style:none;margin:2px 0 2px 2px;padding:0;font-size:.9rem}ul.seats>li{margin:2px 0;overflow-wrap:anywhere}
 button{font:inherit;padding:6px 14px;border:1px solid var(--dim);border-radius:6px;background:var(--soft);
 color:var(--ink);
 cursor:pointer}
 @media(max-width:480px){dl{grid-template-columns:1fr}dd{margin-bottom:6px}body{padding:14px 12px 50px}}
-@media print{.toggles,button{display:none!important}body{max-width:none;color-scheme:light}section{break-inside:avoid}}
+@media print{.toggles,button{display:none!important}pre{white-space:pre-wrap}
+body{max-width:none;color-scheme:light}section{break-inside:avoid}}
 """
 
 SCRIPT = """
@@ -124,10 +132,11 @@ SCRIPT = """
     var text = document.getElementById("report").textContent;
     var link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-    link.download = "report-thinned.json";
+    link.download = button.dataset.file;
     link.click();
     setTimeout(function () { URL.revokeObjectURL(link.href); }, 1000);
   });
-  document.body.dataset.ready = JSON.parse(document.getElementById("report").textContent).candidates.length;
+  var told = JSON.parse(document.getElementById("report").textContent);
+  document.body.dataset.ready = (told.candidates || told.tried).length;
 })();
 """

@@ -22,11 +22,13 @@ NotNegative = Annotated[FiniteFloat, Field(ge=0, le=1e15, strict=True)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1, strict=True)]
 
 
-class _Open(BaseModel):
+class OpenModel(BaseModel):
+    """What may hold more than is named."""
+
     model_config = ConfigDict(extra="allow")
 
 
-class RoundEntry(_Open):
+class RoundEntry(OpenModel):
     """One run of one candidate, in a process of its own."""
 
     samples_ns: list[Nanoseconds] = Field(min_length=1, description="every latency, in order")
@@ -39,7 +41,7 @@ class RoundEntry(_Open):
     started_s: NotNegative | None = Field(default=None, description="seconds since the measurement began")
 
 
-class ComparisonEntry(_Open):
+class ComparisonEntry(OpenModel):
     """A candidate against another: how many times faster."""
 
     verdict: Literal["faster", "slower", "tie"]
@@ -48,7 +50,7 @@ class ComparisonEntry(_Open):
     high: NotNegative
 
 
-class AccuracyEntry(_Open):
+class AccuracyEntry(OpenModel):
     """Scores over labelled data."""
 
     samples: Annotated[int, Field(ge=1, le=_MOST, strict=True)]
@@ -56,14 +58,14 @@ class AccuracyEntry(_Open):
     f1: Share
 
 
-class OutputsEntry(_Open):
+class OutputsEntry(OpenModel):
     """Comparison of the outputs with the reference's; a cosine that is no number is NaN."""
 
     kind: Literal["equal", "near"]
     cosine: float | None = None
 
 
-class PlacementEntry(_Open):
+class PlacementEntry(OpenModel):
     """What ran where."""
 
     asked: str
@@ -73,14 +75,14 @@ class PlacementEntry(_Open):
     compute_precisions: dict[str, Count] = {}
 
 
-class DriftEntry(_Open):
+class DriftEntry(OpenModel):
     """The second half of a round's requests against the first."""
 
     ratio: Positive
     flagged: bool
 
 
-class SweepEntry(_Open):
+class SweepEntry(OpenModel):
     """Throughput at so many requests in flight."""
 
     concurrency: Annotated[int, Field(ge=1, le=_MOST, strict=True)]
@@ -89,7 +91,7 @@ class SweepEntry(_Open):
     p99_ms: NotNegative | None = None
 
 
-class RateEntry(_Open):
+class RateEntry(OpenModel):
     """An open-loop run at one rate."""
 
     rate_per_s: Positive
@@ -100,7 +102,7 @@ class RateEntry(_Open):
     met: bool
 
 
-class CandidateEntry(_Open):
+class CandidateEntry(OpenModel):
     """A model on a device. Where it was timed, `rounds` and all figures are there."""
 
     name: str
@@ -137,7 +139,7 @@ class CandidateEntry(_Open):
     rounds_again: list[RoundEntry] | None = None
 
 
-class WinnerEntry(_Open):
+class WinnerEntry(OpenModel):
     """The verdict; several candidates where they tie."""
 
     verdict: Literal["winner", "tie", "none"]
@@ -147,7 +149,7 @@ class WinnerEntry(_Open):
     against_reference: ComparisonEntry | None
 
 
-class MachineEntry(_Open):
+class MachineEntry(OpenModel):
     """Facts about the machine that decide speed."""
 
     cpu: str
@@ -157,7 +159,7 @@ class MachineEntry(_Open):
     memory_bytes: Count | None
 
 
-class EnvironmentEntry(_Open):
+class EnvironmentEntry(OpenModel):
     """Where it was measured."""
 
     machine: MachineEntry
@@ -167,7 +169,7 @@ class EnvironmentEntry(_Open):
     variables: dict[str, str] = {}
 
 
-class SettingsEntry(_Open):
+class SettingsEntry(OpenModel):
     """How it was measured."""
 
     rounds: Count
@@ -182,7 +184,7 @@ class SettingsEntry(_Open):
     labelled_data: str | None = None
 
 
-class TrialEntry(_Open):
+class TrialEntry(OpenModel):
     """One trial of the tuner; `model` and `device` are the candidate's, `label` is short for its settings."""
 
     label: str
@@ -197,7 +199,7 @@ class TrialEntry(_Open):
     kept: bool
 
 
-class TuningEntry(_Open):
+class TuningEntry(OpenModel):
     """What the tuner tried."""
 
     objective: Literal["latency", "throughput"]
@@ -207,7 +209,7 @@ class TuningEntry(_Open):
     spent_s: NotNegative
 
 
-class KernelEntry(_Open):
+class KernelEntry(OpenModel):
     """One kernel of a layer."""
 
     name: str
@@ -215,7 +217,7 @@ class KernelEntry(_Open):
     time_us: NotNegative
 
 
-class LayerEntry(_Open):
+class LayerEntry(OpenModel):
     """One layer of a profile, and where it stands under the roofs; null where that is not known."""
 
     name: str
@@ -234,7 +236,7 @@ class LayerEntry(_Open):
     kernels: list[KernelEntry]
 
 
-class FindingEntry(_Open):
+class FindingEntry(OpenModel):
     """Why something is slow, and what to do."""
 
     kind: str
@@ -245,7 +247,7 @@ class FindingEntry(_Open):
     cost_us: NotNegative | None
 
 
-class PeakEntry(_Open):
+class PeakEntry(OpenModel):
     """What the machine can do at most."""
 
     fp32_gflops: NotNegative | None = None
@@ -255,7 +257,7 @@ class PeakEntry(_Open):
     threads: Count | None = None
 
 
-class RooflineEntry(_Open):
+class RooflineEntry(OpenModel):
     """All layers together under the roofs."""
 
     gflops: NotNegative | None = None
@@ -264,7 +266,7 @@ class RooflineEntry(_Open):
     of_memory_peak: NotNegative | None = None
 
 
-class ExplanationEntry(_Open):
+class ExplanationEntry(OpenModel):
     """Layers and findings of one candidate; no figures where its device refused it."""
 
     label: str | None = None
@@ -289,7 +291,7 @@ class ExplanationEntry(_Open):
         return self
 
 
-class ReportDocument(_Open):
+class ReportDocument(OpenModel):
     """A benchmark: raw samples, environment and verdicts."""
 
     schema_version: Literal[1, 2]
@@ -316,14 +318,19 @@ def report_schema() -> dict[str, Any]:
     return {"$schema": SCHEMA_ID, "$id": "urn:deploykit:report:2", **ReportDocument.model_json_schema()}
 
 
+def first_fault(exc: ValidationError) -> str:
+    """The first of the faults, with its place."""
+    error = exc.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in error["loc"])
+    return f"{place or 'the document'}: {error['msg']}"
+
+
 def what_is_wrong(data: Any) -> str | None:
     """The first thing in which a document is no report, with its place; None where it is one."""
     try:
         found = ReportDocument.model_validate(data)
     except ValidationError as exc:
-        error = exc.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in error["loc"])
-        return f"{place or 'the document'}: {error['msg']}"
+        return first_fault(exc)
     for number, candidate in enumerate(found.candidates):
         figures = (candidate.median_ms, candidate.throughput_per_s, candidate.load_ms)
         if (candidate.median_ms is None and not candidate.rounds) or (candidate.rounds and None not in figures):

@@ -60,9 +60,8 @@ def summary(report: Report) -> list[str]:
     return [*lines, report.headline()]
 
 
-def environment_line(report: Report) -> str:
+def environment_line(environment: Mapping[str, Any]) -> str:
     """One line about machine and packages."""
-    environment = report.data["environment"]
     machine = environment["machine"]
     flags = [name for name, there in machine["flags"].items() if there]
     packages = [f"{name} {version}" for name, version in environment["packages"].items()]
@@ -73,20 +72,26 @@ def environment_line(report: Report) -> str:
 
 def environment_facts(report: Report) -> list[tuple[str, str]]:
     """Everything that is known about the environment and the settings, a name and a text each."""
-    data, environment = report.data, report.data["environment"]
+    data = report.data
+    facts = machine_facts(data["environment"])
+    facts += [(f"setting {words(key)}", plain(value)) for key, value in data["settings"].items()]
+    facts += [("report", f"schema {data['schema_version']}, DeployKit {data['deploykit']}, {data['created']}")]
+    return [*facts, ("intervals", plain(data.get("interval")))]
+
+
+def machine_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything that is known about an environment, a name and a text each."""
     machine = dict(environment["machine"])
     memory = machine.pop("memory_bytes", None)
     flags = machine.pop("flags")
-    facts = [(_words(key), plain(value)) for key, value in machine.items()]
+    facts = [(words(key), plain(value)) for key, value in machine.items()]
     facts.append(("memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"))
     facts.append(("instruction sets", _listed(flags)))
     for key in ("load_average", "python", "platform"):
-        facts.append((_words(key), plain(environment.get(key))))
+        facts.append((words(key), plain(environment.get(key))))
     facts += [(f"package {name}", plain(version)) for name, version in environment["packages"].items()]
     facts += [(f"variable {name}", plain(value)) for name, value in (environment.get("variables") or {}).items()]
-    facts += [(f"setting {_words(key)}", plain(value)) for key, value in data["settings"].items()]
-    facts += [("report", f"schema {data['schema_version']}, DeployKit {data['deploykit']}, {data['created']}")]
-    return [*facts, ("intervals", plain(data.get("interval")))]
+    return facts
 
 
 def out_of_race(report: Report) -> list[tuple[str, str]]:
@@ -124,16 +129,16 @@ def objective_of(report: Report) -> float | None:
 
 def visible(report: Report) -> Report:
     """A copy for a terminal: a file's texts may hold escape sequences, which are spelled out."""
-    found = _visible(report.data)
-    return Report(found)
+    return Report(visible_data(report.data))
 
 
-def _visible(value: Any) -> Any:
+def visible_data(value: Any) -> Any:
+    """The same for any JSON."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
-        return {clean(k): v if k == "samples_ns" else _visible(v) for k, v in value.items()}
-    return [_visible(v) for v in value] if isinstance(value, list) else value
+        return {clean(k): v if k == "samples_ns" else visible_data(v) for k, v in value.items()}
+    return [visible_data(v) for v in value] if isinstance(value, list) else value
 
 
 def plain(value: Any) -> str:
@@ -157,5 +162,6 @@ def _listed(flags: Mapping[str, Any]) -> str:
     return f"{', '.join(have) or 'none'}" + (f"; without {', '.join(lack)}" if lack else "")
 
 
-def _words(key: str) -> str:
+def words(key: str) -> str:
+    """A key of JSON as words."""
     return key.replace("_", " ")

@@ -24,7 +24,33 @@ def minilm_dir() -> Path:
 @pytest.fixture(scope="session")
 def report_data():
     """The module `report_data.py`, which stands beside this file: benchmark reports made by hand."""
-    spec = importlib.util.spec_from_file_location("_report_data", Path(__file__).with_name("report_data.py"))
+    return _beside("report_data")
+
+
+@pytest.fixture(scope="session")
+def search_data():
+    """The module `search_data.py`: the document of a search made by hand."""
+    return _beside("search_data")
+
+
+@pytest.fixture(scope="session")
+def page_tools():
+    """The module `page_tools.py`: looking at pages."""
+    return _beside("page_tools")
+
+
+@pytest.fixture
+def browse(page_tools, tmp_path):
+    """Open a page in a headless browser: `browse(path, *options)`."""
+
+    def run(path, *options):
+        return page_tools.browse(tmp_path / "profile", path, *options)
+
+    return run
+
+
+def _beside(name: str):
+    spec = importlib.util.spec_from_file_location(f"_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

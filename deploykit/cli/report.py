@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,33 +12,75 @@ from deploykit.cli import common
 
 if TYPE_CHECKING:
     from deploykit.benchmarks import Report
+    from deploykit.search.reading import Beside
 
 
 @click.command()
 @click.argument("report", required=False)
 @common.html_option
 @common.markdown_option
-@click.option("--schema", is_flag=True, help="Print the JSON Schema of reports, and stop.")
-def command(report: str | None, html: str | None, markdown: str | None, schema: bool) -> None:
-    """Show REPORT, the JSON that `deploykit benchmark -o` wrote: a table, or what the options name."""
-    if schema and (report is not None or html is not None or markdown is not None):
-        raise click.UsageError("--schema stands alone.")
-    if schema:
-        from deploykit.benchmarks.schema import report_schema
+@click.option(
+    "--schema", type=click.Choice(["benchmark", "optimize"]), is_flag=False, flag_value="benchmark",
+    help="Print the JSON Schema of reports, or of what `optimize` writes, and stop.",
+)  # fmt: skip
+def command(report: str | None, html: str | None, markdown: str | None, schema: str | None) -> None:
+    """Show REPORT: a table, or what the options name.
 
-        common.show_json(report_schema())
+    It is the JSON that `deploykit benchmark -o` wrote, or the directory that `deploykit optimize -o` wrote.
+    """
+    if schema is not None and (report is not None or html is not None or markdown is not None):
+        raise click.UsageError("--schema stands alone.")
+    if schema is not None:
+        _show_schema(schema)
         return
     if report is None:
         raise click.UsageError("Missing argument 'REPORT'.")
-    from deploykit.benchmarks.reading import read_report
+    from deploykit.benchmarks.reading import as_report
     from deploykit.benchmarks.wording import visible
-    from deploykit.cli.benchmark import show_report
+    from deploykit.search.reading import as_document, is_search, load_any, read_beside
 
     check_views(html, markdown)
-    loaded = read_report(report)
+    data, name = load_any(report)
+    if is_search(data):
+        document, beside = as_document(data, name), read_beside(name)
+        if html is None and markdown is None:
+            show_search(document)
+        write_search_views(document, beside, html, markdown)
+        return
+    from deploykit.cli.benchmark import show_report
+
+    loaded = as_report(data, name)
     if html is None and markdown is None:
         show_report(visible(loaded))
     write_views(loaded, html, markdown)
+
+
+def _show_schema(name: str) -> None:
+    from deploykit.benchmarks.schema import report_schema
+    from deploykit.search.schema import search_schema
+
+    common.show_json(report_schema() if name == "benchmark" else search_schema())
+
+
+def show_search(document: Mapping[str, Any]) -> None:
+    """Print the table of a search and what came of it."""
+    from deploykit.search.views import summary, table
+
+    common.show_table(*table(document))
+    for line in summary(document):
+        click.echo(line)
+
+
+def write_search_views(document: Mapping[str, Any], beside: Beside, html: str | None, markdown: str | None) -> None:
+    """Write what was asked for of a search."""
+    if html is not None:
+        from deploykit.search.page import to_html
+
+        write_text(html, to_html(document, beside.benchmark, beside.recipe))
+    if markdown is not None:
+        from deploykit.search.views import markdown as to_markdown
+
+        write_text(markdown, to_markdown(document))
 
 
 def check_views(html: str | None, markdown: str | None, *others: str | None) -> None:

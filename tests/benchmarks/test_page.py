@@ -3,13 +3,10 @@
 import base64
 import copy
 import hashlib
+import importlib.util
 import json
 import re
-import shutil
-import struct
-import subprocess
-import zlib
-from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,51 +17,14 @@ from deploykit.benchmarks.page_drawing import Axis, clean, fit, labels_of
 from deploykit.benchmarks.reading import parse_report
 from deploykit.benchmarks.report import Report
 
+# Beside the tests' folders, which are no packages.
+spec = importlib.util.spec_from_file_location("_page_tools", Path(__file__).parents[1] / "page_tools.py")
+tools = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tools)
+HOSTILE, Page, read_png = tools.HOSTILE, tools.Page, tools.read_png
+
 ALL = ["candidates", "pareto", "speed", "distributions", "timeline", "tuning", "sweep", "rates", "layers", "placement",
        "notes", "environment", "raw"]  # fmt: skip
-VOID = {"meta", "input"}
-
-
-class Page(HTMLParser):
-    """Elements as (tag, attributes, ancestors), texts, and errors of nesting."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.texts, self.open = [], [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), tuple(self.open)))
-        if tag not in VOID:
-            self.open.append((tag, dict(attrs)))
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), tuple(self.open)))
-
-    def handle_endtag(self, tag):
-        assert self.open
-        assert self.open.pop()[0] == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data):
-        self.texts.append((data, tuple(self.open)))
-
-    def sections(self):
-        return [a["id"] for tag, a, _ in self.elements if tag == "section"]
-
-    def marks(self, section, tag, *, width="wide"):
-        """Drawn marks of one section, in the desk's version, with the candidate that they belong to."""
-        found = []
-        for name, attrs, above in self.elements:
-            inside = any(t == "section" and a.get("id") == section for t, a in above)
-            shown = any("class" in a and a["class"] == width for _, a in above)
-            if name == tag and inside and shown and "m" in (attrs.get("class") or "").split():
-                owner = next((a["data-c"] for _, a in reversed(above) if "data-c" in a), None)
-                found.append((None if owner is None else int(owner), attrs))
-        return found
-
-    def embedded(self):
-        return "".join(t for t, above in self.texts if above and above[-1][1].get("id") == "report")
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +73,6 @@ def test_nothing_is_loaded_from_anywhere(full):
 def test_no_styles_or_handlers_in_attributes(page):
     """The security policy would refuse them."""
     assert not [a for _, a, _ in page.elements if "style" in a or any(k.startswith("on") for k in a)]
-
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><!--\u202e\x00\ud800 & ]]>"
 
 
 def test_hostile_names_stay_text(full):
@@ -310,22 +267,7 @@ def test_control_characters_are_spelled_out():
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
-BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed to open the page in")
-
-
-@pytest.fixture
-def browse(tmp_path):
-    def run(path, *options):
-        done = subprocess.run(
-            [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", *options, path.as_uri()],
-            capture_output=True, text=True, errors="replace", check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done
-
-    return run
+needs_browser = pytest.mark.skipif(tools.BROWSER is None, reason=tools.NO_BROWSER)
 
 
 @needs_browser
@@ -399,43 +341,3 @@ def test_the_page_is_drawn(full, tmp_path, browse, width, scheme):
     assert 0.02 < drawn < 0.5
     # Colours, not only ink.
     assert (np.ptp(pixels[..., :3].astype(int), axis=-1) > 50).mean() > 0.001
-
-
-def read_png(data):
-    """Pixels of an 8-bit RGB or RGBA file, shape [height, width, channels]."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    place, packed = 8, b""
-    while place < len(data):
-        size, kind = struct.unpack(">I4s", data[place : place + 8])
-        if kind == b"IHDR":
-            width, height, depth, color = struct.unpack(">IIBB", data[place + 8 : place + 18])
-            assert depth == 8
-        packed += data[place + 8 : place + 8 + size] if kind == b"IDAT" else b""
-        place += size + 12
-    channels = {2: 3, 6: 4}[color]
-    lines = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + width * channels)
-    rows = np.zeros((height + 1, width + 1, channels), np.uint8)  # a border of zeros above and to the left
-    for n in range(height):
-        rows[n + 1, 1:] = unfilter(int(lines[n, 0]), lines[n, 1:].reshape(width, channels), rows[n])
-    return rows[1:, 1:]
-
-
-def unfilter(kind, line, above):
-    if kind == 0:
-        return line
-    if kind == 1:
-        return np.cumsum(line, axis=0, dtype=np.uint8)
-    if kind == 2:
-        return line + above[1:]
-    made = np.zeros((len(line) + 1, line.shape[1]), np.int64)
-    up = above.astype(np.int64)
-    for x in range(1, len(made)):
-        left, over, corner = made[x - 1], up[x], up[x - 1]
-        if kind == 3:
-            guess = (left + over) // 2
-        else:
-            first = left + over - corner
-            a, b, c = abs(first - left), abs(first - over), abs(first - corner)
-            guess = np.where((a <= b) & (a <= c), left, np.where(b <= c, over, corner))
-        made[x] = (line[x - 1] + guess) % 256
-    return made[1:].astype(np.uint8)

@@ -51,6 +51,61 @@ def test_other_files_are_refused_in_one_line(run_cli, tmp_path, content, words):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.fixture
+def best(report_data, search_data, tmp_path):
+    folder = tmp_path / "best"
+    folder.mkdir()
+    (folder / "optimize.json").write_text(json.dumps(search_data.make_search(report_data)), encoding="utf-8")
+    (folder / "benchmark.json").write_text(json.dumps(report_data.make_report(samples=60)), encoding="utf-8")
+    (folder / "recipe.toml").write_text("[export]\nsource = 'x'\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["best", "best/optimize.json"])
+def test_a_search_is_shown_again(run_cli, best, name):
+    done = run_cli("report", name)
+    assert done.returncode == 0, done.stderr
+    assert "dropped in making: no pattern of a transformer" in done.stdout
+    assert "static on openvino:cpu, 2.43x" in done.stdout
+    assert "took 171 s of 180 s" in done.stdout
+
+
+def test_views_of_a_search_are_written_and_never_overwritten(run_cli, best, tmp_path):
+    done = run_cli("report", "best", "--html", "page.html", "--markdown", "table.md")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    for section in ("pareto", "tree", "distributions", "recipe"):
+        assert f'id="{section}"' in page
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.startswith("**static on openvino:cpu")
+    assert run_cli("report", "best", "--markdown", "-").stdout == table
+    done = run_cli("report", "best", "--html", "page.html")
+    assert done.returncode == 1
+    assert "page.html exists" in done.stderr
+
+
+def test_a_benchmark_of_a_search_is_a_report(run_cli, best):
+    assert "winner: int8 on ort:cpu" in run_cli("report", "best/benchmark.json").stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda best: (best / "optimize.json").unlink(), "a directory without optimize.json"),
+        (lambda best: (best / "optimize.json").write_text("{}"), "no report"),
+        (lambda best: (best / "optimize.json").write_text('{"schema_version": 1, "tried": 0}'), "damaged document"),
+        (lambda best: (best / "benchmark.json").write_text("{"), "benchmark.json is no JSON"),
+    ],
+)
+def test_damaged_searches_are_refused_in_one_line(run_cli, best, change, words):
+    change(best)
+    done = run_cli("report", "best")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
 def test_usage(run_cli, report):
     assert run_cli("report").returncode == 2
     assert run_cli("report", "report.json", "--html", "x", "--markdown", "./x").returncode == 2
@@ -62,6 +117,10 @@ def test_the_schema_is_printed(run_cli):
     done = run_cli("report", "--schema")
     assert done.returncode == 0
     assert json.loads(done.stdout)["properties"]["schema_version"]["enum"] == [1, 2]
+    assert run_cli("report", "--schema", "benchmark").stdout == done.stdout
+    assert "tried" in json.loads(run_cli("report", "--schema", "optimize").stdout)["properties"]
+    assert run_cli("report", "--schema", "report.json").returncode == 2
+    assert run_cli("report", "report.json", "--schema").returncode == 2
 
 
 def test_benchmark_writes_all_views_of_one_measurement(run_cli, conv_model, tmp_path):
