@@ -19,6 +19,7 @@ _COMMANDS = {
     "export": "Turn a model into a verified ONNX artifact.",
     "simplify": "Simplify the graph, compared with its parent.",
     "quantize": "Quantize to 8 bits: dynamic or static.",
+    "apply": "Apply a step of another installed distribution, compared with its parent.",
     "verify": "Compare a model with another, or with its own golden outputs.",
     "inspect": "Show what a model is and costs: operators, MACs, memory, runtimes, contracts.",
     "benchmark": "Measure models on devices, in interleaved rounds.",

@@ -9,7 +9,7 @@ import pytest
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
-    ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["verify"],
+    ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["apply"], ["verify"],
     ["inspect"], ["benchmark"], ["report"], ["compare"], ["run"],
 ]  # fmt: skip
 
