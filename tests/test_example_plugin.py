@@ -208,16 +208,13 @@ def test_apply(run: Run, work: Path) -> None:
     assert TOOLS.items() <= step.tools.items()
     assert {r["verdict"] for r in artifact.manifest.evidence.parity} == {"passed"}
     assert [n.op_type for n in onnx.load(artifact.model_path).graph.node] == ["Transpose", "Relu", "Mul"]
-    kept = run("apply", "merge-transposes", "-m", "crossed.onnx", "-o", "kept", "--set", "keep=b,e", "--json")
-    assert kept.returncode == 0, kept.stderr
-    step = json.loads(kept.stdout)["manifest"]["lineage"][-1]
-    assert (step["params"]["changed"], step["params"]["options"]["keep"]) == (False, ["b", "e"])
     dry = run("apply", "merge-transposes", "-m", "crossed.onnx", "-o", "dry", "--set", "keep=b,e", "--dry-run")
     assert dry.returncode == 0, dry.stderr
     (work / "dry.toml").write_text(dry.stdout)
     done = run("run", "dry.toml", "-o", "dry")
     assert done.returncode == 0, done.stderr
-    assert Artifact.open(work / "dry" / "apply").manifest.lineage[-1].params["options"]["keep"] == ["b", "e"]
+    params = Artifact.open(work / "dry" / "apply").manifest.lineage[-1].params
+    assert (params["changed"], params["options"]["keep"]) == (False, ["b", "e"])
 
 
 @pytest.mark.parametrize(
