@@ -26,6 +26,7 @@ _EXPORTS = {
     "Session": "runtimes",
     "Signature": "specs",
     "TensorSpec": "specs",
+    "apply": "pipeline",
     "benchmark": "pipeline",
     "compare": "pipeline",
     "export": "pipeline",
@@ -55,6 +56,7 @@ __all__ = [
     "Signature",
     "TensorSpec",
     "__version__",
+    "apply",
     "benchmark",
     "compare",
     "export",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from deploykit.data import Dataset
     from deploykit.errors import DeploykitError
     from deploykit.pipeline import (
+        apply,
         benchmark,
         compare,
         export,

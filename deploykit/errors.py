@@ -23,6 +23,7 @@ DeploykitError
 ├── SearchError                 a search that cannot be made, or that found nothing that may be used
 ├── WorkerError                 a process that did a job for us died, or could not be had
 │   └── JobTimeoutError         a job took longer than it may
+├── PluginError                 a step of another distribution does not load, or is not what it has to be
 └── RecipeError                 a recipe does not say what to do
 
 A third-party exception is translated where it enters, with ``raise ... from exc``. What is not a DeploykitError is a
@@ -165,6 +166,10 @@ class WorkerError(DeploykitError):
 
 class JobTimeoutError(WorkerError):
     """A job took longer than it may."""
+
+
+class PluginError(DeploykitError):
+    """A step of another distribution does not load, fails, or is not what a step of its kind has to be."""
 
 
 class RecipeError(DeploykitError):

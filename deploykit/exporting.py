@@ -33,6 +33,7 @@ from deploykit.models import load_model
 from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
+from deploykit.runtimes.plugged import runtime_tools
 from deploykit.staging import ArtifactWriter
 from deploykit.targets import Target, choose_opset, parse_targets
 
@@ -267,7 +268,7 @@ def _export_graph(
             "contract": [t.name for t in held], **({"quantized": True} if opened.quantized else {}),
             **({"task": options.task} if options.task else {}), **({"part": options.part} if options.part else {}),
         },
-        tools=opened.tools(),
+        tools=opened.tools() | (opened.plugin.tools if opened.plugin else {}) | runtime_tools(targets[0]),
         parent=None,
         seconds=round(time.monotonic() - started, 3),
         notes=list(told.notes[before:]),

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.benchmarks.metrics import classification_scores, decide, reduce_outputs
+from deploykit.benchmarks.metrics import Scorer, decide, find_metric, reduce_outputs
 from deploykit.benchmarks.parity import without_padding
 from deploykit.data import LABELS, Dataset
 from deploykit.errors import DataError
 from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array, Signature, fit_feeds
 
-METRICS = ("accuracy", "f1", "precision", "recall")
 DEFAULT_DROP = "0.01"
 _BATCH = 8
 # A row is decided where its best class leads by this many standard deviations of the row; noise decides the others.
@@ -36,7 +35,7 @@ class Goal:
     """What is asked for; several may be asked at once.
 
     Attributes:
-        metric: One of `METRICS`, on labelled data; None where there is nothing to keep.
+        metric: One of `metrics.METRICS` or a plugin's, on labelled data; None where there is nothing to keep.
         drop: How much of the metric may be lost: in its own units, or, with `relative`, as a share of the parent's.
         relative: See `drop`.
         min_sqnr_db: Smallest ratio of signal to error power of the output, in dB.
@@ -61,7 +60,8 @@ class Goal:
         parts = []
         if self.metric is not None:
             drop = f"{self.drop:.3g} of the parent's" if self.relative else f"{self.drop:g}"
-            parts.append(f"{self.metric} down by at most {drop}")
+            way = "down" if find_metric(self.metric).higher_is_better else "up"
+            parts.append(f"{self.metric} {way} by at most {drop}")
         if self.min_sqnr_db is not None:
             parts.append(f"SQNR >= {self.min_sqnr_db:g} dB")
         if self.min_agreement is not None:
@@ -129,13 +129,14 @@ class Score:
 
 @dataclass(slots=True)
 class _Tally:
-    """What is kept of one model's outputs: sums and classes."""
+    """What is kept of one model's outputs: sums and classes; the outputs themselves only for metrics that need them."""
 
     signal: float = 0.0
     error: float = 0.0
     rows: int = 0
     guesses: list[Array] = field(default_factory=list)
     leads: list[Array] = field(default_factory=list)
+    outputs: list[Array] = field(default_factory=list)
 
 
 class Judge:
@@ -163,6 +164,7 @@ class Judge:
         limit: int | None = None,
     ) -> None:
         self.goal = goal
+        self._scorer = Scorer("") if goal.metric is None else find_metric(goal.metric)
         self.data = data
         self.device = device
         self._signature = signature
@@ -199,7 +201,8 @@ class Judge:
                 f"{self.data.source} has no {LABELS!r}, which {self.goal.metric} needs",
                 hint="add them, or hold the model to its parent: --min-sqnr DB or --min-agreement SHARE",
             )
-        if (self.goal.metric is not None or self.goal.min_agreement is not None) and not tally.guesses:
+        classes = self.goal.metric is not None and not self._scorer.takes_outputs
+        if (classes or self.goal.min_agreement is not None) and not tally.guesses:
             raise DataError(
                 f"output {self._output!r} holds no classes",
                 expected="[batch, classes]",
@@ -241,6 +244,8 @@ class Judge:
 
     def _count(self, tally: _Tally, output: Array, values: Array, want: Array | None) -> None:
         tally.rows += len(output) if output.ndim else 1
+        if self._scorer.takes_outputs:
+            tally.outputs.append(output)
         try:
             tally.guesses.append(reduce_outputs({"": output}))
         except DataError:
@@ -281,24 +286,33 @@ class Judge:
             want, have = decide(self._parent.guesses), decide(tally.guesses)
             agreement = float(np.mean(want == have))
             collapsed = collapsed or _collapse(want, have, self._parent.leads)
-            if self.goal.metric is not None:
-                labels = np.concatenate(self._labels)
-                reference = float(getattr(classification_scores(labels, want), self.goal.metric))
-                value = float(getattr(classification_scores(labels, have), self.goal.metric))
+            if self.goal.metric is not None and not self._scorer.takes_outputs:
+                reference, value = self._scored(want), self._scored(have)
+        if self._scorer.takes_outputs:
+            reference, value = (self._scored(np.concatenate(t.outputs)) for t in (self._parent, tally))
         missed = self._shortfall(sqnr, agreement, value, reference)
         return Score(tally.rows, sqnr, agreement, value, reference, missed, collapsed)
+
+    def _scored(self, found: Array) -> float:
+        return self._scorer.score(np.concatenate(self._labels), found)
 
     def _shortfall(self, sqnr: float, agreement: float | None, value: float | None, reference: float | None) -> float:
         goal, parts = self.goal, [0.0]
         if value is not None and reference is not None:
-            allowed = goal.drop * reference if goal.relative else goal.drop
+            allowed = goal.drop * abs(reference) if goal.relative else goal.drop
+            lost = reference - value if self._scorer.higher_is_better else value - reference
             # A drop of 0.01 is reached by 0.91 - 0.90, whatever binary fractions say.
-            parts.append(max(0.0, reference - value - allowed - 1e-9))
+            parts.append(max(0.0, lost - allowed - 1e-9))
         if goal.min_agreement is not None and agreement is not None:
             parts.append(max(0.0, goal.min_agreement - agreement))
         if goal.min_sqnr_db is not None:
             parts.append(min(1e3, max(0.0, goal.min_sqnr_db - sqnr)) / 20)
         return max(parts)
+
+    @property
+    def tools(self) -> dict[str, str]:
+        """Distributions of plugins that took part, for the lineage."""
+        return self._scorer.tools
 
     def record(self, score: Score) -> dict[str, Any]:
         """What the manifest keeps."""

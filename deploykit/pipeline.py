@@ -10,6 +10,7 @@ from deploykit.progress import Progress
 if TYPE_CHECKING:
     from deploykit.recipe import Recipe
 
+from deploykit.applying import apply
 from deploykit.benchmarking import benchmark
 from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
@@ -23,6 +24,7 @@ from deploykit.sweeping import quantize_sweep
 from deploykit.verifying import verify
 
 __all__ = [
+    "apply",
     "benchmark",
     "compare",
     "export",

@@ -40,6 +40,7 @@ from deploykit.optimizers.base import Run
 from deploykit.proof import prove_placement
 from deploykit.ranking import LayerError, rank_layers
 from deploykit.runtimes import Device, open_session
+from deploykit.runtimes.plugged import runtime_tools
 from deploykit.targeting import reach
 from deploykit.weights import WHOLE_LIMIT_BYTES
 
@@ -122,7 +123,8 @@ class Quantizer:
         for file in sorted(place.parent.iterdir()):
             if file.name.startswith(place.name):  # with its external data
                 shutil.move(file, target.parent / file.name)
-        return made
+        plugins = (self.judge.tools if self.judge else {}) | runtime_tools(self.gate.devices)
+        return replace(made, tools=made.tools | plugins)
 
     def _best(self, work: Work) -> tuple[Path, StepResult]:
         """What one engine can do."""

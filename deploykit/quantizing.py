@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploykit.artifact import Artifact
+from deploykit.benchmarks.metrics import check_metric
 from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.deriving import derive
 from deploykit.errors import DataError
 from deploykit.gating import DEFAULT_SECONDS, Gate
-from deploykit.goals import DEFAULT_DROP, METRICS, Goal, read_drop
+from deploykit.goals import DEFAULT_DROP, Goal, read_drop
 from deploykit.optimizers import DynamicConfig, StaticConfig, check_engine, require_nncf
 from deploykit.progress import Progress
 from deploykit.quantizer import Quantizer
@@ -49,7 +50,7 @@ def quantize_dynamic(
         min_cosine: Smallest accepted cosine between an output and the parent's.
         contract: Runtimes that have to be able to run it, beside those that the parent was made for.
         eval_data: Real inputs, with `labels` for a metric; `data` by default for the targets without labels.
-        metric: "accuracy", "f1", "precision" or "recall"; accuracy where `eval_data` are all that is given.
+        metric: "accuracy", "f1", "precision", "recall" or a plugin's; accuracy where `eval_data` are all that is given.
         max_drop: How much of it may be lost: 0.01 in its units (the default), or "1%" of the parent's value.
         min_sqnr: Smallest ratio of signal to error power of the judged output, in dB.
         min_agreement: Smallest share of rows whose class is the parent's.
@@ -157,8 +158,8 @@ def make_goal(
     """
     if metric is None and eval_data is not None and min_sqnr is None and min_agreement is None:
         metric = "accuracy"
-    if metric is not None and metric not in METRICS:
-        raise DataError(f"unknown metric {metric!r}", expected=", ".join(METRICS))
+    if metric is not None:
+        check_metric(metric)
     if eval_data is None and (metric is not None or max_drop is not None):
         raise DataError(
             "a metric needs evaluation data",

@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from deploykit.errors import RecipeError, first_line
+from deploykit.benchmarks.metrics import check_metric
+from deploykit.errors import DataError, RecipeError, first_line
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _LIMIT_BYTES = 1 << 20
@@ -86,7 +87,7 @@ class _GoalStep(_Step):
     """What a smaller model is held to."""
 
     eval_data: str | None = None
-    metric: Literal["accuracy", "f1", "precision", "recall"] | None = None
+    metric: str | None = None
     max_drop: float | str | None = None
     min_sqnr: float | None = Field(default=None, allow_inf_nan=False)
     min_agreement: float | None = Field(default=None, ge=0, le=1)
@@ -94,6 +95,16 @@ class _GoalStep(_Step):
     devices: list[str] = []
     allow_slower: bool = False
     gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str | None) -> str | None:
+        if metric is not None:
+            try:
+                check_metric(metric)
+            except DataError as exc:
+                raise ValueError(str(exc)) from exc
+        return metric
 
 
 class _QuantizeStep(_GoalStep):
@@ -183,6 +194,18 @@ class RepairStep(_Step):
     contract: list[str] = []
 
 
+class ApplyStep(_Step):
+    """`deploykit apply`: a step of another distribution, which reads its own options."""
+
+    step: Literal["apply"] = "apply"
+    name: str
+    model: str | None = None
+    options: dict[str, bool | int | float | str | list[str]] = {}
+    data: str | None = None
+    dims: dict[str, int] = {}
+    contract: list[str] = []
+
+
 class BenchmarkStep(_Step):
     """`deploykit benchmark`."""
 
@@ -220,6 +243,7 @@ Step = (
     | WeightsStep
     | HalfStep
     | RepairStep
+    | ApplyStep
     | BenchmarkStep
 )
 _STEPS: dict[str, type[Step]] = {
@@ -231,6 +255,7 @@ _STEPS: dict[str, type[Step]] = {
     "quantize-weights": WeightsStep,
     "quantize-half": HalfStep,
     "quantize-repair": RepairStep,
+    "apply": ApplyStep,
     "benchmark": BenchmarkStep,
 }
 

@@ -17,6 +17,7 @@ from deploykit.errors import OutputExistsError, RecipeError, first_line, storage
 from deploykit.optimizers import DynamicConfig, HalfConfig, RepairConfig, StaticConfig, WeightsConfig
 from deploykit.progress import Progress
 from deploykit.recipe import (
+    ApplyStep,
     BenchmarkStep,
     DynamicStep,
     ExportStep,
@@ -185,6 +186,7 @@ def _run_step(
         WeightsStep: _weights,
         HalfStep: _half,
         RepairStep: _repair,
+        ApplyStep: _apply,
     }
     return verbs[type(step)](model, target, progress=progress, **params)
 
@@ -210,6 +212,10 @@ def _half(model: str, target: Path, *, precision: str, compute: str, exclude: li
 
 def _repair(model: str, target: Path, *, exact: bool, **rest: Any) -> Artifact:
     return pipeline.quantize_repair(model, target, config=RepairConfig(exact=exact), **rest)
+
+
+def _apply(model: str, target: Path, *, name: str, **rest: Any) -> Artifact:
+    return pipeline.apply(name, model, target, **rest)
 
 
 def _static(model: str, target: Path, **params: Any) -> Artifact:

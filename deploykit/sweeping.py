@@ -106,7 +106,7 @@ def quantize_sweep(
         data: Calibration data; without them, what needs them is left out.
         schemes: Names of `schemes.SCHEMES`; the usual ones by default.
         eval_data: Real inputs, with `labels` for a metric; `data` by default.
-        metric: "accuracy", "f1", "precision" or "recall"; accuracy where `eval_data` are all that is given.
+        metric: "accuracy", "f1", "precision", "recall" or a plugin's; accuracy where `eval_data` are all that is given.
         max_drop: How much of it may be lost: 0.01 in its units (the default), or "1%" of the parent's value.
         min_sqnr: Smallest ratio of signal to error power of the judged output, in dB.
         min_agreement: Smallest share of rows whose class is the parent's.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.data import ValueRange
+from deploykit.plugins import Plugin
 from deploykit.specs import Array, Feeds, Signature
 
 # Opens an ONNX file without graph optimizations and returns its run function; handed in by the pipeline.
@@ -85,7 +86,8 @@ class Source(ABC):
     """A loaded source.
 
     Attributes:
-        kind: "pytorch", "pt2", "huggingface", "keras", "savedmodel", "tflite", "scikit-learn" or "onnx".
+        kind: "pytorch", "pt2", "huggingface", "keras", "savedmodel", "tflite", "scikit-learn", "onnx", or what a plugin
+            calls it.
         label: What the user called it.
         signature: Inputs with the wanted dynamic dimensions; outputs as observed.
         ranges: Values that made-up inputs may take.
@@ -95,6 +97,7 @@ class Source(ABC):
         notes: What the user must know.
         precision: The coarsest floating-point type that the source computes in, where its outputs may hide it.
         quantized: Whether it computes on quantized values, which runtimes round in different ways.
+        plugin: Who opened it, where that is another distribution.
     """
 
     kind: str
@@ -107,6 +110,7 @@ class Source(ABC):
     notes: tuple[str, ...] = ()
     precision: str | None = None
     quantized: bool = False
+    plugin: Plugin | None = None
 
     @property
     @abstractmethod

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 from deploykit.artifact import is_artifact
-from deploykit.errors import OptionError, SourceError
+from deploykit.errors import ExportError, OptionError, SourceError
 from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Source, Way
+from deploykit.exporters.plugged import open_plugged
 from deploykit.exporters.shapes import parse_input, read_dynamic
 from deploykit.exporters.torch_files import SUFFIXES, refusal
 
@@ -92,6 +93,8 @@ def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
 
         return open_saved_model(path, options)
     if path.is_dir():
+        if not is_artifact(path) and (foreign := open_plugged(source, options)) is not None:
+            return foreign
         raise _no_source(path)
     named = path.is_file() or ":" not in source  # a colon may stand in a file's name too
     if path.suffix == ".onnx" and named:
@@ -129,6 +132,8 @@ def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:
 
         return open_factory(source, options)
     if path.exists():
+        if (foreign := open_plugged(source, options)) is not None:
+            return foreign
         raise SourceError(f"{source} is of no known kind", expected=KINDS)
     raise SourceError(f"{source} does not exist", expected=KINDS)
 
@@ -152,4 +157,10 @@ def export(source: Source, way: Way, target: Path, *, opset: int | None = None) 
     Raises:
         ExportError: This way does not lead there; another of `Source.ways` may.
     """
-    source.write(way, target, opset)
+    if source.plugin is None:
+        source.write(way, target, opset)
+        return
+    with source.plugin.blamed(f"wrote ONNX by {way}", ExportError):
+        source.write(way, target, opset)
+    if not target.is_file():
+        raise ExportError(f"the {source.plugin} wrote no ONNX by {way}")

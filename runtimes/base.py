@@ -8,14 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from deploykit.errors import DataError, DeviceError
 from deploykit.extras import require
+from deploykit.plugins import find, names
 from deploykit.runtimes.requests import Bound, Request
 from deploykit.specs import Array, Feeds, Signature, TensorSpec, fit_feeds
+
+if TYPE_CHECKING:
+    from deploykit.runtimes.plugged import Runtime
 
 # What follows "ort:", and the execution provider that it stands for.
 ORT_PROVIDERS = {
@@ -35,6 +39,7 @@ ORT_PROVIDERS = {
 _PROVIDERS_LOWER = {full.lower(): full for full in ORT_PROVIDERS.values()}
 # PyTorch as a baseline: operator by operator, and through torch.compile.
 TORCH_RUNTIMES = ("torch", "torch-compile")
+OWN_RUNTIMES = ("ort", "openvino", *TORCH_RUNTIMES)
 _TORCH_TARGET = re.compile(r"cpu|cuda(:\d+)?")
 
 
@@ -43,9 +48,9 @@ class Device:
     """Where a model runs.
 
     Attributes:
-        runtime: "ort", "openvino", "torch" or "torch-compile".
+        runtime: "ort", "openvino", "torch" or "torch-compile", or the name of a plugin.
         target: ONNX Runtime: the execution provider's full name. OpenVINO: its device ("CPU", "GPU.1", "AUTO").
-            PyTorch: its device ("cpu", "cuda", "cuda:1").
+            PyTorch: its device ("cpu", "cuda", "cuda:1"). A plugin: whatever it calls so.
     """
 
     runtime: str
@@ -62,12 +67,22 @@ class Device:
         """Suffixes of the model files that its runtime reads."""
         if self.runtime in TORCH_RUNTIMES:
             return (".pt2",)
+        if self.runtime not in OWN_RUNTIMES:
+            return _plugged(self).reads
         return (".onnx",) if self.runtime == "ort" else (".onnx", ".xml")
 
     @property
     def concurrent(self) -> bool:
         """Whether several threads may run one session at once."""
+        if self.runtime not in OWN_RUNTIMES:
+            return _plugged(self).concurrent
         return self.target == ORT_PROVIDERS["cpu"]
+
+
+def _plugged(device: Device) -> Runtime:
+    from deploykit.runtimes.plugged import plugged
+
+    return plugged(device)[1]
 
 
 def parse_device(text: str | Device) -> Device:
@@ -92,12 +107,13 @@ def parse_device(text: str | Device) -> Device:
             return Device("ort", target)
     elif runtime in ("openvino", "ov") and lower:
         return Device("openvino", target.upper())
-    elif runtime in TORCH_RUNTIMES and _TORCH_TARGET.fullmatch(lower):
+    elif lower and ((runtime in TORCH_RUNTIMES and _TORCH_TARGET.fullmatch(lower)) or find("runtimes", runtime)):
         return Device(runtime, lower)
+    others = "".join(f"{name}:TARGET, " for name in names("runtimes"))
     raise DeviceError(
         f"unknown device {text!r}",
         expected=f"ort:{{{'|'.join(ORT_PROVIDERS)}}}, openvino:{{cpu|gpu|npu|auto}}, torch:{{cpu|cuda}}, "
-        "torch-compile:{cpu|cuda} or a provider's full name",
+        f"torch-compile:{{cpu|cuda}}, {others}or a provider's full name",
         hint="run: deploykit doctor",
     )
 

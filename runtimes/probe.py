@@ -10,6 +10,7 @@ from typing import Any
 from deploykit.errors import DeploykitError, first_line
 from deploykit.extras import available, install_command, require, version_of
 from deploykit.machine import Machine, inspect_machine
+from deploykit.plugins import Status, survey
 from deploykit.runtimes.base import ORT_PROVIDERS, Device
 
 _PACKAGES = {
@@ -46,6 +47,7 @@ class Diagnosis:
         missing: Install command by missing package.
         devices: One entry a device.
         problems: What is wrong, each with its cure.
+        plugins: Steps that other distributions bring, those that cannot be used among them.
         advice: What limits speed here, without being wrong.
     """
 
@@ -55,6 +57,7 @@ class Diagnosis:
     devices: tuple[DeviceStatus, ...]
     problems: tuple[str, ...]
     advice: tuple[str, ...]
+    plugins: tuple[Status, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
@@ -66,6 +69,7 @@ class Diagnosis:
             "devices": [{"device": d.device, "usable": d.usable, "detail": d.detail} for d in self.devices],
             "problems": list(self.problems),
             "advice": list(self.advice),
+            "plugins": [status.as_dict() for status in self.plugins],
         }
 
 
@@ -87,7 +91,9 @@ def diagnose() -> Diagnosis:
     devices = (*_ort_devices(problems), *_openvino_devices(problems), *_torch_devices())
     if not any(d.usable for d in devices if not d.device.startswith("torch")):
         problems.append(f"no runtime can be used; run: {install_command('ort')}")
-    return Diagnosis(machine, packages, missing, devices, tuple(problems), tuple(advice(machine)))
+    plugins = survey()
+    problems += [status.problem for status in plugins if status.problem]
+    return Diagnosis(machine, packages, missing, devices, tuple(problems), tuple(advice(machine)), plugins)
 
 
 def installed_ort_wheels() -> list[str]:

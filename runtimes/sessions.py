@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.errors import DeviceError, ModelError
 from deploykit.extras import available, install_command
 from deploykit.machine import allowed_cores
-from deploykit.runtimes.base import TORCH_RUNTIMES, Device, Session, SessionOptions, parse_device
+from deploykit.runtimes.base import OWN_RUNTIMES, TORCH_RUNTIMES, Device, Session, SessionOptions, parse_device
 from deploykit.runtimes.settings import RuntimeSettings
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def open_session(
     Args:
         model: An artifact or its directory (verified first), an `.onnx` file, an OpenVINO `.xml`, or a `.pt2` program
             for PyTorch's devices.
-        device: `ort:cpu` by default; `ort:cuda`, `openvino:cpu`, `torch:cpu`, ... or a provider's full name.
+        device: `ort:cpu` by default; `ort:cuda`, `openvino:cpu`, `torch:cpu`, ... or a provider's full name;
+            `NAME:TARGET` of a plugin's runtime.
         threads: Threads inside one request; None for all cores that this process may use.
         optimize: Whether the runtime may rewrite the graph, which is the default; for ONNX Runtime also a level:
             "basic", "extended", "layout", "all".
@@ -136,6 +137,10 @@ def _open(path: Path, target: Device, options: SessionOptions) -> Session:
         from deploykit.runtimes.torch_session import TorchSession
 
         return TorchSession(path, target, options)
+    if target.runtime not in OWN_RUNTIMES:
+        from deploykit.runtimes.plugged import open_plugged
+
+        return open_plugged(path, target, options)
     from deploykit.runtimes.ov import OpenVinoSession
 
     return OpenVinoSession(path, target, options)
@@ -157,6 +162,10 @@ def require_device(device: str | Device) -> Device:
         from deploykit.runtimes.torch_session import check_torch
 
         check_torch(target)
+    elif target.runtime not in OWN_RUNTIMES:
+        from deploykit.runtimes.plugged import check_plugged
+
+        check_plugged(target)
     else:
         from deploykit.runtimes.ov import check_device
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from deploykit.errors import DataError, DeviceError
 from deploykit.extras import version_of
 from deploykit.machine import inspect_machine
+from deploykit.plugins import find
 from deploykit.runtimes.base import Device, parse_device
 
 if TYPE_CHECKING:
@@ -199,7 +200,10 @@ def machine_fingerprint(device: str | Device) -> dict[str, Any]:
         DeviceError: No such device name.
     """
     machine = inspect_machine()
-    wheels = _WHEELS[parse_device(device).runtime]
+    target = parse_device(device)
+    wheels = _WHEELS.get(target.runtime, ())
+    if not wheels and (plugin := find("runtimes", target.runtime)) is not None:
+        wheels = (plugin.distribution,)
     runtime = next((f"{name} {found}" for name in wheels if (found := version_of(name))), "none")
     return {
         "cpu": machine.cpu,

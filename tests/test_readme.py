@@ -32,8 +32,8 @@ def test_public_names_are_pinned():
 
     assert deploykit.__all__ == [
         "Artifact", "Dataset", "DeploykitError", "Recipe", "Report", "Session", "Signature", "TensorSpec",
-        "__version__", "benchmark", "compare", "export", "export_parts", "fuse", "load", "open_session", "optimize",
-        "quantize_dynamic", "quantize_half", "quantize_repair", "quantize_static", "quantize_sweep",
+        "__version__", "apply", "benchmark", "compare", "export", "export_parts", "fuse", "load", "open_session",
+        "optimize", "quantize_dynamic", "quantize_half", "quantize_repair", "quantize_static", "quantize_sweep",
         "quantize_weights", "run", "simplify", "verify",
     ]  # fmt: skip
     for name in deploykit.__all__:

@@ -21,6 +21,7 @@ _COMMANDS = {
     "fuse": "Fuse nodes, where that is right and faster.",
     "quantize": "Quantize to 8 bits: dynamic or static.",
     "optimize": "Find the best deployment: export, quantize, tune and measure, under a target and a budget.",
+    "apply": "Apply a step of another installed distribution, compared with its parent.",
     "verify": "Compare a model with another, or with its own golden outputs.",
     "inspect": "Show what a model is and costs: operators, MACs, memory, runtimes, contracts.",
     "benchmark": "Measure models on devices, in interleaved rounds.",

@@ -33,6 +33,9 @@ def command(as_json: bool) -> None:
             click.echo(f"package  {name} {version or 'missing; run: ' + found.missing[name]}")
         for device in found.devices:
             click.echo(f"device   {device.device}: {'usable' if device.usable else 'not usable'} ({device.detail})")
+        for status in found.plugins:
+            plugin, word = status.plugin, "broken" if status.problem else "usable"
+            click.echo(f"plugin   {plugin.kind} {plugin.name}: {word} ({plugin.distribution} {plugin.version})")
         for text in found.advice:
             click.echo(f"advice   {text}")
         for text in found.problems:

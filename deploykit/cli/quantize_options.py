@@ -15,14 +15,33 @@ exclude_option: common.Decorator = click.option(
     metavar="NODE",
     help="A node's name or an operator type that stays in floating point. Repeatable.",
 )
+_METRICS = ("accuracy", "f1", "precision", "recall")
+
+
+class _Metric(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
+    """One of ours, or of a plugin; those are looked up only where the name is not ours."""
+
+    name = "|".join((*_METRICS, "NAME"))
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Take it over; anything unknown is wrong usage."""
+        name = str(value)
+        if name not in _METRICS:
+            from deploykit.plugins import find, names
+
+            if find("metrics", name) is None:
+                self.fail(f"{name!r} is not one of {', '.join((*_METRICS, *names('metrics')))}.", param, ctx)
+        return name
+
+
 _TARGET_OPTIONS: tuple[common.Decorator, ...] = (
     click.option(
         "--eval", "eval_data", metavar="DATA",
         help="Real inputs, with 'labels' for a metric: FILE.npz, a directory of .npy, or module:function.",
     ),
     click.option(
-        "--metric", type=click.Choice(["accuracy", "f1", "precision", "recall"]),
-        help="What may drop by --max-drop on --eval. accuracy, where no other target is given.",
+        "--metric", type=_Metric(), metavar=f"[{_Metric.name}]",
+        help="What may get worse by --max-drop on --eval; NAME: a plugin's. accuracy, where no other target is given.",
     ),
     click.option(
         "--max-drop", metavar="DROP", help="0.01: in the metric's units (the default); 1%: of the parent's value."

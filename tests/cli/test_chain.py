@@ -159,6 +159,7 @@ def test_recipe(run_cli, conv_model, tmp_path):
         ["quantize", "half", "-m", "a.onnx", "-o", "x", "--precision", "bf16", "--compute", "storage"],
         ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--engine", "both"],
         ["quantize", "static", "-m", "a.onnx", "-o", "x", "--data", "d.npz", "--smooth=.2", "--rounding", "adaround"],
+        ["apply", "some-step", "-m", "net.onnx", "-o", "x", "--set", "depth=3", "--set", "keep=a,b"],
         ["benchmark", "-m", "net.onnx", "--dim", "sequence=9", "--device", "ort:cpu"],
     ],
     ids=lambda a: "-".join(a[:2] + a[-1:]),

@@ -1,7 +1,12 @@
-"""What every runtime has to do, on every device that can be had."""
+"""What every runtime has to do, on every device that can be had.
+
+Whoever writes a runtime for other distributions runs it with `DEPLOYKIT_CONTRACT_DEVICES=NAME:TARGET`, see
+docs/extending.md; tests/test_plugins.py does so for the one in examples/plugin.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +41,8 @@ OTHER_DEVICES = (
     "openvino:gpu",
     "openvino:npu",
 )
+# Devices of plugins, which have to be there.
+PLUGGED = tuple(name for name in os.environ.get("DEPLOYKIT_CONTRACT_DEVICES", "").split(",") if name)
 
 
 def had(device: str) -> str:
@@ -43,14 +50,19 @@ def had(device: str) -> str:
     try:
         require_device(device)
     except (DeviceError, MissingDependencyError) as exc:
-        if device in CPU_DEVICES:
-            pytest.fail(f"{device} belongs to the development environment: {exc}")
+        if device in CPU_DEVICES + PLUGGED:
+            pytest.fail(f"{device} was asked for, or belongs to the development environment: {exc}")
         pytest.skip(str(exc))
     return device
 
 
-@pytest.fixture(params=CPU_DEVICES + OTHER_DEVICES)
+@pytest.fixture(params=CPU_DEVICES + OTHER_DEVICES + PLUGGED)
 def device(request: pytest.FixtureRequest) -> str:
+    return had(request.param)
+
+
+@pytest.fixture(params=CPU_DEVICES + PLUGGED)
+def known_device(request: pytest.FixtureRequest) -> str:
     return had(request.param)
 
 
@@ -303,7 +315,7 @@ def test_missing_file_and_wrong_kind(tmp_path: Path, device: str) -> None:
         open_session(tmp_path / "weights.bin", device)
 
 
-def test_failure_inside_the_model(tmp_path: Path, cpu_device: str) -> None:
+def test_failure_inside_the_model(tmp_path: Path, known_device: str) -> None:
     """The feeds fit; what the model does with them does not."""
     model = save(
         tmp_path / "model.onnx",
@@ -312,7 +324,7 @@ def test_failure_inside_the_model(tmp_path: Path, cpu_device: str) -> None:
         [value("y", [2, 2])],
         {"shape": np.array([2, 2])},
     )
-    with open_session(model, cpu_device) as session:
+    with open_session(model, known_device) as session:
         assert session.run({"x": np.zeros((2, 2), np.float32)})["y"].shape == (2, 2)
         with pytest.raises(InferenceError) as caught:
             session.run({"x": np.zeros((3, 2), np.float32)})
@@ -410,10 +422,15 @@ def test_graph_is_left_alone_on_request(tmp_path: Path) -> None:
         open_session(model, "openvino:cpu", optimize=False)
 
 
+def test_a_misspelt_setting(two_by_two: Path, known_device: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        open_session(two_by_two, known_device, settings={"NO_SUCH_SETTING": 1})
+    assert "NO_SUCH_SETTING" in one_line(caught.value)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"NO_SUCH_SETTING": 1},
         {"session.intra_op.allow_spining": "1"},
         {"execution_mode": "fast"},
         {"graph_optimization_level": "most"},
@@ -442,7 +459,7 @@ THROUGHPUT: dict[str, dict[str, Any]] = {
 def test_requests_from_threads_of_their_own(tmp_path: Path, device: str, settings: str) -> None:
     """Every request gets its own inputs' results, whatever the others do at that time."""
     chosen = {"throughput": THROUGHPUT.get(device), "buffers": {"device_buffers": True}}.get(settings)
-    if settings != "default" and (chosen is None or (settings == "buffers" and device.startswith("openvino"))):
+    if settings != "default" and (chosen is None or (settings == "buffers" and not device.startswith("ort:"))):
         what = "device buffers are ONNX Runtime's" if settings == "buffers" else "no setting for throughput is known"
         pytest.skip(f"{what}: nothing to try on {device}")
     rng = np.random.default_rng(0)

@@ -1,0 +1,1 @@
+"""An example of what another distribution can add to DeployKit; each module holds one step, found by entry points."""
