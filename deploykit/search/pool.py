@@ -78,6 +78,10 @@ class Pool(ABC):
     def _stop(self) -> None:
         """End what runs, and what waits for work."""
 
+    def _leave(self) -> None:
+        """Nothing runs any more."""
+        return
+
     @property
     def slots(self) -> int:
         """How many jobs may run side by side."""
@@ -106,6 +110,7 @@ class Pool(ABC):
             self._queue = [t for t in self._queue if not t.future.cancelled()]
             if self._closed or not self._queue:
                 return
+            self._give_up_lost()
             started = []
             for position, place in starts(self._queue, self._places or []):
                 task = self._queue[position]
@@ -114,6 +119,15 @@ class Pool(ABC):
                 self._threads.add(thread)
                 thread.start()
             self._queue = [t for t in self._queue if not any(t is s for s in started)]
+
+    def _give_up_lost(self) -> None:
+        """Fail jobs for machines that are there no more."""
+        left = {place.name for place in self._places or []}
+        lost = [t for t in self._queue if not left or (t.node is not None and t.node not in left)]
+        self._queue = [t for t in self._queue if not any(t is other for other in lost)]
+        for task in lost:
+            if task.deaths or task.future.set_running_or_notify_cancel():
+                task.future.set_exception(WorkerError(f"{_name(task.job)}: the machine that was to do it is gone"))
 
     def _run(self, task: Task, place: Place) -> None:
         result: Done | None = None
@@ -194,6 +208,7 @@ class Pool(ABC):
         self._stop()
         for thread in threads:
             thread.join(_JOIN_S)
+        self._leave()
 
     def __enter__(self) -> Self:
         return self

@@ -86,7 +86,7 @@ def _unchanged() -> Iterator[None]:
     """Every job starts alike, whatever the one before it left: directory, environment, import path, random numbers."""
     folder, environment, path = Path.cwd(), dict(os.environ), list(sys.path)
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the state that libraries share
+    np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(_TORCH_SEED)
     try:
