@@ -1,7 +1,7 @@
 """A process that does jobs, as whoever started it sees it.
 
-It leads a process group of its own: what a job starts ends with it, and a Ctrl-C in the terminal is the parent's to
-decide about. When the parent dies, the child's input ends, and the child ends its group itself.
+It leads a session of its own: a Ctrl-C in the terminal is the parent's to decide about. What a job starts ends with it,
+and when the parent dies, the child ends itself; see `guard`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import deploykit
+from deploykit.search.guard import descendants, end_group, end_process
 
 _START_S = 300.0
 _READ_S = 1.0
@@ -48,7 +48,7 @@ class Child:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [home, env.get("PYTHONPATH")]))
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "deploykit.search.worker"],
+            [sys.executable, "-m", "deploykit.search.guard"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._messages, env=env, start_new_session=True,
         )  # fmt: skip
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -145,33 +145,3 @@ class Child:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-
-
-def end_group(group: int) -> None:
-    """Kill a process group, if there is one."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def end_process(pid: int) -> None:
-    """Kill a process, if there is one."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def descendants(pid: int) -> list[int]:
-    """What a process started, and what that started; empty where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = stat.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        # The name stands in brackets and may hold any character; the parent is the second field after it.
-        children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-    found, left = list[int](), [pid]
-    while left:
-        more = children.get(left.pop(), [])
-        found += more
-        left += more
-    return found

@@ -1,4 +1,4 @@
-"""Child process of an executor: python -m deploykit.search.worker.
+"""Child process of an executor, started by its `guard`.
 
 It reads jobs from standard input and answers on standard output, a JSON document a line. It keeps what it imported from
 one job to the next, and nothing else that could change a result. Where its parent dies the input ends, and so do this
@@ -26,7 +26,7 @@ import numpy as np
 from deploykit import errors
 from deploykit.errors import DeploykitError
 from deploykit.progress import Progress
-from deploykit.search.child import descendants, end_group, end_process
+from deploykit.search.guard import descendants, end_group, end_process
 from deploykit.search.jobs import Job
 from deploykit.search.machines import machine_of
 
@@ -155,7 +155,3 @@ def unpack_error(packed: dict[str, Any]) -> DeploykitError:
     if not (isinstance(kind, type) and issubclass(kind, DeploykitError)):
         kind = DeploykitError
     return kind(packed["what"], expected=packed["expected"], hint=packed["hint"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

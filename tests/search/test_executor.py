@@ -85,10 +85,11 @@ def test_a_late_job_is_ended_with_all_that_it_started(executor, tmp_path, folder
     assert executor.submit(job("interval", seconds=0), folders()).result().value["pid"]
 
 
-def test_a_job_whose_process_is_killed_is_done_again(folders, tmp_path, tools):
+@pytest.mark.parametrize("above", [0, 1], ids=["the worker", "its guard"])
+def test_a_job_whose_process_is_killed_is_done_again(folders, tmp_path, tools, above):
     told = tools.Told()
     with LocalExecutor(1, told) as executor:
-        done = executor.submit(job("die", seen=str(tmp_path / "seen"), deaths=1), folders()).result()
+        done = executor.submit(job("die", seen=str(tmp_path / "seen"), deaths=1, above=above), folders()).result()
     assert done.value == {"left over": []} and not any(done.folder.iterdir())
     assert (tmp_path / "seen").read_text() == "xx"
     assert len(told.notes) == 1 and "done again" in told.notes[0] and "signal 9" in told.notes[0]
@@ -122,6 +123,18 @@ def test_jobs_for_other_machines_are_refused(executor, folders):
     with pytest.raises(WorkerError, match="no machine is called 'elsewhere'; expected one of local"):
         executor.submit(job("interval", seconds=0, node="elsewhere"), folders())
     assert executor.submit(job("interval", seconds=0, node="local"), folders()).result().value
+
+
+def test_a_worker_that_dies_leaves_no_process(folders, tmp_path, tools):
+    pids = tmp_path / "pids"
+    with LocalExecutor(1) as executor:
+        future = executor.submit(job("hang", pids=str(pids), retries=0), folders())
+        tools.wait_for(pids.exists)
+        found = pids.read_text().split()
+        os.kill(int(found[0]), signal.SIGKILL)
+        with pytest.raises(WorkerError, match="signal 9"):
+            future.result()
+        tools.wait_for(lambda: not any(tools.running(pid) for pid in found))
 
 
 def test_on_the_way_out_everything_ends(tmp_path, folders, tools):

@@ -124,10 +124,11 @@ def test_a_measurement_has_its_node_for_itself(executor, far, folders, where):
 def test_a_measurement_of_another_search_waits_too(cluster, executor, folders):
     """Ray itself keeps them apart: our queue does not know theirs."""
     ray, share = executor._ray, executor._shares[executor._home]
+    told = {"deed": "deeds:interval", "params": {"seconds": 0.3}, "inputs": {}}
     found = [
         ray.remote(ray_executor.ray_node.perform)
         .options(num_returns="streaming", **executor._on(executor._home), **share.options(alone))
-        .remote({"deed": "deeds:interval", "params": {"seconds": 0.3}, "inputs": {}, "folder": str(folders())}, None, {}, "x")
+        .remote({**told, "folder": str(folders())}, None, {}, "x")
         for alone in (True, True)
     ]  # fmt: skip
     mine = executor.submit(job("interval", seconds=0.3, node=executor._home, exclusive=True), folders()).result().value
@@ -138,7 +139,7 @@ def test_a_measurement_of_another_search_waits_too(cluster, executor, folders):
 @pytest.mark.parametrize("who", ["the job", "Ray's process"])
 def test_what_is_killed_in_the_middle_costs_a_retry(executor, far, folders, tmp_path, told, who):
     seen = tmp_path / "seen"
-    dying = job("die", seen=str(seen), deaths=1, parent=who == "Ray's process", node=far, label="the victim")
+    dying = job("die", seen=str(seen), deaths=1, above=0 if who == "the job" else 2, node=far, label="the victim")
     done = executor.submit(dying, folders()).result()
     assert done.value == {"left over": []} and not any(done.folder.iterdir())
     assert seen.read_text() == "xx"
@@ -146,7 +147,7 @@ def test_what_is_killed_in_the_middle_costs_a_retry(executor, far, folders, tmp_
 
 
 def test_but_not_for_ever(executor, folders, tmp_path):
-    future = executor.submit(job("die", seen=str(tmp_path / "seen"), deaths=9, parent=True), folders())
+    future = executor.submit(job("die", seen=str(tmp_path / "seen"), deaths=9, above=2), folders())
     with pytest.raises(WorkerError, match=r"Ray's process ended .*, 2 times"):
         future.result()
     assert (tmp_path / "seen").read_text() == "xx"
