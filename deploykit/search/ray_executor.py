@@ -51,9 +51,10 @@ class RayExecutor(Pool):
 
     Args:
         address: `ray://host:port` of a cluster elsewhere, `host:port` of one that this machine is part of, or None for
-            one of this machine's own that ends with the executor.
+            one of this machine's own that ends with the executor. Where this process is connected to a cluster already,
+            it is that one, and stays.
         workers: With `address` None: jobs side by side; None for one on two cores.
-        progress: Told what jobs report, their labels in front; `ray://` tells their notes only.
+        progress: Told what jobs report, their labels in front; over `ray://` when a job has ended.
 
     Raises, when it connects:
         MissingDependencyError: Ray is not installed.

@@ -154,4 +154,5 @@ def unpack_error(packed: dict[str, Any]) -> DeploykitError:
             kind = getattr(importlib.import_module(packed["module"]), packed["name"])
     if not (isinstance(kind, type) and issubclass(kind, DeploykitError)):
         kind = DeploykitError
-    return kind(packed["what"], expected=packed["expected"], hint=packed["hint"])
+    found: DeploykitError = kind(packed["what"], expected=packed["expected"], hint=packed["hint"])
+    return found

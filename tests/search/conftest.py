@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from deploykit.progress import Progress
@@ -72,3 +73,40 @@ def folders(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def digits_net(tmp_path_factory):
+    """A small CNN really trained on scikit-learn's digits, `net.onnx`, with `calib.npz` beside it."""
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import nn
+
+    found = load_digits()
+    images = found.images[:, None].astype(np.float32) / 16
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # 64 channels, so that a batch of 16 has more activations than are counted.
+    net = nn.Sequential(
+        nn.Conv2d(1, 64, 3, 1, 1), nn.ReLU(), nn.Conv2d(64, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+    )
+    x, y = torch.from_numpy(images[:1200]), torch.from_numpy(found.target[:1200])
+    optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
+    for _ in range(4):
+        for rows in torch.randperm(1200).split(64):
+            loss = nn.functional.cross_entropy(net(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        right = net(torch.from_numpy(images[1200:])).argmax(1).numpy() == found.target[1200:]
+    torch.set_num_threads(threads)
+    assert right.mean() > 0.9
+    folder = tmp_path_factory.mktemp("digits")
+    torch.onnx.export(
+        net.eval(), (x[:2],), str(folder / "net.onnx"), input_names=["x"], output_names=["y"], dynamo=False,
+        dynamic_axes={"x": {0: "n"}, "y": {0: "n"}},
+    )  # fmt: skip
+    np.savez(folder / "calib.npz", x=images[:400], labels=found.target[:400])
+    return folder / "net.onnx"

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deploykit.data import Dataset
 from deploykit.errors import DataError, JobTimeoutError, WorkerError
+from deploykit.optimizers import StaticConfig
 from deploykit.search import ray_executor
 from deploykit.search.executor import LocalExecutor
 from deploykit.search.jobs import Job
 from deploykit.search.machines import machine_of
 from deploykit.search.ray_executor import RESOURCE, RayExecutor
+from deploykit.search.shards import STATE, cut, merge_job, shard_job
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +180,27 @@ def test_nodes_with_another_version_are_refused(cluster, executor, monkeypatch):
     other = RayExecutor(cluster.address)
     with pytest.raises(WorkerError, match=r"has DeployKit 0\.1\.0; expected version 9\.9, as here"):
         other.machines()
+
+
+def test_calibration_in_parts_gives_the_bits_of_one_run(executor, far, digits_net, tmp_path, folders):
+    """Parts far away, parts here, a sum in another order: as if it were one job of a process of this machine."""
+    config = StaticConfig(batch_size=16)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(digits_net, folder / "net.onnx")
+    data = Dataset.open(digits_net.parent / "calib.npz")
+    (whole,) = cut(data, digits_net, config, tmp_path, 1)
+    with LocalExecutor(1) as local:
+        wanted = local.submit(shard_job(digits_net, whole, config, "ort:cpu"), folders()).result()
+    (tmp_path / "parts").mkdir()
+    shards = cut(data, digits_net, config, tmp_path / "parts", 4)
+    jobs = [shard_job(folder, shard, config, "ort:cpu", "net.onnx") for shard in shards]
+    nodes = [far, executor._home, None, far]
+    futures = [executor.submit(replace(j, node=n), folders()) for j, n in zip(jobs, nodes, strict=True)]
+    states = [f.result().folder / STATE for f in futures]
+    total = executor.submit(replace(merge_job([states[i] for i in (2, 0, 3, 1)]), node=far), folders()).result()
+    assert total.value == wanted.value == {"samples": 400, "tensors": total.value["tensors"]}
+    assert (total.folder / STATE).read_bytes() == (wanted.folder / STATE).read_bytes()
 
 
 SCRIPT = """
