@@ -56,7 +56,9 @@ class TerminalProgress(Progress):
     def step(self, text: str) -> Iterator[None]:
         """Show ``text`` while the block runs, its seconds afterwards."""
         outer = self._text, self._started
-        self._text, self._started = text, time.monotonic()
+        # Its own, because jobs of several processes report here side by side.
+        started = time.monotonic()
+        self._text, self._started = text, started
         if self._live:
             self._draw("...")
         try:
@@ -66,7 +68,7 @@ class TerminalProgress(Progress):
             raise
         else:
             self._clear()
-            self._stream.write(f"{text}: {time.monotonic() - self._started:.1f} s\n")
+            self._stream.write(f"{text}: {time.monotonic() - started:.1f} s\n")
         finally:
             self._text, self._started = outer
 

@@ -206,7 +206,7 @@ class Quantizer:
         folder.mkdir()
         place = folder / "model.onnx"
         made = optimize(
-            work.parent.path, config, place, check=work.check, open_model=_Opener(work.device), data=work.data,
+            work.parent.path, config, place, check=work.check, open_model=DeviceOpener(work.device), data=work.data,
             progress=work.told, keep_float=folder / keep_float if keep_float else None, cases=work.feeds,
         )  # fmt: skip
         return place, made
@@ -355,7 +355,7 @@ class _Bench:
         try:
             return rank_layers(
                 place.parent / "float.onnx", made.layered or place, self._judge.batches(_RANKED_ROWS),
-                _Opener(self._work.device), folder,
+                DeviceOpener(self._work.device), folder,
             )  # fmt: skip
         finally:
             shutil.rmtree(folder)
@@ -383,7 +383,7 @@ def _names(floats: Sequence[LayerError]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opener:
+class DeviceOpener:
     """Opens models on a device; see `SharedOpener`."""
 
     device: Device

@@ -139,6 +139,7 @@ class StaticStep(_QuantizeStep):
     percentile: float = Field(default=99.99, gt=50, le=100)
     save_calibration: str | None = None
     merge: list[str] = []
+    merge_only: bool = False
     batch_size: int = Field(default=8, ge=1)
     max_samples: int | None = Field(default=None, ge=1)
     exclude: list[str] = []

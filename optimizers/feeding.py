@@ -24,16 +24,28 @@ def feeds_of(signature: Signature, data: Dataset, config: StaticConfig, count: C
 
     A generator may yield pieces of any size; those that do not fill a fixed batch are put together.
     """
+    for batch in batches_of(signature, data, config):
+        count.samples += len(next(iter(batch.values())))
+        yield fit_feeds(signature, batch)
+
+
+def batch_of(signature: Signature, config: StaticConfig) -> tuple[int, bool]:
+    """Samples of a batch, and whether the model takes no others."""
     fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
-    size = fixed[0] if fixed else config.batch_size
-    limit = config.max_samples
+    return (fixed[0], True) if fixed else (config.batch_size, False)
+
+
+def batches_of(signature: Signature, data: Dataset, config: StaticConfig) -> Iterator[dict[str, Array]]:
+    """What `feeds_of` makes feeds of: all arrays but the labels."""
+    size, fixed = batch_of(signature, config)
+    limit, seen = config.max_samples, 0
     for batch in _filled(data, size) if fixed else data.batches(size):
         have = len(next(iter(batch.values())))
-        left = have if limit is None else min(have, limit - count.samples)
+        left = have if limit is None else min(have, limit - seen)
         if left <= 0 or (fixed and left < size):
             break
-        count.samples += left
-        yield fit_feeds(signature, {k: v[:left] for k, v in batch.items() if k != LABELS})
+        seen += left
+        yield {k: v[:left] for k, v in batch.items() if k != LABELS}
 
 
 def _filled(data: Dataset, size: int) -> Iterator[dict[str, Array]]:

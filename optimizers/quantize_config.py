@@ -54,6 +54,7 @@ class StaticConfig:
         percentile: For "percentile": the share of values inside the range, in percent.
         save_calibration: A file to keep what was seen in; see `Calibration`.
         merge: Such files of the same model, whose data count too.
+        merge_only: Whether they hold all that counts, so that data are for the accuracy algorithms only.
         per_channel: One scale an output channel of a weight.
         exclude: Node names and operator types that stay in floating point.
         batch_size: Samples in one calibration run.
@@ -75,6 +76,7 @@ class StaticConfig:
     percentile: float = 99.99
     save_calibration: str | None = None
     merge: tuple[str, ...] = ()
+    merge_only: bool = False
     per_channel: bool = True
     exclude: tuple[str, ...] = ()
     batch_size: int = 8

@@ -8,6 +8,7 @@ convolutions in float).
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from deploykit.errors import OptimizationError
 from deploykit.extras import require
 from deploykit.modelfile import signature_of
 from deploykit.optimizers.base import Opener, StepResult
-from deploykit.optimizers.calibration import Calibration, calibrate, check_writable
+from deploykit.optimizers.calibration import Calibration, calibrate, check_writable, digest_of
 from deploykit.optimizers.editing import own_copy
 from deploykit.optimizers.embeddings import quantize_embeddings
 from deploykit.optimizers.escalation import model_kind, settled
@@ -36,6 +37,7 @@ from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes, stand_ins, watched_tensors
 from deploykit.optimizers.thresholds import check_method
 from deploykit.progress import Progress
+from deploykit.specs import Array
 from deploykit.weights import LightModel, open_light, write_copy, write_light
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ def quantize_static(
         config: How.
         target: Where the result goes.
         open_model: Runs a model file.
-        data: Calibration data; labels are ignored.
+        data: Calibration data; labels are ignored. None where `StaticConfig.merge` holds all that counts.
         progress: Told how far the accuracy algorithms are.
         keep_float: Where the graph goes as it is before pairs are inserted.
 
@@ -66,8 +68,10 @@ def quantize_static(
         OptimizationError: Nothing to quantize, unusable options, or the quantizer failed.
         DataError: The data do not fit the model.
     """
-    if open_model is None or data is None:
+    if open_model is None or (data is None and not config.merge):
         raise OptimizationError("static quantization needs calibration data", hint="add --data FILE")
+    if config.merge_only and not config.merge:
+        raise OptimizationError("merge_only, and nothing to merge", expected="files that --save-calibration wrote")
     check_method(config.calibration, config.percentile)
     check_accuracy_options(config)
     saved = _saved(config)
@@ -77,32 +81,25 @@ def quantize_static(
         said = ["SmoothQuant is off: it would change the activations by what this run alone was shown"]
     require("onnxruntime.quantization", extra="ort")
     bits, why = weight_bits(config.weight_bits)
-    count, told = Counter(), progress or Progress()
+    told = progress or Progress()
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=target.parent) as scratch:
         light = open_light(model, Path(scratch))
         config = settled(config, model_kind(light.proto))
-        prepared, notes = prepare(light.proto, per_channel=config.per_channel)
-        notes += rewrite(prepared)
-        prepared = infer_shapes(prepared)
-        light = LightModel(prepared, light.folder)
-        check_excluded(prepared, config.exclude)
-        nodes = select_nodes(prepared, frozenset(config.exclude))
-        check_selected(nodes)
+        if data is None and refines(config):
+            raise OptimizationError("bias correction and AdaRound need data to run on", hint="add --data FILE")
+        light, nodes, notes = _to_be_quantized(light, config)
+        prepared = light.proto
         if refines(config):
             light = own_copy(light, Path(scratch) / "own")
-        inputs = signature_of(prepared)
-        data_again = Material(lambda: feeds_of(inputs, data, config, Counter()), open_model, target.parent)
+        data_again = Material(lambda: _feeds(light, data, config), open_model, target.parent)
         notes += before_ranges(light, nodes, config, bits, data_again, told)
-        serves = stand_ins(prepared, frozenset(nodes))
-        tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(prepared, frozenset(nodes)))]
-        with tempfile.TemporaryDirectory(prefix=".ranges-", dir=target.parent) as folder, told.step("calibrate"):
-            seen = calibrate(
-                light, tensors, feeds_of(inputs, data, config, count), open_model, Path(folder),
-                counted=config.calibration != "minmax" or config.save_calibration is not None,
-                divisible=all(s.shape and isinstance(s.shape[0], str) for s in inputs.inputs),
-            )  # fmt: skip
+        counted = config.calibration != "minmax" or config.save_calibration is not None
+        with told.step("calibrate"):
+            own = None if config.merge_only else data
+            seen = _see(light, nodes, config, open_model, own, target.parent, counted=counted)
         for other in saved:
             seen.merge(other)
+        serves = stand_ins(prepared, frozenset(nodes))
         ranges = seen.ranges(config.calibration, config.percentile).extended(serves)
         usable, unseen = _usable_nodes(prepared, nodes, ranges)
         if unseen:
@@ -128,7 +125,7 @@ def quantize_static(
         "calibration": config.calibration,
         **({"percentile": config.percentile} if config.calibration == "percentile" else {}),
         **({"merged": list(config.merge)} if config.merge else {}),
-        "data": data.source,
+        "data": data.source if data is not None else None,
         "samples": seen.samples,
         "per_channel": config.per_channel,
         "weight_bits": bits,
@@ -146,6 +143,65 @@ def quantize_static(
     return StepResult(True, (*notes, *said, *why), params, tools())
 
 
+def observe(model: Path, config: StaticConfig, open_model: Opener, data: Dataset, folder: Path) -> Calibration:
+    """What data show of a model's activations, without a quantized model: what `save_calibration` would keep.
+
+    Args:
+        model: Floating-point ONNX file.
+        config: The same as for the quantization that merges it.
+        open_model: Runs a model file.
+        data: A part of the calibration data. For the bits of one run over all of them, every part but the last holds a
+            multiple of `batch_size` samples, or of the model's own batch where that is fixed.
+        folder: For temporary files.
+
+    Raises:
+        OptimizationError: Nothing to quantize, or unusable options.
+        DataError: The data do not fit the model.
+    """
+    _refuse_adaptive(config)
+    with tempfile.TemporaryDirectory(prefix=".observe-", dir=folder) as scratch:
+        light, nodes, _ = _to_be_quantized(open_light(model, Path(scratch)), config)
+        return _see(light, nodes, config, open_model, data, Path(scratch), counted=True)
+
+
+def _to_be_quantized(light: LightModel, config: StaticConfig) -> tuple[LightModel, list[str], list[str]]:
+    """The graph that ranges are found for, names of the nodes that will be quantized, and notes."""
+    prepared, notes = prepare(light.proto, per_channel=config.per_channel)
+    notes += rewrite(prepared)
+    prepared = infer_shapes(prepared)
+    check_excluded(prepared, config.exclude)
+    nodes = select_nodes(prepared, frozenset(config.exclude))
+    check_selected(nodes)
+    return LightModel(prepared, light.folder), nodes, notes
+
+
+def _see(
+    light: LightModel,
+    nodes: list[str],
+    config: StaticConfig,
+    open_model: Opener,
+    data: Dataset | None,
+    folder: Path,
+    *,
+    counted: bool,
+) -> Calibration:
+    """Run the model over the data, if there are any."""
+    if data is None:
+        return Calibration(digest_of(light))
+    serves = stand_ins(light.proto, frozenset(nodes))
+    tensors = [*dict.fromkeys(serves.get(t, t) for t in watched_tensors(light.proto, frozenset(nodes)))]
+    divisible = all(s.shape and isinstance(s.shape[0], str) for s in signature_of(light.proto).inputs)
+    with tempfile.TemporaryDirectory(prefix=".ranges-", dir=folder) as place:
+        return calibrate(
+            light, tensors, _feeds(light, data, config), open_model, Path(place), counted=counted, divisible=divisible
+        )
+
+
+def _feeds(light: LightModel, data: Dataset | None, config: StaticConfig) -> Iterator[dict[str, Array]]:
+    assert data is not None  # what runs the model again was refused without them
+    return feeds_of(signature_of(light.proto), data, config, Counter())
+
+
 def _saved(config: StaticConfig) -> list[Calibration]:
     """What other runs saw of the model.
 
@@ -154,14 +210,20 @@ def _saved(config: StaticConfig) -> list[Calibration]:
         OutputExistsError: The file to be written is there already.
         DataError: One cannot be read.
     """
-    if (config.merge or config.save_calibration) and (isinstance(config.smooth, float | int) or config.equalize):
+    if config.merge or config.save_calibration:
+        _refuse_adaptive(config)
+    if config.save_calibration is not None:
+        check_writable(Path(config.save_calibration))
+    return [Calibration.load(Path(file)) for file in config.merge]
+
+
+def _refuse_adaptive(config: StaticConfig) -> None:
+    """Refuse what makes the graph hang on the data of one run."""
+    if isinstance(config.smooth, float | int) or config.equalize:
         raise OptimizationError(
             "a saved calibration does not go with --smooth or --equalize, which change the activations by their data",
             hint="leave one of both out",
         )
-    if config.save_calibration is not None:
-        check_writable(Path(config.save_calibration))
-    return [Calibration.load(Path(file)) for file in config.merge]
 
 
 def _usable_nodes(model: onnx.ModelProto, nodes: list[str], ranges: Ranges) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from deploykit.progress import Progress
+from deploykit.search.machines import Node
 
 # Parameters, inputs by name, an empty folder for what it writes, and whom to tell; gives a JSON-ready value.
 Deed = Callable[[Mapping[str, Any], Mapping[str, Path], Path, Progress], dict[str, Any]]
@@ -28,6 +29,7 @@ class Job:
         exclusive: Whether it measures time, so that nothing else may run on its machine meanwhile.
         timeout_s: Seconds after which it is ended; None for no limit.
         retries: How many times it is done again where its process died.
+        node: The only machine that will do, by `Node.name`; None for any.
     """
 
     deed: str
@@ -37,6 +39,7 @@ class Job:
     exclusive: bool = False
     timeout_s: float | None = None
     retries: int = 1
+    node: str | None = None
 
     def load(self) -> Deed:
         """The function."""
@@ -74,6 +77,10 @@ class Executor(Protocol):
         """How many jobs may run side by side."""
         ...
 
+    def machines(self) -> tuple[Node, ...]:
+        """Who does jobs."""
+        ...
+
     def submit(self, job: Job, folder: Path) -> Future[Done]:
         """Have a job done.
 
@@ -83,7 +90,11 @@ class Executor(Protocol):
 
         Returns:
             Raises, when it is asked: the `DeploykitError` that the job raised, `JobTimeoutError` where it took too
-            long, or `WorkerError` where its process died more often than `Job.retries` allows.
+            long, or `WorkerError` where its process died more often than `Job.retries` allows. Anything else that
+            the job raised is a bug, and comes as a `RuntimeError` with the traceback of its process.
+
+        Raises:
+            WorkerError: `Job.node` is none of `machines`, or the executor is closed.
         """
         ...
 

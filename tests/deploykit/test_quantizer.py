@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from deploykit.optimizers.base import SharedOpener
-from deploykit.quantizer import _Opener
+from deploykit.quantizer import DeviceOpener
 from deploykit.runtimes import parse_device
 
 
@@ -18,7 +18,7 @@ def test_calibration_may_use_every_core_where_the_runtime_allows(tmp_path, devic
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "graph", values[:1], values[1:])
     file = tmp_path / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
-    opener = _Opener(parse_device(device))
+    opener = DeviceOpener(parse_device(device))
     assert isinstance(opener, SharedOpener)
     run = opener.shared(file)
     assert (run is not None) == shares
