@@ -226,14 +226,14 @@ def _executor(kind: str | Executor, workers: int | None, cache: str | Path | boo
     elif kind == "ray" or kind.startswith("ray://"):
         from deploykit.search.ray_executor import RayExecutor
 
-        found = RayExecutor(None if kind == "ray" else kind, progress=told)
+        found = RayExecutor(None if kind == "ray" else kind, workers=workers, progress=told)
     else:
         raise SearchError(f"unknown executor {kind!r}", expected="local, ray or ray://HOST:PORT")
     if cache is False:
         return found
     from deploykit.search.cache import Cache, CachedExecutor
 
-    return CachedExecutor(found, Cache(None if cache is True else Path(cache)), fresh=fresh, progress=told)
+    return CachedExecutor(found, Cache(None if cache is True else Path(cache), progress=told), fresh=fresh)
 
 
 def _search(
@@ -265,12 +265,13 @@ def _search(
     files = {RECIPE: outcome.recipe().encode()}
     if search.report is not None:
         files[REPORT] = (json.dumps(search.report, indent=1) + "\n").encode()
-    page = _page(document, search.report, files[RECIPE].decode())
-    if page is not None:
-        files[PAGE] = page.encode()
+    files[PAGE] = _page(out.whole(document), search.report, files[RECIPE].decode()).encode()
     out.publish([outcome.sealed(s) for s in outcome.front], outcome.name_of(outcome.winner), document, files)
     return Result(out.path, {**json.loads((out.path / DOCUMENT).read_text(encoding="utf-8"))})
 
 
-def _page(document: Mapping[str, Any], report: Mapping[str, Any] | None, recipe: str) -> str | None:
-    return None
+def _page(document: Mapping[str, Any], report: Mapping[str, Any] | None, recipe: str) -> str:
+    from deploykit.benchmarks import Report
+    from deploykit.search.page import to_html
+
+    return to_html(document, Report(dict(report)) if report is not None else None, recipe)

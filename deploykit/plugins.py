@@ -28,7 +28,7 @@ RESERVED: Mapping[str, frozenset[str]] = {
     "optimizers": frozenset(
         {
             "apply", "export", "simplify", "benchmark", "verify", "quantize", "quantize-dynamic", "quantize-static",
-            "quantize-weights", "quantize-half", "quantize-repair", "quantize-sweep",
+            "quantize-weights", "quantize-half", "quantize-repair", "quantize-sweep", "fuse", "optimize",
         }
     ),
     "runtimes": frozenset({"ort", "onnxruntime", "openvino", "ov", "torch", "torch-compile", "triton"}),

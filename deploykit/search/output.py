@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifact import Artifact, Evidence, StepRecord
+from deploykit.benchmarks.report import finite
 from deploykit.errors import OutputExistsError, SearchError, storage_error
 from deploykit.runtimes.settings import RuntimeSettings
 from deploykit.staging import ArtifactWriter, check_free, take_lock, write_file
@@ -148,9 +149,13 @@ class Output:
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Replace `optimize.json`."""
-        whole = {"schema_version": SCHEMA_VERSION, "run": self.run, "wish": self._wish, **document}
-        text = json.dumps(_finite(whole), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(self.whole(document), indent=1, allow_nan=False) + "\n"
         write_file(self.path / DOCUMENT, text.encode(), replace=True)
+
+    def whole(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """A document with what the output adds to it, as it can be written."""
+        found = {"schema_version": SCHEMA_VERSION, "run": self.run, "wish": self._wish, "winner": None, **document}
+        return dict(finite(found))
 
     def publish_interim(self, best: Sealed, document: Mapping[str, Any]) -> None:
         """Make an artifact the best so far."""
@@ -206,9 +211,3 @@ def seal(sealed: Sealed, target: Path) -> Artifact:
             model=made.manifest.model, signature=made.signature,
             lineage=[*made.manifest.lineage, sealed.record], evidence=evidence, ranges=made.ranges,
         )  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    from deploykit.benchmarks.report import finite
-
-    return finite(value)
