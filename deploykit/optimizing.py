@@ -222,11 +222,11 @@ def _executor(kind: str | Executor, workers: int | None, cache: str | Path | boo
     elif kind == "local":
         from deploykit.search.executor import LocalExecutor
 
-        found = LocalExecutor(workers, progress=told)
+        found = LocalExecutor(workers, progress=_Notes(told))
     elif kind == "ray" or kind.startswith("ray://"):
         from deploykit.search.ray_executor import RayExecutor
 
-        found = RayExecutor(None if kind == "ray" else kind, workers=workers, progress=told)
+        found = RayExecutor(None if kind == "ray" else kind, workers=workers, progress=_Notes(told))
     else:
         raise SearchError(f"unknown executor {kind!r}", expected="local, ray or ray://HOST:PORT")
     if cache is False:
@@ -234,6 +234,20 @@ def _executor(kind: str | Executor, workers: int | None, cache: str | Path | boo
     from deploykit.search.cache import Cache, CachedExecutor
 
     return CachedExecutor(found, Cache(None if cache is True else Path(cache), progress=told), fresh=fresh)
+
+
+class _Notes(Progress):
+    """Passes on what the user must know, and leaves out the steps of each job: a search has hundreds."""
+
+    def __init__(self, told: Progress) -> None:
+        super().__init__()
+        self._told = told
+
+    def note(self, text: str) -> None:
+        """Once; what is said of one variant is often said of the next."""
+        if text not in self.notes:
+            super().note(text)
+            self._told.note(text)
 
 
 def _search(

@@ -67,6 +67,8 @@ class Outcome:
         winner, measure = self.winner, self.search.wish.objective
         if seat.ratio is None:
             seat.drop("screen", "not measured")
+        elif seat.reference:
+            seat.drop("decide" if seat.decision is not None else "screen", "the winner is faster")
         elif measure == "size":
             seat.drop("decide", "larger than the winner")
         else:
@@ -125,7 +127,7 @@ class Outcome:
             "environment": environment(),
             "headline": self.headline,
             "winner_seat": self.winner.best_place.label,
-            "tied": [s.best_place.label for s in self.tied],
+            "tied": [s.best_place.label for s in self.tied] if len(self.tied) > 1 else [],
             "reference": self.reference,
             "front": [self._front_entry(seat) for seat in self.front],
             "tried": [_tried(v, search) for v in search.variants.values()],

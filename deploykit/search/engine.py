@@ -501,11 +501,12 @@ class Search:
         finalists = [s for s in self._order() if s.ratio is not None and s.best_place != reference][:_DECIDED]
         if not finalists:
             return
-        places = [reference, *(s.best_place for s in finalists)]
-        rounds, seconds = _rounds_within(until - self._clock(), len(places) + 1)
+        count, rounds, seconds = _plan(until - self._clock(), len(finalists))
         if rounds == 0:
             self.told.note("the budget did not reach a last measurement: the order is that of the screening")
             return
+        finalists = finalists[:count]
+        places = [reference, *(s.best_place for s in finalists)]
         effort = {"rounds": rounds, "seconds": seconds, "warmup_s": min(0.5, seconds)}
         (outcome,) = self._crew.do([self._tasks.timed("decide", places, effort)], self._end())
         if not isinstance(outcome, Done):
@@ -552,10 +553,16 @@ def _config(found: Mapping[str, Any]) -> Config:
     return Config(**{**found, "settings": settings})
 
 
-def _rounds_within(left_s: float, runs: int) -> tuple[int, float]:
-    """Rounds and seconds a round that fit; no rounds where not even the fewest do."""
-    for rounds in range(_ROUNDS, _LEAST_ROUNDS - 1, -1):
-        seconds = left_s / (rounds * runs) - _START_S
-        if seconds >= 0.5 or (rounds == _LEAST_ROUNDS and seconds >= _LEAST_SECONDS):
-            return rounds, min(_MOST_SECONDS, seconds)
-    return 0, 0.0
+def _plan(left_s: float, finalists: int) -> tuple[int, int, float]:
+    """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists.
+
+    Returns:
+        No rounds where not even the fewest fit.
+    """
+    for count in range(finalists, 0, -1):
+        runs = count + 2  # the reference runs twice a round
+        for rounds in range(_ROUNDS, _LEAST_ROUNDS - 1, -1):
+            seconds = left_s / (rounds * runs) - _START_S
+            if seconds >= (_LEAST_SECONDS if rounds == _LEAST_ROUNDS else 0.5):
+                return count, rounds, min(_MOST_SECONDS, seconds)
+    return 0, 0, 0.0
