@@ -40,7 +40,7 @@ def test_a_measurement_waits_for_an_empty_machine_and_keeps_others_from_it():
 def test_others_go_on_elsewhere():
     busy = Place("a", 1, running=1)
     assert names([Wanted(True, "a"), ANY, ANY, Wanted(node="a")], [busy, Place("b", 2)]) == [(1, "b"), (2, "b")]
-    assert names([ALONE, ANY], [Place("a", 2, running=1), Place("b", 2)]) == [(0, "b")]
+    assert names([ALONE, ANY, ANY], [Place("a", 2, running=1), Place("b", 2)]) == [(0, "b"), (1, "a")]
 
 
 JOBS = st.lists(st.builds(Wanted, st.booleans(), st.sampled_from([None, "a", "b"])), max_size=12)
