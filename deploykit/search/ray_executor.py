@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from deploykit.search.ray_files import Store, unpack_folder
 
 RESOURCE = "deploykit"
 _ASK_S = 120.0
+_REACH_S = 10.0
 _CLEAR_S = 10.0
 _CORES_A_SLOT = 2
 
@@ -114,12 +116,17 @@ class RayExecutor(Pool):
         else:
             options["address"] = self._address
         try:
+            if self._address is not None:
+                # Ray itself would ask again for minutes.
+                host, _, port = self._address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), _REACH_S).close()
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError, ray.exceptions.RayError) as exc:
             raise WorkerError(
                 f"no Ray cluster at {self._address or 'this machine'} ({first_line(exc)})",
                 expected="ray://HOST:10001, or HOST:6379 on a machine of the cluster",
-                hint="ray status, on a machine of the cluster, tells whether it runs",
+                hint="ray status, on a machine of the cluster, tells whether it runs; one that asks for a token wants "
+                "RAY_AUTH_MODE=token here, too",
             ) from exc
         self._owned = True
 
@@ -133,7 +140,7 @@ class RayExecutor(Pool):
                 from deploykit.search.machines import machine_of
             except ImportError as exc:
                 return {"missing": str(exc)}
-            return {"version": deploykit.__version__, "machine": machine_of()}
+            return {"version": deploykit.__version__, "machine": machine_of(), "file": deploykit.__file__}
 
         asked = [ray.remote(probe).options(num_cpus=0, **self._on(n["NodeID"])).remote() for n in alive]
         for node, ref in zip(alive, asked, strict=True):
@@ -147,6 +154,11 @@ class RayExecutor(Pool):
                 raise WorkerError(
                     f"the Ray node {where} has {has}", expected=f"version {deploykit.__version__}, as here",
                     hint="install the same version on every machine of the cluster",
+                )  # fmt: skip
+            if node["NodeID"] == self._home and not Path(found["file"]).samefile(deploykit.__file__):
+                raise WorkerError(
+                    f"Ray's processes on this machine find another DeployKit, {found['file']}",
+                    expected=deploykit.__file__, hint="start from a directory that holds no other copy",
                 )  # fmt: skip
             slots, self._shares[node["NodeID"]] = self._share(node["Resources"], where)
             yield Node(node["NodeID"], slots, found["machine"], node["NodeManagerAddress"])

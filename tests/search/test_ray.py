@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -203,6 +204,76 @@ def test_calibration_in_parts_gives_the_bits_of_one_run(executor, far, digits_ne
     assert (total.folder / STATE).read_bytes() == (wanted.folder / STATE).read_bytes()
 
 
+CLIENT = """
+import sys
+from pathlib import Path
+import numpy as np
+from deploykit.search.jobs import Job
+from deploykit.search.ray_executor import RayExecutor
+address, root = sys.argv[1], Path(sys.argv[2])
+for name in ("first", "second"):
+    (root / name).mkdir()
+np.save(root / "values.npy", np.arange(1000.0))
+with RayExecutor(address) as executor:
+    done = executor.submit(Job("deeds:double", {}, {"values": root / "values.npy"}), root / "first").result()
+    assert done.value["sum"] == 999000 and done.notes == ("1000 values",), done
+    executor.submit(Job("deeds:die", {"seen": str(root / "seen"), "deaths": 1, "above": 2}), root / "second").result()
+print(np.load(root / "first" / "made" / "twice.npy").sum())
+"""
+
+
+def test_over_the_network(cluster, executor, tmp_path, tools):
+    """`ray://`: nothing of this process is a node; the server is what stands behind that address."""
+    host = cluster.address.rpartition(":")[0]
+    with socket.socket() as free:
+        free.bind((host, 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ray.util.client.server", f"--address={cluster.address}", f"--host={host}"]
+    server = subprocess.Popen([*command, f"--port={port}", "--mode=specific-server"], stderr=subprocess.DEVNULL)
+    try:
+        tools.wait_for(lambda: server.poll() is not None or answers(host, port))
+        made = subprocess.run(
+            [sys.executable, "-c", CLIENT, f"ray://{host}:{port}", str(tmp_path)],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
+    assert (made.returncode, made.stdout) == (0, "999000.0\n"), made.stderr
+    assert (tmp_path / "seen").read_text() == "xx"
+
+
+def answers(host, port):
+    try:
+        socket.create_connection((host, port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+NOBODY = """
+import sys
+from deploykit.errors import WorkerError
+from deploykit.search.ray_executor import RayExecutor
+for address in sys.argv[1:]:
+    try:
+        RayExecutor(address).machines()
+    except WorkerError as exc:
+        print(exc)
+"""
+
+
+def test_no_cluster_is_said_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    forms = address, f"ray://{address}", "nowhere"
+    made = subprocess.run([sys.executable, "-c", NOBODY, *forms], capture_output=True, text=True, timeout=60)
+    lines = made.stdout.splitlines()
+    assert len(lines) == 3, made.stderr
+    assert all(line.startswith(f"no Ray cluster at {form} (") for line, form in zip(lines, forms, strict=True))
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -222,7 +293,10 @@ print("left")
 
 
 def test_a_cluster_of_its_own_ends_with_it(tmp_path, tools):
-    made = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "HOME": str(tmp_path)}  # where Ray keeps the token that its processes know each other by
+    made = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120, env=env
+    )
     assert (made.returncode, made.stdout) == (0, "left\n"), made.stderr
     tools.wait_for(lambda: not any(tools.running(pid) for pid in (tmp_path / "pids").read_text().split()))
     session = (tmp_path / "session").read_text()
