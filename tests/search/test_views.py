@@ -80,6 +80,8 @@ def test_the_summary_has_verdict_front_budget_failures_and_notes(document):
     assert "Imagined CPU 2, 8 cores: 1.90x" in text
     assert "failed: judge fp16 on openvino:cpu: f16" in text
     assert lines[-1] == "note: calibrated on 256 samples"
+    document["tied"] = [document["winner_seat"]]
+    assert "no difference" not in " ".join(summary(document))
     document["front"] *= 5
     assert "  and 12 more on the front" in summary(document)
 
