@@ -151,7 +151,7 @@ def runtime_text(settings: Mapping[str, Any] | None) -> str:
 
 def size_text(size: int | None) -> str:
     """Megabytes; empty where it is not known."""
-    return "" if size is None else f"{size / 1e6:.2f}"
+    return "" if size is None else f"{size / 1e6:.2f}" if size >= 100_000 else f"{size / 1e6:.2g}"
 
 
 def front_line(entry: Mapping[str, Any]) -> str:
