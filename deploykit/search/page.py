@@ -165,8 +165,10 @@ def _branch(
         name = str(variant["name"])
         told = [f"{size_text(variant['size_bytes'])} MB"] if variant.get("size_bytes") is not None else []
         told += [f"{variant['nodes']} nodes"] if variant.get("nodes") is not None else []
-        told += ["from the cache"] if variant.get("cached") else [f"made in {variant.get('seconds') or 0:.1f} s"]
-        told += [plain(steps[-1])] if (steps := variant.get("steps")) else []
+        told += ["from the cache"] if variant.get("cached") else [f"took {variant.get('seconds') or 0:.1f} s"]
+        steps = variant.get("steps") or [{}]
+        # What is empty is the default.
+        told += [plain(step)] if (step := {k: v for k, v in steps[-1].items() if v not in (None, [], {})}) else []
         ends = [_end(line, reference) for line in lines[name]]
         items.append(
             tag(
