@@ -64,7 +64,7 @@ def make_variant(
         "about": about,
         "parent": parent,
         "steps": [{"step": step}],
-        "status": "kept" if dropped is None else "dropped",
+        "status": "kept" if any(s["status"] != "dropped" for s in seats) else "dropped",
         "dropped": None if dropped is None else dict(zip(("phase", "reason"), dropped, strict=True)),
         "size_bytes": size,
         "nodes": None if size is None else 60,
@@ -176,7 +176,7 @@ def make_search(report_data: Any, *, labelled: bool = True) -> dict[str, Any]:
         "created": "2026-11-27T12:00:00+00:00",
         "state": "done",
         "wish": {
-            "source": "model.py:make", "data": "calib.npz", "eval": "eval.npz",
+            "source": "model.py:make", "model": None, "data": "calib.npz", "eval_data": "eval.npz",
             "goal": {"metric": "accuracy" if labelled else None, "drop": 0.01, "relative": False, "min_sqnr_db": None,
                      "min_agreement": None if labelled else 0.97},
             "objective": "latency",
@@ -189,7 +189,7 @@ def make_search(report_data: Any, *, labelled: bool = True) -> dict[str, Any]:
         "a tie with static-auto on openvino:cpu",
         "winner": "front/static",
         "winner_seat": "static on openvino:cpu",
-        "tied": ["static-auto on openvino:cpu"],
+        "tied": ["static on openvino:cpu", "static-auto on openvino:cpu"],
         "reference": "fp32 on ort:cpu",
         "front": [
             result("static", OV, "fastest"), result("simple", OV, "between", native=True),

@@ -66,7 +66,8 @@ def show_search(document: Mapping[str, Any]) -> None:
     """Print the table of a search and what came of it."""
     from deploykit.search.views import summary, table
 
-    common.show_table(*table(document))
+    if document["tried"]:
+        common.show_table(*table(document))
     for line in summary(document):
         click.echo(line)
 

@@ -24,6 +24,7 @@ from deploykit.search.wording import (
     size_text,
     speed_of,
     spent,
+    tied_with_winner,
 )
 
 _PARETO = (
@@ -84,8 +85,10 @@ def to_html(document: Mapping[str, Any], benchmark: Report | None = None, recipe
 
 def _origin(document: Mapping[str, Any]) -> str:
     state = "" if document["state"] == "done" else f", {document['state']}"
-    cpu = document["environment"]["machine"]["cpu"]
-    return f"DeployKit optimize, {document['wish']['source']}{state}, {document['created']}, {cpu}"
+    wish, environment = document["wish"], document.get("environment")
+    cpu = f", {environment['machine']['cpu']}" if environment else ""
+    source = wish.get("source") or wish.get("model") or "a model"
+    return f"DeployKit optimize, {source}{state}, {document['created']}{cpu}"
 
 
 # --- verdict ---------------------------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def _front(document: Mapping[str, Any]) -> str:
     rows = []
     for n, e in enumerate(document["front"]):
         wins = e["path"] == document.get("winner")
-        badge = _badge("winner") if wins else _badge("tie") if e["seat"] in (document.get("tied") or ()) else ""
+        badge = _badge("winner") if wins else _badge("tie") if e["seat"] in tied_with_winner(document) else ""
         cells = [
             tag("td", str(n + 1)),
             tag("td", escape(e["path"]), class_="name"),
@@ -109,7 +112,7 @@ def _front(document: Mapping[str, Any]) -> str:
         rows.append(tag("tr", *cells, class_="best" if wins else None))
     header = ("#", "folder", "seat", "why it is kept", "vs reference", "size MB", "quality", "settings")
     shown = scroll_table(header, rows, "table of the results", ("seat", *_WORDS)) if rows else ""
-    tied = document.get("tied") or []
+    tied = tied_with_winner(document)
     said = f"No difference outside the noise to {document.get('winner_seat')}: {', '.join(tied)}."
     reference = document.get("reference")
     return "".join(
@@ -162,8 +165,10 @@ def _branch(
         name = str(variant["name"])
         told = [f"{size_text(variant['size_bytes'])} MB"] if variant.get("size_bytes") is not None else []
         told += [f"{variant['nodes']} nodes"] if variant.get("nodes") is not None else []
-        told += ["from the cache"] if variant.get("cached") else [f"made in {variant.get('seconds') or 0:.1f} s"]
-        told += [plain(steps[-1])] if (steps := variant.get("steps")) else []
+        told += ["from the cache"] if variant.get("cached") else [f"took {variant.get('seconds') or 0:.1f} s"]
+        steps = variant.get("steps") or [{}]
+        # What is empty is the default.
+        told += [plain(step)] if (step := {k: v for k, v in steps[-1].items() if v not in (None, [], {})}) else []
         ends = [_end(line, reference) for line in lines[name]]
         items.append(
             tag(
@@ -255,4 +260,5 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         for key, value in document["wish"].items()
     ]
     origin = f"schema {document['schema_version']}, DeployKit {document['deploykit']}, {document['created']}"
-    return [*wish, *machine_facts(document["environment"]), ("document", origin)]
+    machine = machine_facts(document["environment"]) if document.get("environment") else []
+    return [*wish, *machine, ("document", origin)]

@@ -32,6 +32,7 @@ from deploykit.search.wording import (
     settings_text,
     size_text,
     speed_of,
+    tied_with_winner,
     was_made,
 )
 
@@ -167,7 +168,7 @@ def _bubble(line: Line, lost: float, loss: _Loss, devices: Sequence[str], docume
         size=float(size),
         x_ends=ends,
         front=kept,
-        tie=line.status == "tie" or (line.status == "winner" and bool(document.get("tied"))),
+        tie=line.status == "tie" or (line.status == "winner" and bool(tied_with_winner(document))),
         out=not kept,
         faint=not kept and not is_reference,
     )

@@ -36,7 +36,7 @@ class Beside:
 
 def is_search(data: Any) -> bool:
     """Whether JSON is the document of a search, and not that of a benchmark."""
-    return isinstance(data, dict) and "tried" in data and "candidates" not in data
+    return isinstance(data, dict) and ("wish" in data or "tried" in data) and "candidates" not in data
 
 
 def load_any(path: str | Path) -> tuple[Any, str]:
@@ -93,7 +93,7 @@ def as_document(data: Any, name: str) -> dict[str, Any]:
     Raises:
         SearchError: It is no document of a search.
     """
-    check_document(data, name, SEARCH, "tried", (SCHEMA_VERSION,), what_is_wrong)
+    check_document(data, name, SEARCH, "wish", (SCHEMA_VERSION,), what_is_wrong)
     found: dict[str, Any] = _finite(SearchDocument.model_validate(data).model_dump())
     return found
 

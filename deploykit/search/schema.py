@@ -49,9 +49,10 @@ class LimitsEntry(OpenModel):
 class WishEntry(OpenModel):
     """What was asked for."""
 
-    source: str
+    source: str | None = None
+    model: str | None = Field(default=None, description="where there is no source")
     data: str | None = None
-    eval: str | None = None
+    eval_data: str | None = None
     goal: GoalEntry
     objective: Literal["latency", "throughput", "size", "cost"]
     limits: LimitsEntry
@@ -90,9 +91,12 @@ class RatioEntry(OpenModel):
     high: NotNegative
 
 
-class ScreeningEntry(RatioEntry):
-    """The first look, in a few turns."""
+class ScreeningEntry(OpenModel):
+    """The first look, in a few turns; without figures where it failed."""
 
+    ratio: Times | None = None
+    low: NotNegative | None = None
+    high: NotNegative | None = None
     turns: Count | None = None
 
 
@@ -121,7 +125,7 @@ class SeatEntry(OpenModel):
     label: str
     device: str
     precision: str = "fp32"
-    status: Literal["winner", "tie", "front", "dropped"]
+    status: Literal["winner", "tie", "front", "dropped", "open"]
     dropped: DroppedEntry | None = None
     quality: QualityEntry | None = None
     placement: dict[str, JsonValue] | None = None
@@ -154,7 +158,7 @@ class FrontEntry(OpenModel):
     seat: str
     device: str
     settings: dict[str, JsonValue] | None = None
-    size_bytes: Count
+    size_bytes: Count | None = None
     ratio: Times | None = None
     low: NotNegative | None = None
     high: NotNegative | None = None
@@ -188,22 +192,22 @@ class MachineRow(OpenModel):
 
 
 class SearchDocument(OpenModel):
-    """A search: everything that was tried, where it ended and why, and what is left."""
+    """A search: everything that was tried, where it ended and why, and what is left; while it runs, less of that."""
 
     schema_version: Literal[1]
-    deploykit: str
-    created: str
+    deploykit: str = "of an unknown version"
+    created: str = "at an unknown time"
     state: Literal["running", "done", "interrupted"]
     wish: WishEntry
-    spent_s: NotNegative
-    environment: EnvironmentEntry
-    headline: str
+    spent_s: NotNegative = 0.0
+    environment: EnvironmentEntry | None = None
+    headline: str = "nothing is found yet"
     winner: str | None = Field(default=None, description="path of the winner, relative to the document's folder")
     winner_seat: str | None = None
-    tied: list[str] = Field(default=[])
+    tied: list[str] = Field(default=[], description="seats that cannot be told from the winner, and that itself")
     reference: str | None = None
-    front: list[FrontEntry]
-    tried: list[VariantEntry]
+    front: list[FrontEntry] = Field(default=[])
+    tried: list[VariantEntry] = Field(default=[])
     phases: list[PhaseEntry] = Field(default=[])
     trials: list[TrialEntry] = Field(default=[])
     failures: list[FailureEntry] = Field(default=[])
@@ -223,12 +227,14 @@ def what_is_wrong(data: Any) -> str | None:
     except ValidationError as exc:
         return first_fault(exc)
     parents: dict[str, str | None] = {}
+    if found.state == "done" and found.environment is None:
+        return "environment: missing"
     for number, variant in enumerate(found.tried):
         place = f"tried.{number}"
         if variant.name in parents:
             return f"{place}: a second variant of the name {variant.name!r:.80}"
         parents[variant.name] = variant.parent
-        if variant.status == "dropped" and variant.dropped is None:
+        if variant.status == "dropped" and variant.dropped is None and not variant.seats:
             return f"{place}: dropped without a reason"
         for device, seat in variant.seats.items():
             if seat.status == "dropped" and seat.dropped is None:

@@ -21,6 +21,7 @@ from deploykit.search.wording import (
     size_text,
     speed_of,
     spent,
+    tied_with_winner,
 )
 
 COLUMNS = ("model", "device", "size MB", "quality", "vs reference", "settings", "outcome")
@@ -64,7 +65,7 @@ def summary(document: Mapping[str, Any]) -> list[str]:
     lines = [document["headline"]]
     lines += [f"  {front_line(entry)}" for entry in front[:_MOST]]
     lines += [f"  and {len(front) - _MOST} more on the front"] if len(front) > _MOST else []
-    tied = document.get("tied") or []
+    tied = tied_with_winner(document)
     lines += [f"no difference outside the noise: {', '.join(tied)}"] if tied else []
     lines += [f"{row['label']}: {row['headline']}" for row in document.get("machines") or ()]
     lines += [f"asked for: {asked(document)}", f"took {spent(document)}"]
@@ -84,8 +85,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     machines = [(r["label"], r.get("winner") or "", r["headline"]) for r in document.get("machines") or ()]
     lines += [*pipe_table(("machine", "best", "verdict"), machines), ""] if machines else []
     lines += [f"Asked for: {escape(asked(document))}.  ", f"Took {escape(spent(document))}.  "]
-    lines += [sentence(environment_line(document["environment"])), ""]
-    lines += [*pipe_table(*table(document)), ""]
+    lines += [sentence(environment_line(document["environment"]))] if document.get("environment") else []
+    lines += [""]
+    lines += [*pipe_table(*table(document)), ""] if document["tried"] else []
     notes = [f"failed: {f['label']}: {f['error']}" for f in document.get("failures") or ()] + notes_of(document)
     lines += [f"- {escape(note)}" for note in notes] + ([""] if notes else [])
     origin = f"DeployKit {document['deploykit']}, {document['created']}"

@@ -19,7 +19,7 @@ PHASES: Mapping[str, str] = {
     "limits": "checking the limits",
     "decide": "the decision",
 }
-_KEPT = {"winner": "winner", "tie": "tie", "front": "on the front"}
+_KEPT = {"winner": "winner", "tie": "tie", "front": "on the front", "open": "nothing decided"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Line:
         """Where it ended, and why."""
         if self.phase:
             return f"dropped in {PHASES.get(self.phase, self.phase)}: {self.reason}"
-        return _KEPT.get(self.status, "nothing decided" if self.status == "open" else self.status)
+        return _KEPT.get(self.status, self.status)
 
 
 def lines_of(document: Mapping[str, Any]) -> list[Line]:
@@ -106,7 +106,7 @@ def speed_of(seat: Mapping[str, Any] | None) -> Speed | None:
     """From the decision, else from the screening; None where it was never timed."""
     for key in ("decision", "screening"):
         told = (seat or {}).get(key)
-        if told:
+        if told and None not in (told.get("ratio"), told.get("low"), told.get("high")):
             return Speed(float(told["ratio"]), float(told["low"]), float(told["high"]), key == "decision")
     return None
 
@@ -151,7 +151,7 @@ def runtime_text(settings: Mapping[str, Any] | None) -> str:
 
 def size_text(size: int | None) -> str:
     """Megabytes; empty where it is not known."""
-    return "" if size is None else f"{size / 1e6:.2f}"
+    return "" if size is None else f"{size / 1e6:.2f}" if size >= 100_000 else f"{size / 1e6:.2g}"
 
 
 def front_line(entry: Mapping[str, Any]) -> str:
@@ -200,8 +200,15 @@ def spent(document: Mapping[str, Any]) -> str:
     seats = sum(len(v.get("seats") or {}) for v in document["tried"])
     cached = sum(bool(v.get("cached")) for v in document["tried"])
     text = f"{document['spent_s']:.0f} s" + ("" if budget is None else f" of {budget:g} s")
+    if not document["tried"]:
+        return text
     text += f": {len(document['tried'])} variants, {made} made, on {seats} seats"
     return text + (f"; {cached} came from the cache" if cached else "")
+
+
+def tied_with_winner(document: Mapping[str, Any]) -> list[str]:
+    """Seats that cannot be told from the winner's."""
+    return [str(label) for label in document.get("tied") or () if label != document.get("winner_seat")]
 
 
 def was_made(variant: Mapping[str, Any]) -> bool:
@@ -213,7 +220,7 @@ def notes_of(document: Mapping[str, Any]) -> list[str]:
     """What the user must know."""
     state = document["state"]
     unfinished = {"running": "the search is still running, or was killed", "interrupted": "the search was interrupted"}
-    first = [f"{unfinished[state]}: this is the best so far; go on with --resume"] if state in unfinished else []
+    first = [f"{unfinished[state]}: go on with --resume"] if state in unfinished else []
     return [*first, *(str(note) for note in document.get("notes") or ())]
 
 

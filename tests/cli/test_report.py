@@ -94,7 +94,7 @@ def test_a_benchmark_of_a_search_is_a_report(run_cli, best):
     [
         (lambda best: (best / "optimize.json").unlink(), "a directory without optimize.json"),
         (lambda best: (best / "optimize.json").write_text("{}"), "no report"),
-        (lambda best: (best / "optimize.json").write_text('{"schema_version": 1, "tried": 0}'), "damaged document"),
+        (lambda best: (best / "optimize.json").write_text('{"schema_version": 1, "wish": 0}'), "damaged document"),
         (lambda best: (best / "benchmark.json").write_text("{"), "benchmark.json is no JSON"),
     ],
 )

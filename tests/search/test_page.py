@@ -84,7 +84,7 @@ def spoil(value):
     for key in ("headline", "winner", "winner_seat", "reference", "deploykit", "created"):
         data[key] = HOSTILE
     data["tied"] = data["notes"] = data["wish"]["devices"] = [HOSTILE]
-    data["wish"] |= {"source": HOSTILE, "data": HOSTILE, "eval": HOSTILE, "executor": HOSTILE}
+    data["wish"] |= {"source": HOSTILE, "data": HOSTILE, "eval_data": HOSTILE, "executor": HOSTILE}
     data["failures"] = [{"label": HOSTILE, "error": HOSTILE}]
     data["machines"] = [{"label": HOSTILE, "winner": HOSTILE, "headline": HOSTILE}]
     data["environment"]["machine"]["cpu"] = HOSTILE

@@ -53,6 +53,25 @@ def test_what_a_document_leaves_out_is_nothing(document):
     show(found)
 
 
+def test_a_search_that_runs_has_said_little(document):
+    begun = {"schema_version": 1, "run": "0a", "wish": document["wish"], "winner": None, "state": "running"}
+    assert is_search(begun)
+    found = as_document(begun, "x")
+    assert summary(found)[0] == "nothing is found yet"
+    show(found)
+    best = begun | {"headline": "best so far: x", "winner": "interim/0-x", "spent_s": 3.5}
+    assert summary(as_document(best, "x"))[0] == "best so far: x"
+
+
+def test_a_first_look_that_failed_has_no_figures(document):
+    data = copy.deepcopy(document)
+    seat = data["tried"][0]["seats"]["openvino:cpu"]
+    seat |= {"screening": {"status": "failed: signal 9"}, "dropped": {"phase": "screen", "reason": "failed: signal 9"}}
+    found = as_document(data, "x")
+    assert table(found)[1][1][4] == "-"
+    show(found)
+
+
 def test_keys_of_later_versions_are_kept(document):
     assert as_document(document | {"later": {"x": 1}}, "x")["later"] == {"x": 1}
 
@@ -77,9 +96,9 @@ def test_what_stands_beside_is_read(best, report_data):
         (b"", ["no JSON", "deploykit optimize"]),
         (b'{"schema_version": 1, "tri', ["only part of it"]),
         (b"[1]", ["no document of a search"]),
-        (b'{"schema_version": 2, "tried": []}', ["version 2", "update"]),
-        (b'{"schema_version": true, "tried": []}', ["version True"]),
-        (b'{"schema_version": 1, "tried": []}', ["damaged"]),
+        (b'{"schema_version": 2, "wish": {}}', ["version 2", "update"]),
+        (b'{"schema_version": true, "wish": {}}', ["version True"]),
+        (b'{"schema_version": 1, "wish": {}}', ["damaged"]),
         (b"[" * 200_000, ["nested too deeply"]),
     ],
 )
@@ -104,6 +123,7 @@ def test_places_that_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "place"),
     [
+        (lambda d: d.pop("environment"), "environment: missing"),
         (lambda d: d["tried"][0].pop("name"), "tried.0.name"),
         (lambda d: d["tried"][1].update(dropped=None), "tried.1: dropped without a reason"),
         (lambda d: d["tried"][0]["seats"]["ort:cpu"].update(dropped=None), "tried.0.seats.ort:cpu"),
@@ -135,7 +155,7 @@ def test_the_schema_is_draft_2020_12_and_versioned(document):
     schema = search_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["properties"]["schema_version"]["const"] == 1
-    assert {"wish", "tried", "front", "headline", "spent_s"} <= set(schema["required"])
+    assert {"wish", "state", "schema_version"} <= set(schema["required"])
     names = {part.split('"')[0] for part in json.dumps(schema).split('"#/$defs/')[1:]}
     assert names <= set(schema["$defs"])
     assert what_is_wrong(document) is None

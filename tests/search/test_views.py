@@ -7,7 +7,7 @@ import pytest
 
 from deploykit.benchmarks.markdown import escape
 from deploykit.search.views import COLUMNS, markdown, summary, table
-from deploykit.search.wording import asked, lines_of, quality_text, runtime_text, speed_of, spent
+from deploykit.search.wording import asked, lines_of, quality_text, runtime_text, size_text, speed_of, spent
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_quality_and_settings_are_said(document):
     assert row["quality"] == "accuracy 0.9290 (-0.0050), SQNR 31.9 dB"
     assert row["settings"] == "2 threads, hint LATENCY"
     assert row["size MB"] == "1.15"
+    assert [size_text(n) for n in (None, 4321, 99_999_999)] == ["", "0.0043", "100.00"]
     assert [r[5] for r in table(document)[1] if r[0] == "simple"] == ["-", "-", "native precision"]
     assert quality_text({"sqnr_db": 20.0, "agreement": 0.98, "value": None}) == "agreement 0.9800, SQNR 20.0 dB"
     assert quality_text({"sqnr_db": None, "agreement": None}) == "no error"
@@ -80,6 +81,8 @@ def test_the_summary_has_verdict_front_budget_failures_and_notes(document):
     assert "Imagined CPU 2, 8 cores: 1.90x" in text
     assert "failed: judge fp16 on openvino:cpu: f16" in text
     assert lines[-1] == "note: calibrated on 256 samples"
+    document["tied"] = [document["winner_seat"]]
+    assert "no difference" not in " ".join(summary(document))
     document["front"] *= 5
     assert "  and 12 more on the front" in summary(document)
 
