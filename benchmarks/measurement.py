@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def measure(
     progress: Progress | None = None,
     journal: Path | None = None,
     resume: bool = False,
+    within_s: float | None = None,
 ) -> Report:
     """Measure candidates in shuffled interleaved rounds, each in a fresh process.
 
@@ -56,13 +59,15 @@ def measure(
         progress: Told about steps; an interrupt after three rounds keeps them.
         journal: A file that keeps every finished round; to be removed when the report is written.
         resume: Go on with what the journal holds.
+        within_s: Seconds for all of it: no round begins, after the three that intervals need, that would end later.
 
     Raises:
         BenchmarkError: Settings that give no result, the reference does not run, or the journal is of another
             measurement.
     """
     settings.check()
-    return _Measurement(candidates, feeds, settings, data, progress or Progress(), Journal(journal)).run(resume)
+    told = progress or Progress()
+    return _Measurement(candidates, feeds, settings, data, told, Journal(journal), within_s).run(resume)
 
 
 class _Measurement:
@@ -76,6 +81,7 @@ class _Measurement:
         data: Dataset | None,
         told: Progress,
         journal: Journal,
+        within_s: float | None,
     ) -> None:
         self._entries = [Entry(c) for c in candidates]
         self._twin = Entry(candidates[0])
@@ -85,6 +91,7 @@ class _Measurement:
         self._told = told
         self._journal = journal
         self._began = time.monotonic()
+        self._until = math.inf if within_s is None else self._began + within_s
 
     def run(self, resume: bool) -> Report:
         told, settings = self._told, self._settings
@@ -177,7 +184,13 @@ class _Measurement:
         total = settings.rounds * len(running)
         offset = settings.rounds if kind == "again" else 0
         with told.step(f"{what} in {settings.rounds} rounds"):
-            for number in range(len(getattr(self._twin, kind)), settings.rounds):
+            first, began = len(getattr(self._twin, kind)), time.monotonic()
+            for number in range(first, settings.rounds):
+                each = (time.monotonic() - began) / max(1, number - first)
+                if number >= MIN_ROUNDS and time.monotonic() + each > self._until:
+                    told.note(f"the time was over after {number} of {settings.rounds} {_WORDS[kind]}")
+                    self._settings = replace(settings, rounds=number)
+                    return False
                 done = number * len(running)
                 told.advance(done, total, "runs")
                 try:

@@ -20,7 +20,7 @@ import numpy as np
 from deploykit.benchmarks.outputs import judge_outputs, read_outputs, write_feeds
 from deploykit.benchmarks.plan import Candidate, Settings
 from deploykit.benchmarks.process import ChildError, Process
-from deploykit.benchmarks.statistics import pace_of
+from deploykit.benchmarks.statistics import pace_of, student_975
 from deploykit.errors import BenchmarkError
 from deploykit.machine import free_memory
 from deploykit.progress import Progress
@@ -30,6 +30,7 @@ _TURN_S, _WARM_S, _SHORTEST_S = 0.2, 0.2, 0.05
 _FIRST_TURNS, _MOST_TURNS = 4, 16
 # Behind the best by this many standard errors of the difference, beyond doubt.
 _BEHIND = 3.0
+_UNKNOWN = math.log(1000)
 _MEMORY_SHARE = 0.6
 # A turn holds some requests of a slow model too.
 _TURN_REQUESTS = 3
@@ -72,7 +73,8 @@ class Screened:
             "peak_memory_bytes": self.peak_memory_bytes,
         }  # fmt: skip
         if self.gains:
-            spread = 2 * self.error if math.isfinite(self.error) else 0.0
+            # One turn says nothing about how much turns differ.
+            spread = student_975(len(self.gains) - 1) * self.error if len(self.gains) > 1 else _UNKNOWN
             found |= {
                 "ratio": math.exp(self.value), "low": math.exp(self.value - spread),
                 "high": math.exp(self.value + spread), "pace_ms": float(np.median(self.paces_ns)) / 1e6,
@@ -120,6 +122,8 @@ def screen(
                 hint=f"check it: deploykit inspect -m {candidates[0].path}",
             )
         waiting = list(range(1, len(found)))
+        for _ in range(0 if waiting else _FIRST_TURNS):  # alone; how long a request takes is asked all the same
+            ring.turn([], _TURN_S)
         while waiting:
             left = deadline - clock()
             if left < 2 * _FIRST_TURNS * _SHORTEST_S:

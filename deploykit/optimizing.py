@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,16 +13,18 @@ from typing import TYPE_CHECKING, Any
 from deploykit.artifact import Artifact, is_artifact
 from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.data import Dataset
-from deploykit.errors import DataError, SearchError
+from deploykit.errors import DataError, OptionError, SearchError
 from deploykit.progress import Progress
 from deploykit.quantizing import make_goal
 from deploykit.recipe import ExportStep
 from deploykit.runtimes import Device, Session, open_session
+from deploykit.schemes import choose_schemes
 from deploykit.search.document import Outcome, sealed_of
-from deploykit.search.engine import Event, Search
+from deploykit.search.engine import Search
 from deploykit.search.output import DOCUMENT, PAGE, RECIPE, REPORT, SETTINGS, Output
-from deploykit.search.state import Seat
+from deploykit.search.state import Event, Seat
 from deploykit.search.wish import Limits, Wish
+from deploykit.targets import parse_targets
 
 if TYPE_CHECKING:
     from deploykit.search.jobs import Executor
@@ -143,18 +146,31 @@ def optimize(
     Raises:
         SearchError: Nothing keeps what was asked for, or the options do not go together.
         DataError: The data cannot be read, or do not fit.
+        OptionError: Options of an export are given for what is exported already.
+        OptimizationError: There is no such scheme, or one that was asked for needs data.
+        ContractError: There is no such runtime, or no export that it can run.
         OutputExistsError: The output is there, and `resume` is not given.
         DeploykitError: The model cannot be exported, or runs nowhere.
     """
-    told = progress or Progress()
+    told, began = progress or Progress(), time.monotonic()
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
-    targets, _ = find_targets(devices)
+    targets, named = find_targets(devices)
     for source in (data, eval_data):
         if source is not None:
             Dataset.open(source)  # said now, and not after minutes
     if goal.asked and data is None and eval_data is None:
         raise DataError("a target needs real data", hint="add --eval DATA or --data DATA")
+    parse_targets(contract)
+    choose_schemes(schemes, data=data)
     live = not isinstance(model, str | Path)
+    export = _export_options(export_options or {})
+    if isinstance(model, str | Path):
+        if example_inputs is not None:
+            raise OptionError(f"example_inputs are given, and {model} has inputs of its own")
+        if export and _holds_artifact(Path(model)):
+            raise OptionError(f"{model} is exported already, and {next(iter(export))!r} is about an export")
+    if named:  # where the export has to be right: all others are compared with it there
+        export["devices"] = [str(targets[0])]
     wish = Wish(
         source=type(model).__qualname__ if live else str(model),
         data=None if data is None else str(data),
@@ -167,7 +183,7 @@ def optimize(
         dims=dict(dims or {}),
         contract=tuple(contract),
         schemes=tuple(schemes),
-        export=_export_options(export_options or {}),
+        export=export,
         native=native,
         tune=tune,
         min_cosine=min_cosine,
@@ -178,7 +194,7 @@ def optimize(
     with ExitStack() as stack:
         out = stack.enter_context(Output(output, wish.as_dict(), resume=resume))
         doer = stack.enter_context(_executor(executor, workers, cache, fresh, told))
-        return _search(_with_model(wish, model, example_inputs, out, told), out, doer, told, on_event)
+        return _search(_with_model(wish, model, example_inputs, out, told), out, doer, told, on_event, began)
 
 
 def _export_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,8 +220,8 @@ def _with_model(wish: Wish, model: Any, example_inputs: Any, out: Output, told: 
     if isinstance(model, str | Path):
         return replace(wish, model=str(Artifact.open(model).path)) if _holds_artifact(Path(model)) else wish
     made = export(
-        model, out.path / ".work" / "source", example_inputs=example_inputs, devices=wish.devices,
-        contract=wish.contract, dims=wish.dims, progress=told, **wish.export,
+        model, out.source(), example_inputs=example_inputs, data=wish.data, contract=wish.contract, dims=wish.dims,
+        progress=told, **wish.export,
     )  # fmt: skip
     return replace(wish, model=str(made.path))
 
@@ -251,7 +267,12 @@ class _Notes(Progress):
 
 
 def _search(
-    wish: Wish, out: Output, executor: Executor, told: Progress, on_event: Callable[[Event], None] | None
+    wish: Wish,
+    out: Output,
+    executor: Executor,
+    told: Progress,
+    on_event: Callable[[Event], None] | None,
+    began: float,
 ) -> Result:
     state = "done"
 
@@ -265,26 +286,35 @@ def _search(
         out.publish_interim(sealed, {"headline": f"best so far: {seat.best_place.label}", "spent_s": search.spent_s()})
 
     search = Search(
-        wish, executor, out.scratch, told, run=out.run, on_best=best, on_event=on_event or (lambda event: None)
-    )
+        wish, executor, out.scratch, told, run=out.run, on_best=best, on_event=on_event or (lambda event: None),
+        began=began,
+    )  # fmt: skip
     try:
         search.go()
     except KeyboardInterrupt:
-        if not search.seats:
+        if not search.timing.order():
             raise
         state = "interrupted"
         told.note("interrupted: the best so far is kept; --resume goes on")
-    outcome = Outcome(search, state)
-    document = outcome.document()
-    files = {RECIPE: outcome.recipe().encode()}
-    if search.report is not None:
-        files[REPORT] = (json.dumps(search.report, indent=1) + "\n").encode()
-    files[PAGE] = _page(out.whole(document), search.report, files[RECIPE].decode()).encode()
+    except SearchError:
+        if search.seats:  # the exported model runs nowhere
+            out.abandon()
+        raise
+    try:
+        outcome = Outcome(search, state)
+    except SearchError:
+        out.abandon()  # the best so far had not been measured yet
+        raise
+    document, recipe, report = outcome.document(), outcome.recipe(), search.timing.report
+    files = {} if recipe is None else {RECIPE: recipe.encode()}
+    if report is not None:
+        files[REPORT] = (json.dumps(report, indent=1) + "\n").encode()
+    files[PAGE] = _page(out.whole(document), report, recipe).encode()
     out.publish([outcome.sealed(s) for s in outcome.front], outcome.name_of(outcome.winner), document, files)
     return Result(out.path, {**json.loads((out.path / DOCUMENT).read_text(encoding="utf-8"))})
 
 
-def _page(document: Mapping[str, Any], report: Mapping[str, Any] | None, recipe: str) -> str:
+def _page(document: Mapping[str, Any], report: Mapping[str, Any] | None, recipe: str | None) -> str:
     from deploykit.benchmarks import Report
     from deploykit.search.page import to_html
 

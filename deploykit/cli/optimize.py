@@ -23,8 +23,9 @@ from deploykit.cli.quantize_options import target_options
     help="One request in flight; samples a second; bytes; or the time of a core that a sample takes.",
 )  # fmt: skip
 @click.option(
-    "--max-latency-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="Most that a request may take, p50."
-)
+    "--max-latency-ms", type=click.FloatRange(0, min_open=True), metavar="MS",
+    help="Most that a request may take, p50; for the objectives latency and size.",
+)  # fmt: skip
 @click.option(
     "--max-memory-mb", type=click.FloatRange(0, min_open=True), metavar="MB",
     help="Most memory of a process that serves it, in 10^6 bytes.",
@@ -46,7 +47,8 @@ from deploykit.cli.quantize_options import target_options
 @click.option("--tune/--no-tune", default=True, show_default=True, help="Search the runtimes' settings too.")
 @click.option(
     "--min-cosine", type=click.FloatRange(-1, 1), default=0.95, show_default=True,
-    help="Below, outputs count as wrong, whatever the target.",
+    help="Below, outputs count as wrong, whatever the target. The default lets one request of several get down to 0.9 "
+    "where real data judge accuracy.",
 )  # fmt: skip
 @click.option("--dynamic", multiple=True, metavar="SPEC", help="Of the export; see deploykit export. Repeatable.")
 @click.option("--input", "inputs", multiple=True, metavar="SPEC", help="Of the export. Repeatable.")

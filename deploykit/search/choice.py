@@ -44,9 +44,14 @@ def badness(seat: Seat, variant: Variant, objective: str, cores: int) -> float:
 
 
 def ranked(seats: Sequence[Seat], variants: Mapping[str, Variant], objective: str, cores: int) -> list[Seat]:
-    """Open seats, the best first; equal ones in the order that does not hang on chance."""
-    found = [s for s in seats if s.open]
-    return sorted(found, key=lambda s: (badness(s, variants[s.place.model], objective, cores), preference(s, variants)))
+    """Seats that may win, the best first; equal ones in the order that does not hang on chance.
+
+    What was never run may not, but for the exported model, which was compared with its source; on the first device,
+    where that was done.
+    """
+    run = [s for s in seats if s.open and s.ratio is not None]
+    run.sort(key=lambda s: (badness(s, variants[s.place.model], objective, cores), preference(s, variants)))
+    return run + [s for s in seats if s.open and s.ratio is None and s.exported]
 
 
 def overlap(one: Seat, other: Seat) -> bool:

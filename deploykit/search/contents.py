@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from deploykit.errors import SearchError
 from deploykit.extras import version_of
 from deploykit.machine import inspect_machine
 from deploykit.modelfile import external_files, read_model
+from deploykit.plugins import KINDS, installed
 from deploykit.search.jobs import Job
 
 # Whatever turns models into others, or runs them: another version may give another result.
@@ -23,6 +26,9 @@ _TOOLS = (
     "nncf", "torch", "transformers", "tensorflow", "tensorflow-cpu", "keras", "tf2onnx", "ai-edge-litert",
     "scikit-learn", "skl2onnx",
 )  # fmt: skip
+
+# Of a machine's fingerprint: what numbers may depend on, and not only times.
+_NUMERIC = ("architecture", "flags")
 
 
 def content_of(path: Path) -> str:
@@ -124,8 +130,22 @@ def _digest(value: Any) -> str:
 
 
 def tools_here() -> dict[str, str]:
-    """Versions of the packages that a result may depend on."""
-    return {name: found for name in _TOOLS if (found := version_of(name))}
+    """Versions of the packages that a result may depend on, plugins among them, and the digest of our own sources."""
+    plugged = {p.distribution: p.version for kind in KINDS for p in installed(kind)}
+    known = {name: found for name in _TOOLS if (found := version_of(name))}
+    return plugged | known | {"sources of deploykit": _sources()}
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """A checkout changes without its version."""
+    places = [
+        Path(place)
+        for name in ("", ".benchmarks", ".exporters", ".optimizers", ".runtimes", ".search")
+        if (found := find_spec(f"deploykit{name}")) is not None
+        for place in found.submodule_search_locations or ()
+    ]
+    return _digest([[file.name, sha256_of(file)] for place in places for file in sorted(place.glob("*.py"))])
 
 
 def machine_here() -> dict[str, Any]:
@@ -153,7 +173,8 @@ def key_of(
         job: What is to be done; where its inputs lie does not count, nor its label, time limit and retries, nor the
             "effort" among its parameters: how long it may take.
         tools: Versions of the packages that take part.
-        machine: The fingerprint of the machine that does it; counts for exclusive jobs only, which measure time.
+        machine: The fingerprint of the machine that does it; all of it counts for exclusive jobs, which measure time.
+            For others what decides about numbers does: a processor without VNNI saturates, another rounds elsewhere.
         contents: How the content of an input is found.
 
     Raises:
@@ -166,6 +187,6 @@ def key_of(
             "inputs": {name: contents(path) for name, path in job.inputs.items()},
             "tools": dict(tools),
             "deploykit": __version__,
-            "machine": dict(machine or {}) if job.exclusive else None,
+            "machine": {k: v for k, v in (machine or {}).items() if job.exclusive or k in _NUMERIC} or None,
         }
     )

@@ -186,7 +186,8 @@ def decide(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progre
         "report": the document of a `benchmarks.Report`.
     """
     candidates, feeds, settings = _asked(params, inputs)
-    return {"report": measure(candidates, feeds, settings, data=None, progress=told).data}
+    within_s = params["effort"]["budget_s"]
+    return {"report": measure(candidates, feeds, settings, data=None, progress=told, within_s=within_s).data}
 
 
 def _asked(params: Mapping[str, Any], inputs: Inputs) -> tuple[list[Candidate], list[Any], Settings]:

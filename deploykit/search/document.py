@@ -18,9 +18,11 @@ from deploykit.search.choice import badness, overlap, pareto, preference, ranked
 from deploykit.search.engine import Search
 from deploykit.search.output import Sealed
 from deploykit.search.state import Seat, Variant
+from deploykit.search.tasks import has_goal
 from deploykit.search.variants import steps_to
 
 _MEASURED = ("screen", "tune", "decide")
+_BETTER = {"size": "smaller", "cost": "cheaper"}
 
 
 class Outcome:
@@ -42,13 +44,18 @@ class Outcome:
     def __init__(self, search: Search, state: str) -> None:
         self.search = search
         self.state = state
+        self._explain_unmade()
         order = ranked(search.seats, search.variants, search.wish.objective, search.cores)
         if not order:
             raise SearchError(
                 f"nothing keeps what was asked for: {_closest(search)}", hint="ask for less, or give more time"
             )
         self.tied = self._tied(order)
-        self.winner = min(self.tied, key=lambda s: preference(s, search.variants))
+        # Of one file on several devices the faster.
+        by_size = search.wish.objective == "size"
+        self.winner = min(
+            self.tied, key=lambda s: (-(s.ratio or 0.0) if by_size else 0.0, *preference(s, search.variants))
+        )
         right = [s for s in search.seats if s.ratio is not None and _is_right(s)]
         right.sort(key=lambda s: (s is not self.winner, s.dropped is not None, preference(s, search.variants)))
         found = pareto(right, search.variants)
@@ -62,10 +69,18 @@ class Outcome:
             if seat.status == "open":
                 self._explain(seat)
 
+    def _explain_unmade(self) -> None:
+        """Say of what an interrupt came before that it did."""
+        for variant in self.search.variants.values():
+            if variant.dropped is None and all(s.place.model != variant.name for s in self.search.seats):
+                variant.drop("make", f"not tried: the search was {self.state}")
+
     def _explain(self, seat: Seat) -> None:
         """Say why a seat that was right to the end is not kept."""
         winner, measure = self.winner, self.search.wish.objective
-        if seat.ratio is None:
+        if seat.missed and seat.quality is not None:
+            seat.drop("judge", f"too inaccurate: {seat.quality['summary']}")
+        elif seat.ratio is None:
             seat.drop("screen", "not measured")
         elif seat.reference:
             seat.drop("decide" if seat.decision is not None else "screen", "the winner is faster")
@@ -80,13 +95,17 @@ class Outcome:
         """The best, with all that the last measurement could not tell from it."""
         search = self.search
         best = order[0]
+        if best.ratio is None:  # nothing was measured
+            return [best]
         if search.wish.objective == "size":
             return [s for s in order if self._badness(s) <= self._badness(best) * 1.0001]
-        if search.verdict is None or search.wish.objective == "cost":
-            return [s for s in order if s is best or (s.best_place.cores == best.best_place.cores and overlap(s, best))]
-        labels = search.verdict["candidates"]
-        tied = [s for s in order if s.decision is not None and _measured_label(s, search) in labels]
-        return tied or [best]
+        cost, verdict = search.wish.objective == "cost", search.timing.verdict
+        near = [s for s in order if s is best or (overlap(s, best) and (not cost or _as_many_cores(s, best)))]
+        if verdict is None or cost:
+            return near
+        tied = [s for s in order if s.decision is not None and s.best_place.label in verdict["candidates"]]
+        # Where the verdict is about one that a limit excludes, the intervals have to do.
+        return tied if tied and len(tied) == len(verdict["candidates"]) else near
 
     def _badness(self, seat: Seat) -> float:
         return badness(seat, self.search.variants[seat.place.model], self.search.wish.objective, self.search.cores)
@@ -106,14 +125,18 @@ class Outcome:
             parts.append(str(winner.quality["summary"]))
         said = f"winner: {winner.best_place.label}"
         found = winner.decision or winner.screening
-        if winner.best_place == search.reference:
-            said += ", the exported model as it is: nothing that is right was faster"
+        if winner.ratio is None:
+            said += ", the exported model as it is: nothing was measured"
+        elif winner.best_place == search.reference:
+            better = _BETTER.get(search.wish.objective, "faster")
+            said += f", the exported model as it is: nothing that is right was {better}"
         elif found is not None and found.get("ratio") is not None:
             faster = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}] as fast as {self.reference}"
             said += f", {faster}" if winner.decision is not None else f", {faster} (screened only)"
         others = [s.best_place.label for s in self.tied if s is not winner]
         if others:
-            said += f"; tie with {', '.join(others)}, and kept for its accuracy or size"
+            kept = "the fastest of this size" if search.wish.objective == "size" else "kept for its accuracy or size"
+            said += f"; tie with {', '.join(others)}, and {kept}"
         return f"{said}; {', '.join(parts)}"
 
     def document(self) -> dict[str, Any]:
@@ -132,7 +155,7 @@ class Outcome:
             "front": [self._front_entry(seat) for seat in self.front],
             "tried": [_tried(v, search) for v in search.variants.values()],
             "phases": [asdict(p) for p in search.phases],
-            "trials": search.trials,
+            "trials": search.timing.trials,
             "failures": search.failures,
             "notes": list(dict.fromkeys(search.told.notes)),
         }
@@ -149,7 +172,7 @@ class Outcome:
             "size_bytes": variants[seat.place.model].facts.get("size_bytes"),
             "ratio": found.get("ratio"), "low": found.get("low"), "high": found.get("high"),
             "quality": seat.quality,
-            "why": why_on_front(seat, self.front, variants) if seat.ratio is not None else "fastest",
+            "why": why_on_front(seat, self.front, variants) if seat.ratio is not None else "not measured",
         }  # fmt: skip
 
     def name_of(self, seat: Seat) -> str:
@@ -170,9 +193,15 @@ class Outcome:
         """An artifact of the front, as it is to be written."""
         return sealed_of(seat, self.search, self.settings_of(seat), self.name_of(seat))
 
-    def recipe(self) -> str:
-        """The winner's steps as TOML, with all paths absolute; checked to be a recipe."""
+    def recipe(self) -> str | None:
+        """The winner's steps as TOML, with all paths absolute; checked to be a recipe.
+
+        Returns:
+            None where the winner is what was given: no step makes it.
+        """
         tables = recipe_of(self.winner.place.model, self.search)
+        if not tables:
+            return None
         Recipe.from_tables(tables, Path.cwd())
         return f"# The winner of a search, without the search: deploykit run recipe.toml -o OUT\n\n{dump(tables)}"
 
@@ -199,8 +228,9 @@ def sealed_of(seat: Seat, search: Search, settings: RuntimeSettings, name: str) 
     found = seat.decision or seat.screening
     if found is not None:
         against = search.reference.label
+        kind = "decision" if seat.decision is not None else "screening"
         evidence["benchmark"] = [
-            {"device": seat.place.device, "against": against, "settings": settings.as_dict(), **found}
+            {"kind": kind, "device": seat.place.device, "against": against, "settings": settings.as_dict(), **found}
         ]
     return Sealed(name, made, settings, record, evidence)
 
@@ -215,18 +245,31 @@ def recipe_of(name: str, search: Search) -> dict[str, dict[str, Any]]:
         if variant.parent is not None:
             parent = search.variants[variant.parent]
             table["model"] = parent.name if parent.table is not None else str(Path(str(parent.path)).absolute())
-        elif search.wish.source and Path(search.wish.source).exists():
-            table["source"] = str(Path(search.wish.source).absolute())
+        else:
+            table["source"] = _absolute(search.wish.source)
+        if "gate_seconds" not in table and variant.path is not None and table["step"] == "quantize-static":
+            # Another measurement may choose other layers.
+            table |= {"gate_seconds": 0.0, "exclude": [*table.get("exclude", []), *_slow_layers(variant.path)]}
         if search.wish.data is not None:
             table["data"] = _absolute(search.wish.data)
-        if table.get("metric") and search.wish.eval_data is not None:
+        if has_goal(table) and search.wish.eval_data is not None:
             table["eval_data"] = _absolute(search.wish.eval_data)
         tables[variant.name] = {k: v for k, v in table.items() if v not in (None, [], {})}
     return tables
 
 
+def _slow_layers(path: Path) -> list[str]:
+    """Layers that stayed in float because they were slower in integers."""
+    found = Artifact.open(path).manifest.lineage[-1].params.get("float_because_slower")
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
 def _absolute(source: str) -> str:
-    return str(Path(source).absolute()) if Path(source).exists() else source
+    """The same from anywhere: a path, or `file.py:function` and `directory:signature`; a module's name stays."""
+    file, colon, name = source.rpartition(":")
+    if Path(source).exists():
+        return str(Path(source).absolute())
+    return f"{Path(file).absolute()}:{name}" if colon and Path(file).exists() else source
 
 
 def _tried(variant: Variant, search: Search) -> dict[str, Any]:
@@ -260,8 +303,8 @@ def _is_right(seat: Seat) -> bool:
     return dropped is None or (dropped["phase"] in _MEASURED and dropped["reason"].startswith("slower"))
 
 
-def _measured_label(seat: Seat, search: Search) -> str:
-    return search.reference.label if seat.place == search.reference else seat.best_place.label
+def _as_many_cores(one: Seat, other: Seat) -> bool:
+    return one.best_place.cores == other.best_place.cores
 
 
 def _closest(search: Search) -> str:

@@ -5,6 +5,7 @@
     ├── front/NAME/       artifacts of the Pareto front, each with the settings to open it with
     ├── benchmark.json    the measurement that decided
     ├── recipe.toml       the winner's steps, without the search
+    ├── source/           the export of a live module, which the recipe begins with
     └── report.html       all of that for a person
 
 While the search goes on, the best so far is below `interim/`. `optimize.json` is replaced atomically, after what it
@@ -35,7 +36,7 @@ DOCUMENT, REPORT, PAGE, RECIPE, SETTINGS = (
     "recipe.toml",
     "settings.json",
 )
-FRONT, INTERIM, WORK = "front", "interim", ".work"
+FRONT, INTERIM, WORK, SOURCE = "front", "interim", ".work", "source"
 SCHEMA_VERSION = 1
 
 
@@ -89,15 +90,20 @@ class Output:
             StorageError: It cannot be written.
             SearchError: Another process searches there.
         """
-        if self._resume and self.path.exists():
-            self._go_on()
-        else:
+        going_on = self._resume and self.path.exists()
+        if not going_on:
             self._create()
         self._lock = take_lock(self.path)
-        if self._lock is None:
-            raise SearchError(f"another search works in {self.path}", hint="wait for it, or choose another -o")
-        shutil.rmtree(self.path / WORK, ignore_errors=True)
-        (self.path / WORK).mkdir()
+        try:
+            if self._lock is None and self.path.is_dir():
+                raise SearchError(f"another search works in {self.path}", hint="wait for it, or choose another -o")
+            if going_on:  # looked at under the lock: another search may just have come to its end
+                self._go_on()
+            shutil.rmtree(self.path / WORK, ignore_errors=True)
+            (self.path / WORK).mkdir()
+        except BaseException:
+            self._free()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -105,6 +111,13 @@ class Output:
         shutil.rmtree(self.path / WORK, ignore_errors=True)
         if not self._published and not self.resumed:
             shutil.rmtree(self.path, ignore_errors=True)
+        self._free()
+
+    def abandon(self) -> None:
+        """Nothing may be kept of it, not even the best so far: it is not what was asked for."""
+        self._published = self.resumed = False
+
+    def _free(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -140,6 +153,11 @@ class Output:
         self._interims = 1 + max(
             (int(p.name.partition("-")[0]) for p in (self.path / INTERIM).glob("[0-9]*-*")), default=0
         )
+
+    def source(self) -> Path:
+        """Where the export of a live module may stand, beyond the search; nothing is there."""
+        shutil.rmtree(self.path / SOURCE, ignore_errors=True)  # of a run that is gone on with
+        return self.path / SOURCE
 
     def scratch(self) -> Path:
         """A new directory for files of a job."""
@@ -182,6 +200,8 @@ class Output:
         shutil.rmtree(self.path / FRONT, ignore_errors=True)  # of a run that was killed while it wrote this
         for sealed in front:
             seal(sealed, self.path / FRONT / sealed.name)
+        for name in {RECIPE, REPORT, PAGE} - files.keys():
+            (self.path / name).unlink(missing_ok=True)  # what an interrupted search had, and this one has not
         for name, data in files.items():
             write_file(self.path / name, data, replace=True)
         self.write({**document, "winner": f"{FRONT}/{winner}"})

@@ -1,4 +1,4 @@
-"""What a search knows: variants of the model, and seats, a variant on a device with settings."""
+"""What a search knows: variants of the model, seats (a variant on a device with settings), and how far it is."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class Variant:
         """Whether integers take part."""
         return bool(self.facts.get("quantized"))
 
+    @property
+    def lossy(self) -> bool:
+        """Whether the step that made it changes the numbers, in whatever format: integers, halves or blocks."""
+        return self.quantized or str((self.table or {}).get("step", "")).startswith("quantize")
+
     def drop(self, phase: str, reason: str) -> None:
         """It goes no further."""
         self.dropped = {"phase": phase, "reason": reason}
@@ -69,7 +74,8 @@ class Place:
     def name(self) -> str:
         """Of the variant, with what is not the default."""
         native = " native" if self.config.precision == "native" else ""
-        return f"{self.model}{native}{' tuned' if self.tuned else ''}"
+        how = " tuned" if self.tuned else " side by side" if self.config.concurrency > 1 else ""
+        return f"{self.model}{native}{how}"
 
     @property
     def label(self) -> str:
@@ -119,6 +125,8 @@ class Seat:
         quality: On real data against the exported model; None where it was not judged.
         placement: What ran on integers, see `proof.prove_placement`.
         reference: Whether it is what all others are compared with.
+        exported: Whether it is the exported model as it is.
+        lossy: Whether its numbers may be others than the exported model's: nothing of the kind is kept unjudged.
         missed: Whether the target is missed, so that it is timed only to see whether a better one is worth making.
         screening: See `Screened.as_dict`.
         tuned: The place with the settings that were found, and its label.
@@ -131,6 +139,8 @@ class Seat:
     quality: dict[str, Any] | None = None
     placement: dict[str, Any] | None = None
     reference: bool = False
+    exported: bool = False
+    lossy: bool = False
     missed: bool = False
     screening: dict[str, Any] | None = None
     tuned: Place | None = None
@@ -171,3 +181,41 @@ def side_by_side(place: Place, cores: int) -> Place:
     if place.device.startswith("openvino"):
         return replace(place, config=config.having(NUM_STREAMS=cores))
     return replace(place, config=replace(config, sessions=cores))
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a caller is told while the search goes on.
+
+    Attributes:
+        kind: "phase", "made", "dropped", "best" or "done".
+        text: For people.
+        spent_s: Seconds so far.
+        budget_s: Seconds allowed.
+        best: Label of the best so far; None before there is one.
+    """
+
+    kind: str
+    text: str
+    spent_s: float
+    budget_s: float
+    best: str | None = None
+
+
+@dataclass(slots=True)
+class Phase:
+    """How long a phase took.
+
+    Attributes:
+        name: Of the phase.
+        began_s: Since the search began.
+        seconds: That it took.
+        jobs: That it asked for.
+        cached: Of those, how many had been done earlier.
+    """
+
+    name: str
+    began_s: float
+    seconds: float = 0.0
+    jobs: int = 0
+    cached: int = 0

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifact import stamp_of
 from deploykit.benchmarks import Settings
+from deploykit.comparing import MIN_COSINE
 from deploykit.search.jobs import Job
 from deploykit.search.state import Place, Seat, Variant, timed_by_wall
 from deploykit.search.wish import Wish
@@ -24,8 +24,8 @@ class Tasks:
     Args:
         wish: What is asked for.
         variants: By name; filled while the search goes on.
-        run: Names the search. What a factory made is taken for the same within one search only: its code may read
-            whatever it likes.
+        run: Names the search. What a function gave, be it a model or data, is taken for the same within one search
+            only: its code may read whatever it likes.
     """
 
     def __init__(self, wish: Wish, variants: Mapping[str, Variant], run: str) -> None:
@@ -43,8 +43,8 @@ class Tasks:
         assert variant.table is not None
         table, inputs, params = dict(variant.table), dict[str, Path](), dict[str, Any]()
         for name, source in (("data", self._wish.data), ("eval_data", self._wish.eval_data)):
-            if source is not None and (name == "data" or _has_goal(table)):
-                files, told = given(source, name)
+            if source is not None and (name == "data" or has_goal(table)):
+                files, told = self._given(source, name)
                 inputs |= files
                 params |= {k: v for k, v in told.items() if k != name}
                 table |= {k: v for k, v in told.items() if k == name}
@@ -53,15 +53,14 @@ class Tasks:
         elif Path(self._wish.source).exists():
             inputs["source"] = Path(self._wish.source)
         else:
-            file = Path(self._wish.source.rpartition(":")[0])
-            params |= {"run": self._run, "stamp": stamp_of(file) if file.is_file() else []}
+            params["run"] = self._run
         told = {"name": variant.name, "table": table, **params}
         return Job(_DEEDS + "make", told, inputs, variant.name, exclusive=exclusive)
 
     def judge(self, device: str, seats: Sequence[Seat], budget_s: float) -> Job:
         """Accuracy and kernels of seats on one device."""
         source = self.judged_on
-        inputs, params = given(source, "data") if source is not None else ({}, {})
+        inputs, params = self._given(source, "data") if source is not None else ({}, {})
         inputs["parent"] = self._path(next(iter(self._variants)))
         for seat in seats:
             inputs[f"model:{seat.place.model}"] = self._path(seat.place.model)
@@ -77,7 +76,7 @@ class Tasks:
     def timed(self, deed: str, places: Sequence[Place], effort: Mapping[str, Any], **params: Any) -> Job:
         """Screening, tuning or the last measurement of places, the reference first."""
         source = self._wish.data or self._wish.eval_data
-        inputs, told = given(source, "data") if source is not None else ({}, {})
+        inputs, told = self._given(source, "data") if source is not None else ({}, {})
         for place in places:
             inputs[f"model:{place.model}"] = self._path(place.model)
         told |= {
@@ -94,13 +93,19 @@ class Tasks:
     def _settings(self) -> dict[str, Any]:
         wish = self._wish
         scenario = "offline" if timed_by_wall(wish.objective) else "latency"
-        # Where real data tell how accurate something is, the outputs of one run need not.
-        cosine = min(wish.min_cosine, _TIMED_COSINE) if self.judged_on is not None else wish.min_cosine
+        # Where real data tell how accurate something is, the outputs of one request need not, unless that was asked.
+        usual = wish.min_cosine == MIN_COSINE and self.judged_on is not None
+        cosine = min(wish.min_cosine, _TIMED_COSINE) if usual else wish.min_cosine
         return asdict(
             Settings(
                 batch=wish.batch, scenario=scenario, seed=wish.seed, max_drop=1.0, min_cosine=cosine, confirm=False
             )
         )
+
+    def _given(self, source: str, name: str) -> tuple[dict[str, Path], dict[str, Any]]:
+        """A dataset as an input of a job, or, where a function gives it, as a parameter of this search only."""
+        path = Path(source)
+        return ({name: path}, {}) if path.exists() else ({}, {name: source, f"{name}_run": self._run})
 
     def _path(self, name: str) -> Path:
         path = self._variants[name].path
@@ -108,14 +113,6 @@ class Tasks:
         return path
 
 
-def given(source: str, name: str) -> tuple[dict[str, Path], dict[str, Any]]:
-    """A dataset as an input of a job, or, where a function gives it, as a parameter with the state of its file."""
-    path = Path(source)
-    if path.exists():
-        return {name: path}, {}
-    file = Path(source.rpartition(":")[0])
-    return {}, {name: source, f"{name}_stamp": stamp_of(file) if file.is_file() else []}
-
-
-def _has_goal(table: Mapping[str, Any]) -> bool:
+def has_goal(table: Mapping[str, Any]) -> bool:
+    """Whether a step is held to something, so that it needs the data that this is judged on."""
     return any(table.get(key) is not None for key in ("metric", "min_sqnr", "min_agreement"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifact import Artifact
+from deploykit.comparing import MIN_COSINE
 from deploykit.schemes import SCHEMES, choose_schemes
 from deploykit.search.state import Variant
 from deploykit.search.wish import Wish
@@ -88,6 +89,8 @@ def _scheme_table(wish: Wish, name: str) -> dict[str, Any]:
         **scheme.table, "contract": list(wish.contract), "allow_slower": True, "gate_seconds": 0.0,
         "devices": list(wish.devices),
     }  # fmt: skip
+    if wish.min_cosine != MIN_COSINE:  # else the step's own, which is stricter for halves
+        table["min_cosine"] = wish.min_cosine
     if not scheme.calibrated:
         table["dims"] = dict(wish.dims)
     return table

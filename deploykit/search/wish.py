@@ -105,6 +105,11 @@ class Wish:
             raise SearchError(f"unknown objective {self.objective!r}", expected=", ".join(OBJECTIVES))
         if not (math.isfinite(self.budget_s) and self.budget_s >= _LEAST_BUDGET_S):
             raise SearchError(f"a budget of {self.budget_s:g} s", expected=f"{_LEAST_BUDGET_S:g} s or more")
+        if self.limits.max_latency_ms is not None and self.objective in ("throughput", "cost"):
+            raise SearchError(
+                f"a latency is not measured where {self.objective} is the objective",
+                expected="--max-latency-ms with --objective latency or size",
+            )
         if self.batch < 1:
             raise SearchError(f"batch {self.batch}", expected="1 or more")
         for name, value in asdict(self.limits).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from deploykit.artifact import Artifact, Evidence, StepRecord
 from deploykit.data import ValueRange
 from deploykit.errors import ArtifactError, ModelError, SearchError
+from deploykit.search import contents
 from deploykit.search.contents import Contents, content_of, key_of
 from deploykit.search.jobs import Job
 from deploykit.specs import Signature, TensorSpec
@@ -197,6 +199,29 @@ def test_keys(tmp_path: Path) -> None:
         {"exclusive": True, "machine": {"cpu": "y"}},
     ]
     assert len({key(**c) for c in changes} | {first}) == len(changes) + 1
+
+
+def test_numbers_hang_on_instruction_sets_and_not_on_the_processor() -> None:
+    """Without VNNI the same int8 model saturates, and is judged otherwise."""
+    here = {"cpu": "x", "architecture": "x86_64", "flags": ["avx2", "vnni"]}
+    first = key_of(Job("m:f"), tools={}, machine=here)
+    assert key_of(Job("m:f"), tools={}, machine=here | {"cpu": "y"}) == first
+    assert key_of(Job("m:f"), tools={}, machine=here | {"flags": ["avx2"]}) != first
+
+
+def test_plugins_and_our_own_sources_are_among_the_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents.tools_here()
+    plugin = SimpleNamespace(distribution="deploykit-other", version="3")
+    monkeypatch.setattr(contents, "installed", lambda kind: (plugin,) if kind == "metrics" else ())
+    assert contents.tools_here()["deploykit-other"] == "3"
+    assert len(before["sources of deploykit"]) == 64
+    contents._sources.cache_clear()
+    monkeypatch.setattr(contents, "sha256_of", lambda path: "changed" if path.name == "goals.py" else "as it was")
+    changed = contents.tools_here()["sources of deploykit"]
+    contents._sources.cache_clear()
+    monkeypatch.setattr(contents, "sha256_of", lambda path: "as it was")
+    assert contents.tools_here()["sources of deploykit"] != changed
+    contents._sources.cache_clear()
 
 
 def test_another_deploykit_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import tomllib
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.artifact import Artifact, Evidence, StepRecord
-from deploykit.errors import OptimizationError, SearchError
+from deploykit.errors import BenchmarkError, OptimizationError, SearchError
 from deploykit.goals import Goal
 from deploykit.progress import Progress
+from deploykit.schemes import SCHEMES
+from deploykit.search.crew import NOT_TRIED
 from deploykit.search.document import Outcome
 from deploykit.search.engine import Search
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Job
+from deploykit.search.schema import what_is_wrong
+from deploykit.search.timing import plan
 from deploykit.search.wish import Limits, Wish
 from deploykit.specs import Signature, TensorSpec
 from deploykit.staging import ArtifactWriter
@@ -78,6 +84,9 @@ class Scripted:
         self.tuned: dict[str, Any] = tables.get("tuned", {})
         self.ties: list[str] | None = tables.get("ties")
         self.takes: dict[str, float] = tables.get("takes", {})
+        self.unjudged: set[str] = tables.get("unjudged", set())
+        self.runs_not: set[str] = tables.get("runs_not", set())
+        self.interrupt: str = tables.get("interrupt", "")
 
     def submit(self, job: Job, folder: Path) -> Future[Done]:
         self.asked.append(job)
@@ -86,7 +95,7 @@ class Scripted:
         future: Future[Done] = Future()
         try:
             value = getattr(self, f"_{deed}")(job, folder)
-        except (OptimizationError, RuntimeError) as exc:
+        except (OptimizationError, BenchmarkError, RuntimeError) as exc:
             future.set_exception(exc)
         else:
             future.set_result(Done(value, folder, 1.0))
@@ -99,6 +108,8 @@ class Scripted:
         name = job.params["name"]
         if name in self.fails:
             raise self.fails[name]
+        if name == self.interrupt:
+            raise KeyboardInterrupt
         step = job.params["table"].get("step", "export")
         weight = 1.0 + sum(name.encode())
         made = write_artifact(folder / "a", weight, quantized=step.startswith("quantize") and "half" not in step)
@@ -112,6 +123,8 @@ class Scripted:
         for name, precision in job.params["seats"]:
             quality = self.quality.get(f"{name} on {job.params['device']}", self.quality.get(name, fine))
             found[f"{name}/{precision}"] = {"quality": {**fine, **quality}}
+            if name in self.unjudged:
+                found[f"{name}/{precision}"] = {"error": NOT_TRIED}
         return {"found": found}
 
     def _entry(self, seat: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +136,10 @@ class Scripted:
         return entry | {"ratio": ratio, "low": ratio * 0.99, "high": ratio * 1.01, "pace_ms": 1 / ratio}
 
     def _screen(self, job: Job, folder: Path) -> dict[str, Any]:
+        if self.interrupt == "screen":
+            raise KeyboardInterrupt
+        if job.params["seats"][0]["device"] in self.runs_not:
+            raise BenchmarkError("the reference does not run")
         return {"found": [self._entry(s) for s in job.params["seats"]]}
 
     def _tune(self, job: Job, folder: Path) -> dict[str, Any]:
@@ -172,8 +189,12 @@ def run(tmp_path: Path) -> Any:
             return Path(tempfile.mkdtemp(dir=tmp_path))
 
         search = Search(Wish(**{**asked, **(wish or {})}), executor, scratch, Progress(), clock=clock)
-        search.go()
-        return Outcome(search, "done"), executor, search
+        state = "done"
+        try:
+            search.go()
+        except KeyboardInterrupt:
+            state = "interrupted"
+        return Outcome(search, state), executor, search
 
     return go
 
@@ -219,6 +240,14 @@ def test_nothing_is_mended_that_would_not_win(run: Any) -> None:
     assert outcome.winner.place.label == "dynamic on ort:cpu"
 
 
+def test_for_size_the_smaller_is_mended_also_where_it_is_slow(run: Any) -> None:
+    outcome, _, _ = run(
+        wish={"objective": "size"}, quality={"weights4": {"met": False, "summary": "agreement 0.5"}},
+        size={"weights4": 300, "weights4-mixed": 350, "weights8": 500}, speed={"weights4 on ort:cpu": 0.3},
+    )  # fmt: skip
+    assert outcome.winner.place.model == "weights4-mixed"
+
+
 def test_a_model_that_collapsed_is_wrong_also_where_no_target_was_given(run: Any) -> None:
     collapsed = {"met": False, "collapsed": "it collapsed", "summary": "it collapsed"}
     outcome, _, search = run(wish={"goal": Goal()}, quality={"static": collapsed}, speed={STATIC: 9.0})
@@ -230,7 +259,7 @@ def test_without_an_answer_of_the_judge_nothing_quantized_is_kept(run: Any) -> N
     outcome, _, search = run(takes={"export": 100.0}, speed={STATIC: 9.0})
     assert outcome.winner.place.label == "export on ort:cpu"
     assert search.variants["static"].dropped == {"phase": "make", "reason": "not tried: the budget is too small"}
-    assert any("did not reach a last measurement" in n for n in search.told.notes) or search.report is None
+    assert any("did not reach a last measurement" in n for n in search.told.notes) or search.timing.report is None
 
 
 def test_wrong_outputs_failures_and_crashes_are_recorded_and_harm_nobody_else(run: Any) -> None:
@@ -320,3 +349,128 @@ def test_the_recipe_holds_the_winners_steps(run: Any) -> None:
     text = outcome.recipe()
     assert "[export]" in text and '[static]\nstep = "quantize-static"' in text
     assert "dynamic" not in text.replace("dynamic =", "")
+
+
+@pytest.mark.parametrize("name", ["fp16", "weights8", "weights4"])
+def test_what_changes_numbers_is_not_kept_unjudged_whatever_its_operators(run: Any, name: str) -> None:
+    """Halves and blocks have no QuantizeLinear, and are no more certified for that."""
+    outcome, _, search = run(unjudged={name}, speed={f"{name} on ort:cpu": 9.0})
+    assert outcome.winner.place.model != name
+    assert dropped(search, f"{name} on ort:cpu") == f"judge: {NOT_TRIED}"
+
+
+@pytest.mark.parametrize("when", ["simplify", "weights4", "screen"])
+@pytest.mark.parametrize("objective", ["latency", "size"])
+def test_an_interrupt_keeps_the_exported_model_and_nothing_that_was_never_run(
+    run: Any, when: str, objective: str
+) -> None:
+    outcome, _, _ = run(wish={"objective": objective}, interrupt=when, size={"fp16": 1, "weights8": 2})
+    assert outcome.winner.place.label == "export on ort:cpu"
+    assert "nothing was measured" in outcome.headline
+    assert [s.place.label for s in outcome.front] == ["export on ort:cpu"]
+    assert outcome.front and outcome.document()["front"][0]["why"] == "not measured"
+    assert what_is_wrong(json.loads(json.dumps({**outcome.document(), "schema_version": 1, "wish": WISH}))) is None
+
+
+WISH = {"goal": {}, "objective": "latency", "limits": {}, "devices": ["ort:cpu"]}
+
+
+def test_the_next_device_gives_the_reference_where_the_first_does_not_run_the_model(run: Any) -> None:
+    outcome, _, search = run(runs_not={"ort:cpu"}, speed={"static on openvino:cpu": 2.0})
+    assert outcome.reference == "export on openvino:cpu"
+    assert outcome.winner.place.label == "static on openvino:cpu"
+    assert dropped(search, "export on ort:cpu") == "screen: the reference does not run"
+
+
+def test_a_model_that_runs_nowhere_is_no_winner(run: Any) -> None:
+    with pytest.raises(SearchError, match="runs on none of ort:cpu, openvino:cpu: ort:cpu: the reference does not"):
+        run(runs_not={"ort:cpu", "openvino:cpu"})
+
+
+def test_a_limit_on_size_excludes_the_exported_model_too(run: Any) -> None:
+    outcome, _, search = run(
+        wish={"limits": Limits(max_size_mb=0.0009)}, size={"static": 500}, speed={STATIC: 0.5}
+    )  # fmt: skip
+    assert outcome.winner.place.label == "static on openvino:cpu"
+    assert dropped(search, "export on ort:cpu") == "limits: 0.00 MB, more than 0.0009"
+    assert outcome.reference == "export on ort:cpu"
+
+
+def test_a_model_that_was_given_has_no_steps_and_keeps_the_contract(run: Any, tmp_path: Path) -> None:
+    slow = {f"{n} on {d}": 0.5 for n in SCHEMES for d in ("ort:cpu", "openvino:cpu")}
+    slow |= {f"{n} on {d}": 0.5 for n in ("fuse-transformers", "fuse-onnxscript") for d in ("ort:cpu", "openvino:cpu")}
+    slow["export on openvino:cpu"] = 0.5
+    given = write_artifact(tmp_path / "given", 1.0)
+    outcome, _, _ = run(wish={"model": str(given.path)}, speed=slow)
+    assert outcome.winner.place.label == "export on ort:cpu"
+    assert outcome.recipe() is None
+    outcome, _, search = run(wish={"model": str(given.path), "contract": ("ort:1.14",)}, speed=slow)
+    assert outcome.winner.place.model != "export"
+    assert "breaks its target contract" in dropped(search, "export on ort:cpu")
+
+
+def test_the_recipe_can_be_run_from_anywhere(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").touch()
+    (tmp_path / "rows.py").touch()
+    np.savez(tmp_path / "eval.npz", x=np.zeros((4, 2), np.float32))
+    missed = {"met": False, "summary": "agreement 0.5"}
+    outcome, _, _ = run(
+        wish={"data": "rows.py:rows", "eval_data": "eval.npz"}, quality={"static": missed},
+        speed={STATIC: 3.0, "static-mixed on ort:cpu": 2.0},
+    )  # fmt: skip
+    tables = tomllib.loads(outcome.recipe())
+    assert tables["export"]["source"] == f"{tmp_path}/net.py:make"
+    assert tables["static-mixed"]["data"] == f"{tmp_path}/rows.py:rows"
+    assert tables["static-mixed"]["eval_data"] == f"{tmp_path}/eval.npz"
+
+
+def test_what_a_function_gives_is_the_same_within_one_search_only(run: Any, tmp_path: Path) -> None:
+    """Its code may read files that no key knows."""
+    _, executor, _ = run(wish={"data": "rows:rows"})
+    for job in executor.asked:
+        assert "data_run" in job.params, job.deed
+
+
+def test_side_by_side_is_told_from_one_at_a_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.search.timing.inspect_machine", lambda: SimpleNamespace(cores_allowed=2))
+    speed = {"export side by side on ort:cpu": 1.8, "static side by side on ort:cpu": 3.0}
+    outcome, executor, search = run(wish={"objective": "throughput", "tune": False}, speed=speed)
+    assert outcome.winner.best_place.label == "static side by side on ort:cpu"
+    assert outcome.settings_of(outcome.winner).sessions == 2
+    (decide,) = [j for j in executor.asked if j.deed.endswith(":decide")]
+    labels = [(s["label"], s["device"]) for s in decide.params["seats"]]
+    assert len(set(labels)) == len(labels)
+    reference = next(s for s in search.seats if s.reference)
+    assert reference.ratio == 1.8
+    assert reference.best_place.config.sessions == 2
+
+
+def test_a_way_to_run_that_fails_does_not_hide_one_that_works(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.search.timing.inspect_machine", lambda: SimpleNamespace(cores_allowed=2))
+    outcome, _, _ = run(
+        wish={"objective": "throughput", "tune": False}, speed={STATIC: 2.0},
+        wrong={"static side by side on ort:cpu": "failed: no memory"},
+    )  # fmt: skip
+    assert outcome.winner.best_place.label == STATIC
+
+
+def test_a_cosine_that_was_asked_for_holds_everywhere(run: Any) -> None:
+    _, executor, _ = run(wish={"min_cosine": 0.99})
+    made = {j.params["name"]: j.params["table"] for j in executor.asked if j.deed.endswith(":make")}
+    assert {made[n]["min_cosine"] for n in ("static", "dynamic", "fp16")} == {0.99}
+    assert {j.params["settings"]["min_cosine"] for j in executor.asked if "settings" in j.params} == {0.99}
+
+
+def test_a_latency_limit_is_refused_where_no_latency_is_measured() -> None:
+    for objective in ("throughput", "cost"):
+        with pytest.raises(SearchError, match="a latency is not measured"):
+            Wish("a.onnx", objective=objective, limits=Limits(max_latency_ms=1.0)).check()
+
+
+def test_the_last_measurement_fits_into_its_time() -> None:
+    for left in range(1, 200):
+        for by_wall in (False, True):
+            count, rounds, seconds = plan(left, 3, by_wall)
+            once = (count + 1) * 1.6 * (2 if by_wall else 1)
+            assert rounds == 0 or once + rounds * (count + 2) * (1.6 + seconds) <= left + 1e-9

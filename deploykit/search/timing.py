@@ -1,0 +1,249 @@
+"""The timed part of a search: screen all that is right, tune the best, and measure the very best well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from deploykit.benchmarks.tuner import Config
+from deploykit.errors import BenchmarkError, SearchError
+from deploykit.machine import inspect_machine
+from deploykit.progress import Progress
+from deploykit.search.choice import ranked
+from deploykit.search.crew import NOT_TRIED, Crew
+from deploykit.search.jobs import Done
+from deploykit.search.state import Place, Seat, Variant, side_by_side, timed_by_wall
+from deploykit.search.tasks import Tasks
+from deploykit.search.wish import Wish
+
+_KEPT, _TUNED, _DECIDED = 4, 3, 3
+_START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.6, 10, 2.0, 0.25
+_LEAST_ROUNDS = 5
+_LEAST_TUNING_S = 2.0
+GRACE_S = 5.0
+
+
+class Timing:
+    """What is measured of the seats of a search.
+
+    Args:
+        wish: What is asked for.
+        variants: Of the search, by name.
+        seats: Of the search; filled while it goes on.
+        tasks: Makes the jobs.
+        crew: Has them done.
+        told: Told what could not be measured.
+        clock: Seconds.
+        began: When the search did.
+
+    Attributes:
+        cores: Allowed on this machine.
+        trials: Of the tuner.
+        report: The document of the last measurement; None where the budget did not reach it.
+        verdict: What that measurement says; see `benchmarks.Report.winner`.
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        variants: Mapping[str, Variant],
+        seats: list[Seat],
+        tasks: Tasks,
+        crew: Crew,
+        told: Progress,
+        clock: Callable[[], float],
+        began: float,
+    ) -> None:
+        self.wish = wish
+        self.cores = inspect_machine().cores_allowed
+        self.trials: list[dict[str, Any]] = []
+        self.report: dict[str, Any] | None = None
+        self.verdict: dict[str, Any] | None = None
+        self._variants = variants
+        self._seats = seats
+        self._tasks = tasks
+        self._crew = crew
+        self._told = told
+        self._clock = clock
+        self._began = began
+        self._reference: Place | None = None
+
+    @property
+    def reference(self) -> Place:
+        """The exported model with the runtime's defaults, on the first device that runs it.
+
+        Raises:
+            SearchError: None does.
+        """
+        if self._reference is not None:
+            return self._reference
+        exported = [s for s in self._seats if s.exported]
+        for seat in exported:
+            # Too large to win is not too large to compare with.
+            if seat.dropped is None or seat.dropped["phase"] == "limits":
+                self._reference, seat.reference = seat.place, True
+                return seat.place
+        why = "; ".join(f"{s.place.device}: {s.dropped['reason']}" for s in exported if s.dropped)
+        raise SearchError(f"the exported model runs on none of {', '.join(self.wish.devices)}: {why}")
+
+    def order(self) -> list[Seat]:
+        """Those that may win, the best first."""
+        return ranked(self._seats, self._variants, self.wish.objective, self.cores)
+
+    def screen(self, seats: Sequence[Seat], until: float) -> None:
+        """Time all in turns; the slower ones are not measured any further.
+
+        Raises:
+            SearchError: The exported model runs on no device.
+        """
+        reference = self.reference
+        entries: list[tuple[Seat, Place]] = []
+        for seat in seats:
+            if seat.place != reference:
+                entries.append((seat, seat.place))
+            if timed_by_wall(self.wish.objective) and self.cores > 1 and seat.place.device.endswith(":cpu"):
+                entries.append((seat, side_by_side(seat.place, self.cores)))
+        keep = len(entries) if self.wish.objective == "size" else max(_KEPT, math.ceil(len(entries) / 4))
+        effort = {"budget_s": max(1.0, until - self._clock())}
+        job = self._tasks.timed("screen", [reference, *(p for _, p in entries)], effort, keep=keep)
+        (outcome,) = self._crew.do([job], self._end())
+        first = self._seat_at(reference)
+        if isinstance(outcome, BenchmarkError) and first.screening is None:
+            # It was exported, and does not run there: the reference is the next device's.
+            first.reference, self._reference = False, None
+            first.drop("screen", str(outcome))
+            self.screen([s for s in seats if s is not first], until)
+            return
+        if not isinstance(outcome, Done):
+            self._told.note(f"nothing was screened: {outcome}")
+            return
+        found = outcome.value["found"]
+        if first.screening is None:
+            itself = {k: found[0].get(k) for k in ("pace_ms", "peak_memory_bytes")}
+            first.screening = {"status": "ok", "ratio": 1.0, "low": 1.0, "high": 1.0, "turns": 0, **itself}
+        for (seat, place), entry in zip(entries, found[1:], strict=True):
+            self._keep_better(seat, place, entry)
+        for seat in {id(s): s for s in (first, *(s for s, _ in entries))}.values():
+            self._after_screening(seat)
+
+    def _end(self) -> float:
+        """When the budget ends; a job that is asked for stops by itself before, this is for one that hangs."""
+        return max(self._began + 1.05 * self.wish.budget_s, self._clock() + GRACE_S)
+
+    def _keep_better(self, seat: Seat, place: Place, entry: dict[str, Any]) -> None:
+        """Of several ways to run a seat, the fastest that works counts."""
+        if seat.screening is None or _worth(seat.screening) < _worth(entry):
+            seat.screening = entry
+            seat.tuned = place if place != seat.place else None
+
+    def _after_screening(self, seat: Seat) -> None:
+        entry = seat.screening or {}
+        status = str(entry.get("status", NOT_TRIED))
+        if status != "ok":
+            seat.drop("screen", status)
+            return
+        pace = None if timed_by_wall(self.wish.objective) else entry.get("pace_ms")
+        latency = pace * self.wish.batch if pace is not None else None
+        broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry.get("peak_memory_bytes"))
+        if broken:
+            seat.drop("limits", broken)
+
+    def tune(self, until: float) -> None:
+        """Search the settings of the best seats."""
+        if self.wish.objective == "size":
+            return
+        objective = "throughput" if timed_by_wall(self.wish.objective) else "latency"
+        chosen = [s for s in self.order() if s.ratio is not None][:_TUNED]
+        for number, seat in enumerate(chosen):
+            share = (until - self._clock()) / (len(chosen) - number)
+            if share < _LEAST_TUNING_S:
+                self._told.note(f"the settings of {seat.place.label} were {NOT_TRIED}")
+                continue
+            # The samples of a request are the user's to choose: the last measurement makes requests of that size.
+            job = self._tasks.timed("tune", [seat.best_place], {"budget_s": share}, objective=objective, batches=False)
+            (outcome,) = self._crew.do([job], self._end())
+            if not isinstance(outcome, Done):
+                self._told.note(f"{seat.place.label} was not tuned: {outcome}")
+                continue
+            for trial in outcome.value["trials"]:
+                self.trials.append({**trial, "device": seat.place.device, "model": seat.place.model})
+            config = _config(outcome.value["chosen"])
+            if config != seat.best_place.config:
+                seat.tuned = Place(seat.place.model, seat.place.device, config, tuned=True)
+
+    def decide(self, until: float) -> None:
+        """Measure the best well, in fresh processes, beside the exported model."""
+        reference = self.reference
+        finalists = [s for s in self.order() if s.ratio is not None and s.best_place != reference][:_DECIDED]
+        if not finalists:
+            return
+        count, rounds, seconds = plan(until - self._clock(), len(finalists), timed_by_wall(self.wish.objective))
+        if rounds == 0:
+            self._told.note("the budget did not reach a last measurement: the order is that of the screening")
+            return
+        places = [reference, *(s.best_place for s in finalists[:count])]
+        effort = {
+            "rounds": rounds, "seconds": seconds, "warmup_s": min(0.5, seconds), "budget_s": until - self._clock(),
+        }  # fmt: skip
+        (outcome,) = self._crew.do([self._tasks.timed("decide", places, effort)], self._end())
+        if not isinstance(outcome, Done):
+            self._told.note(f"the last measurement failed, and the order is that of the screening: {outcome}")
+            return
+        self.report = outcome.value["report"]
+        self.verdict = self.report["winner"]
+        self._take_verdicts([self._seat_at(reference), *finalists[:count]], places)
+
+    def _seat_at(self, place: Place) -> Seat:
+        return next(s for s in self._seats if s.place == place)
+
+    def _take_verdicts(self, seats: Sequence[Seat], places: Sequence[Place]) -> None:
+        assert self.report is not None
+        for number, (seat, place, entry) in enumerate(zip(seats, places, self.report["candidates"], strict=True)):
+            if "median_ms" not in entry:
+                seat.drop("decide", entry["status"])
+                continue
+            against = (
+                entry["against_reference"]
+                if number
+                else {"verdict": "reference", "ratio": 1.0, "low": 1.0, "high": 1.0}
+            )
+            if seat.decision is not None and against["ratio"] < 1:
+                continue  # the exported model with settings that did not help
+            kept = ("median_ms", "p90_ms", "p99_ms", "throughput_per_s", "peak_memory_bytes")
+            seat.decision = {**against, **{k: entry[k] for k in kept}}
+            # What was measured is what is handed over.
+            seat.tuned = place if place != seat.place else None
+            latency = None if timed_by_wall(self.wish.objective) else entry["median_ms"]
+            broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry["peak_memory_bytes"])
+            if broken and not any(s is seat for s in seats[number + 1 :]):
+                seat.drop("limits", broken)
+
+
+def _worth(entry: Mapping[str, Any]) -> tuple[bool, float]:
+    """What works before what does not, then the faster."""
+    return entry.get("status") == "ok", entry.get("ratio") or 0.0
+
+
+def _config(found: Mapping[str, Any]) -> Config:
+    config = Config(**found)
+    return replace(config, settings=tuple(sorted(dict(found["settings"]).items())))
+
+
+def plan(left_s: float, finalists: int, by_wall: bool = False) -> tuple[int, int, float]:
+    """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists.
+
+    Every model also starts once before the rounds, for its outputs, and by wall time once more for its throughput.
+
+    Returns:
+        No rounds where not even the fewest fit.
+    """
+    for count in range(finalists, 0, -1):
+        left = left_s - (count + 1) * _START_S * (2 if by_wall else 1)
+        runs = count + 2  # the reference runs twice a round
+        for rounds in range(_ROUNDS, _LEAST_ROUNDS - 1, -1):
+            seconds = left / (rounds * runs) - _START_S
+            if seconds >= (_LEAST_SECONDS if rounds == _LEAST_ROUNDS else 0.5):
+                return count, rounds, min(_MOST_SECONDS, seconds)
+    return 0, 0, 0.0
