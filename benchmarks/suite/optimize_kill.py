@@ -73,7 +73,7 @@ def main() -> int:
         print(f"undisturbed in {whole:.0f} s: {wanted['headline']}", flush=True)
         output, kills, finished = folder / "best", 0, 0
         while kills < options.kills:
-            resume = (output / "optimize.json").exists()
+            resume = output.exists()
             child = subprocess.Popen(
                 command(folder, "best", options.budget, resume=resume), start_new_session=True,
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -93,7 +93,7 @@ def main() -> int:
             same(wanted, output)
             shutil.rmtree(output)
             shutil.rmtree(folder / "cache-best", ignore_errors=True)
-        resume = (output / "optimize.json").exists()
+        resume = output.exists()
         subprocess.run(command(folder, "best", options.budget, resume=resume), check=True, capture_output=True)
         same(wanted, output)
         print(f"{kills} kills, {finished + 1} searches that ended, the same winner each time")

@@ -78,6 +78,7 @@ class Output:
         self._lock: int | None = None
         self._interims = 0
         self._published = False
+        self._winner: str | None = None
         self.run = secrets.token_hex(8)
         self.resumed = False
 
@@ -89,6 +90,8 @@ class Output:
             StorageError: It cannot be written.
             SearchError: Another process searches there.
         """
+        if self._resume and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()  # killed in the very first moment
         if self._resume and self.path.exists():
             self._go_on()
         else:
@@ -125,6 +128,7 @@ class Output:
         try:
             found = json.loads((self.path / DOCUMENT).read_text(encoding="utf-8"))
             same, state, run = found["wish"] == self._wish, found["state"], str(found["run"])
+            self._winner = found["winner"]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise OutputExistsError(
                 f"{self.path} was not left by a search", hint="choose another -o, or leave --resume out"
@@ -149,8 +153,10 @@ class Output:
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Replace `optimize.json`."""
-        text = json.dumps(self.whole(document), indent=1, allow_nan=False) + "\n"
+        whole = self.whole(document)
+        text = json.dumps(whole, indent=1, allow_nan=False) + "\n"
         write_file(self.path / DOCUMENT, text.encode(), replace=True)
+        self._winner = whole["winner"]
 
     def whole(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """A document with what the output adds to it, as it can be written."""
@@ -179,6 +185,8 @@ class Output:
             document: For `optimize.json`.
             files: What else, by name; the document comes after them.
         """
+        if str(self._winner).startswith(FRONT):  # of an interrupted search that goes on
+            self.publish_interim(next(s for s in front if s.name == winner), document)
         shutil.rmtree(self.path / FRONT, ignore_errors=True)  # of a run that was killed while it wrote this
         for sealed in front:
             seal(sealed, self.path / FRONT / sealed.name)
