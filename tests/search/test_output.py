@@ -88,6 +88,7 @@ def test_an_output_is_never_overwritten_and_resumed_for_the_same_wish_only(tmp_p
     with pytest.raises(OutputExistsError, match="finished"), Output(tmp_path / "best", WISH, resume=True):
         pass
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("")
     with pytest.raises(OutputExistsError, match="not left by a search"), Output(tmp_path / "other", WISH, resume=True):
         pass
 
