@@ -28,9 +28,8 @@ from deploykit.errors import DeploykitError
 
 def command(folder: Path, output: str, budget: float, *, resume: bool) -> list[str]:
     """The search."""
-    source = f"{Path(__file__).absolute().parent / 'optimize_grid.py'}:net"
     return [
-        sys.executable, "-m", "deploykit", "optimize", source, "-o", str(folder / output), "--data",
+        sys.executable, "-m", "deploykit", "optimize", f"{folder / 'net.py'}:net", "-o", str(folder / output), "--data",
         str(folder / "calib.npz"), "--eval", str(folder / "eval.npz"), "--metric", "accuracy", "--max-drop", "0.01",
         "--scheme", "static", "--scheme", "dynamic", "--budget", str(budget),
         "--cache", str(folder / f"cache-{output}"), *(["--resume"] if resume else []),
@@ -68,6 +67,7 @@ def main() -> int:
         import optimize_grid
 
         optimize_grid.write_data(folder)
+        optimize_grid.write_source(folder)
         began = time.monotonic()
         subprocess.run(command(folder, "whole", options.budget, resume=False), check=True, capture_output=True)
         whole = time.monotonic() - began
