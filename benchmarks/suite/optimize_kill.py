@@ -2,8 +2,8 @@
 
 A trained classifier is searched once to the end. Then a search for the same, with a cache of its own, is killed with
 all its children after a random time and resumed, again and again, until it was killed so many times; the last one runs
-to the end. Only two schemes are tried, of which one is clearly the faster: who wins among those that tie is left to
-chance, killed or not. Whatever stands in the output after a kill has to open as an artifact that gives its golden
+to the end. The objective is size, all else is as ever: who wins among those that are equally fast is left to chance,
+killed or not. Whatever stands in the output after a kill has to open as an artifact that gives its golden
 classes; in the end the winner has to be the same.
 """
 
@@ -31,7 +31,7 @@ def command(folder: Path, output: str, budget: float, *, resume: bool) -> list[s
     return [
         sys.executable, "-m", "deploykit", "optimize", f"{folder / 'net.py'}:net", "-o", str(folder / output), "--data",
         str(folder / "calib.npz"), "--eval", str(folder / "eval.npz"), "--metric", "accuracy", "--max-drop", "0.01",
-        "--scheme", "static", "--scheme", "dynamic", "--budget", str(budget),
+        "--objective", "size", "--budget", str(budget),
         "--cache", str(folder / f"cache-{output}"), *(["--resume"] if resume else []),
     ]  # fmt: skip
 
