@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 import tempfile
 import time
@@ -34,31 +35,44 @@ from deploykit.models import benchmark_feeds, load_model
 from deploykit.progress import TerminalProgress
 from deploykit.schemes import SCHEMES
 
+SOURCE = """
+import torch
+from pathlib import Path
+from torch import nn
 
-def net() -> tuple[Any, Any]:
-    """For `deploykit export`: a trained classifier of digits, a few layers wide."""
+
+def net(width=96):
+    model = nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * width, 10),
+    )
+    weights = Path(__file__).with_name("weights.pt")
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    return model.eval(), torch.zeros(1, 1, 8, 8)
+"""
+
+
+def write_source(folder: Path) -> str:
+    """Train a classifier of digits, a few layers wide; gives what `deploykit export` takes."""
     import torch
     from sklearn.datasets import load_digits
-    from torch import nn
 
+    (folder / "net.py").write_text(SOURCE, encoding="utf-8")
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
     x = torch.tensor((pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8))
     y = torch.tensor(labels)
-    width = 96
-    model = nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(2 * width, 10),
-    )  # fmt: skip
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(6):
-        for part in torch.randperm(1200).split(64):
+    model = runpy.run_path(str(folder / "net.py"))["net"]()[0].train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(5):
+        for part in torch.randperm(1200).split(50):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+            torch.nn.functional.cross_entropy(model(x[part]), y[part]).backward()
             optimizer.step()
-    return model.eval(), x[:1]
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return f"{folder / 'net.py'}:net"
 
 
 def write_data(folder: Path) -> None:
@@ -117,7 +131,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="grid-") as name:
         folder = Path(name)
         write_data(folder)
-        deploykit.export(f"{Path(__file__).absolute()}:net", folder / "raw", progress=TerminalProgress())
+        deploykit.export(write_source(folder), folder / "raw", progress=TerminalProgress())
         began = time.monotonic()
         found = deploykit.optimize(
             folder / "raw", folder / "best", data=folder / "calib.npz", eval_data=folder / "eval.npz",

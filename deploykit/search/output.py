@@ -79,6 +79,7 @@ class Output:
         self._lock: int | None = None
         self._interims = 0
         self._published = False
+        self._winner: str | None = None
         self.run = secrets.token_hex(8)
         self.resumed = False
 
@@ -90,6 +91,8 @@ class Output:
             StorageError: It cannot be written.
             SearchError: Another process searches there.
         """
+        if self._resume and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()  # killed in the very first moment
         going_on = self._resume and self.path.exists()
         if not going_on:
             self._create()
@@ -138,6 +141,7 @@ class Output:
         try:
             found = json.loads((self.path / DOCUMENT).read_text(encoding="utf-8"))
             same, state, run = found["wish"] == self._wish, found["state"], str(found["run"])
+            self._winner = found["winner"]
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise OutputExistsError(
                 f"{self.path} was not left by a search", hint="choose another -o, or leave --resume out"
@@ -167,8 +171,10 @@ class Output:
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Replace `optimize.json`."""
-        text = json.dumps(self.whole(document), indent=1, allow_nan=False) + "\n"
+        whole = self.whole(document)
+        text = json.dumps(whole, indent=1, allow_nan=False) + "\n"
         write_file(self.path / DOCUMENT, text.encode(), replace=True)
+        self._winner = whole["winner"]
 
     def whole(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """A document with what the output adds to it, as it can be written."""
@@ -197,6 +203,8 @@ class Output:
             document: For `optimize.json`.
             files: What else, by name; the document comes after them.
         """
+        if str(self._winner).startswith(FRONT):  # of an interrupted search that goes on
+            self.publish_interim(next(s for s in front if s.name == winner), document)
         shutil.rmtree(self.path / FRONT, ignore_errors=True)  # of a run that was killed while it wrote this
         for sealed in front:
             seal(sealed, self.path / FRONT / sealed.name)
