@@ -19,7 +19,7 @@ from deploykit.quantizing import make_goal
 from deploykit.recipe import ExportStep
 from deploykit.runtimes import Device, Session, open_session
 from deploykit.schemes import choose_schemes
-from deploykit.search.document import Outcome, sealed_of
+from deploykit.search.document import Outcome, fleet_front, fleet_outcomes, machine_rows, sealed_of
 from deploykit.search.engine import Search
 from deploykit.search.output import DOCUMENT, PAGE, RECIPE, REPORT, SETTINGS, Output
 from deploykit.search.state import Event, Seat
@@ -94,6 +94,7 @@ def optimize(
     native: bool = True,
     tune: bool = True,
     min_cosine: float = MIN_COSINE,
+    shards: int | None = None,
     budget_s: float = 600.0,
     seed: int = 0,
     executor: str | Executor = "local",
@@ -130,6 +131,7 @@ def optimize(
         native: Whether a runtime may compute in less than float32, where the target is kept.
         tune: Whether the runtimes' settings are searched too.
         min_cosine: A candidate whose outputs are further from the exported model's is wrong.
+        shards: Parts that calibration is spread over; as many as there are machines by default.
         budget_s: Seconds for all of it.
         seed: Of orders and bootstraps.
         executor: "local": processes of this machine. "ray", or "ray://host:port": a Ray cluster.
@@ -187,14 +189,18 @@ def optimize(
         native=native,
         tune=tune,
         min_cosine=min_cosine,
+        shards=shards,
         budget_s=budget_s,
         seed=seed,
     )
     wish.check()
+    far = isinstance(executor, str) and executor.startswith("ray://")
+    if far:
+        _refuse_functions(wish)
     with ExitStack() as stack:
         out = stack.enter_context(Output(output, wish.as_dict(), resume=resume))
         doer = stack.enter_context(_executor(executor, workers, cache, fresh, told))
-        return _search(_with_model(wish, model, example_inputs, out, told), out, doer, told, on_event, began)
+        return _search(_with_model(wish, model, example_inputs, out, told, far=far), out, doer, told, on_event, began)
 
 
 def _export_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +217,34 @@ def _export_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if v not in (None, (), [])}
 
 
-def _with_model(wish: Wish, model: Any, example_inputs: Any, out: Output, told: Progress) -> Wish:
-    """The artifact to start from, where the source is one, or is a live module, which no other process can export."""
+def _refuse_functions(wish: Wish) -> None:
+    """Datasets travel to other machines as files.
+
+    Raises:
+        SearchError: A function gives one.
+    """
+    for option, source in (("--data", wish.data), ("--eval", wish.eval_data)):
+        if source is not None and not Path(source).exists():
+            raise SearchError(
+                f"{option} {source} cannot travel to another machine", expected="a file or a directory",
+                hint="write what it gives to a .npz file",
+            )  # fmt: skip
+
+
+def _with_model(wish: Wish, model: Any, example_inputs: Any, out: Output, told: Progress, *, far: bool) -> Wish:
+    """The artifact to start from, where the source is one, or is what no other process can export.
+
+    That is a live module; and where the jobs are done far away, a factory.
+    """
     from dataclasses import replace
 
     from deploykit.exporting import export
 
     if isinstance(model, str | Path):
-        return replace(wish, model=str(Artifact.open(model).path)) if _holds_artifact(Path(model)) else wish
+        if _holds_artifact(Path(model)):
+            return replace(wish, model=str(Artifact.open(model).path))
+        if not far or Path(model).exists():
+            return wish
     made = export(
         model, out.source(), example_inputs=example_inputs, data=wish.data, contract=wish.contract, dims=wish.dims,
         progress=told, **wish.export,
@@ -281,7 +307,7 @@ def _search(
         assert path is not None
         from deploykit.artifact import sha256_of
 
-        settings = seat.best_place.settings_for(sha256_of(Artifact.open(path).model_path))
+        settings = seat.best_place.settings_for(sha256_of(Artifact.open(path).model_path), search.timing.machine)
         sealed = sealed_of(seat, search, settings, seat.place.model)
         out.publish_interim(sealed, {"headline": f"best so far: {seat.best_place.label}", "spent_s": search.spent_s()})
 
@@ -305,12 +331,15 @@ def _search(
     except SearchError:
         out.abandon()  # the best so far had not been measured yet
         raise
-    document, recipe, report = outcome.document(), outcome.recipe(), search.timing.report
+    others = fleet_outcomes(search)
+    document = outcome.document(search, machine_rows(search, outcome, others))
+    recipe, report = outcome.recipe(search), search.timing.report
     files = {} if recipe is None else {RECIPE: recipe.encode()}
     if report is not None:
         files[REPORT] = (json.dumps(report, indent=1) + "\n").encode()
     files[PAGE] = _page(out.whole(document), report, recipe).encode()
-    out.publish([outcome.sealed(s) for s in outcome.front], outcome.name_of(outcome.winner), document, files)
+    front = [outcome.sealed(s) for s in outcome.front] + fleet_front(others)
+    out.publish(front, outcome.name_of(outcome.winner), document, files)
     return Result(out.path, {**json.loads((out.path / DOCUMENT).read_text(encoding="utf-8"))})
 
 

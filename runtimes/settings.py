@@ -214,5 +214,14 @@ def machine_fingerprint(device: str | Device) -> dict[str, Any]:
     }
 
 
+def wheels_of(device: str | Device) -> tuple[str, ...]:
+    """Distributions that may bring a device's runtime.
+
+    Raises:
+        DeviceError: No such device name.
+    """
+    return _WHEELS.get(parse_device(device).runtime, ())
+
+
 def _names(kinds: tuple[type, ...]) -> str:
     return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)

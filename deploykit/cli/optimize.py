@@ -60,6 +60,9 @@ from deploykit.cli.quantize_options import target_options
     "--executor", default="local", show_default=True, metavar="WHERE",
     help="local, ray (a cluster of this machine), or ray://HOST:PORT.",
 )  # fmt: skip
+@click.option(
+    "--shards", type=click.IntRange(1), help="Parts that calibration is spread over; as many as there are machines."
+)
 @click.option("--workers", type=click.IntRange(1), help="Jobs side by side; half as many as cores by default.")
 @click.option("--cache", metavar="DIR", help="Where results of steps are kept; see deploykit cache dir.")
 @click.option("--no-cache", is_flag=True, help="Keep no results of steps, and use none.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from deploykit.errors import DeploykitError, StorageError
 from deploykit.search.contents import Contents, content_of, key_of, machine_here, tools_here
 from deploykit.search.entries import Entry, copy_files
 from deploykit.search.jobs import Done, Executor, Job
+from deploykit.search.machines import Node
 from deploykit.search.store import Cache, Writing, default_root
 
 __all__ = ["Cache", "CachedExecutor", "Entry", "Writing", "content_of", "copy_files", "default_root", "key_of"]
@@ -33,7 +34,7 @@ class CachedExecutor:
         fresh: Whether what an earlier run measured is measured again; it is kept all the same.
         tools: Versions of the packages that take part; by default of all that are installed here.
         machine: The fingerprint of the machine that does exclusive jobs, or what gives it for a job; by default of
-            this one.
+            the node that the job names, else of this one.
     """
 
     def __init__(
@@ -60,6 +61,20 @@ class CachedExecutor:
         """How many jobs may run side by side."""
         return self._executor.slots
 
+    def machines(self) -> Sequence[Node]:
+        """See `Executor.machines`."""
+        return self._executor.machines()
+
+    def _machine_of(self, job: Job) -> Mapping[str, Any]:
+        """The fingerprint of the machine that does a job."""
+        if callable(self._machine):
+            return self._machine(job)
+        if self._machine is not None:
+            return self._machine
+        if job.node is None:
+            return machine_here()
+        return next((n.machine for n in self._executor.machines() if n.name == job.node), None) or machine_here()
+
     def __enter__(self) -> Self:
         self._executor.__enter__()
         return self
@@ -74,10 +89,8 @@ class CachedExecutor:
         """Find a job's result, or have it done; see `Executor.submit`."""
         if self._tools is None:
             self._tools = tools_here()
-        if self._machine is None:
-            self._machine = machine_here()
         try:
-            machine = self._machine(job) if callable(self._machine) else self._machine
+            machine = self._machine_of(job) if job.exclusive else None
             key = key_of(job, tools=self._tools, machine=machine, contents=self._contents)
         except DeploykitError:
             return self._executor.submit(job, folder)  # which says in its own words what is wrong with the input

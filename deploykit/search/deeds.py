@@ -45,7 +45,7 @@ def make(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progress
 
     Args:
         params: "name" and "table" of the step, without what is among the inputs.
-        inputs: "model", "data", "source": override what the table says.
+        inputs: "model", "data", "source", and "merge", the state of a calibration: override what the table says.
         folder: Receives the artifact.
         told: Told about steps and notes.
 
@@ -57,6 +57,8 @@ def make(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progress
     """
     name = str(params["name"])
     table = {**params["table"], **{key: str(path.absolute()) for key, path in inputs.items()}}
+    if "merge" in inputs:
+        table |= {"merge": [table["merge"]], "merge_only": True}
     recipe = Recipe.from_tables({name: table}, Path.cwd())
     made = run_recipe(recipe, folder / "made", resume=False, progress=told)[name]
     if not isinstance(made, Artifact):

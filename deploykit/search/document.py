@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deploykit
 from deploykit.artifact import Artifact, StepRecord, sha256_of
@@ -16,20 +16,37 @@ from deploykit.recipe import Recipe, dump
 from deploykit.runtimes.settings import RuntimeSettings
 from deploykit.search.choice import badness, overlap, pareto, preference, ranked, why_on_front
 from deploykit.search.engine import Search
+from deploykit.search.fleet import describe
 from deploykit.search.output import Sealed
-from deploykit.search.state import Seat, Variant
+from deploykit.search.state import Place, Seat, Variant
 from deploykit.search.tasks import has_goal
+from deploykit.search.timing import Timing
 from deploykit.search.variants import steps_to
+from deploykit.search.wish import Wish
 
 _MEASURED = ("screen", "tune", "decide")
 _BETTER = {"size": "smaller", "cost": "cheaper"}
+
+
+class Scene(Protocol):
+    """What was measured on one type of machine: a `Search`, or a `Station` of its fleet."""
+
+    wish: Wish
+    variants: dict[str, Variant]
+    seats: list[Seat]
+    timing: Timing
+    cores: int
+
+    @property
+    def reference(self) -> Place:
+        """What all others are compared with."""
 
 
 class Outcome:
     """The result of a search, ready to be written.
 
     Args:
-        search: Done, or interrupted.
+        search: What was measured.
         state: "done" or "interrupted".
 
     Attributes:
@@ -41,7 +58,7 @@ class Outcome:
         SearchError: Nothing keeps what was asked for.
     """
 
-    def __init__(self, search: Search, state: str) -> None:
+    def __init__(self, search: Scene, state: str) -> None:
         self.search = search
         self.state = state
         self._explain_unmade()
@@ -139,9 +156,13 @@ class Outcome:
             said += f"; tie with {', '.join(others)}, and {kept}"
         return f"{said}; {', '.join(parts)}"
 
-    def document(self) -> dict[str, Any]:
-        """For `optimize.json`."""
-        search = self.search
+    def document(self, search: Search, machines: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """For `optimize.json`.
+
+        Args:
+            search: The search that this is the result of.
+            machines: See `machine_rows`.
+        """
         return {
             "deploykit": deploykit.__version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,6 +179,7 @@ class Outcome:
             "trials": search.timing.trials,
             "failures": search.failures,
             "notes": list(dict.fromkeys(search.told.notes)),
+            **({"machines": list(machines)} if machines else {}),
         }
 
     def _front_entry(self, seat: Seat) -> dict[str, Any]:
@@ -187,26 +209,72 @@ class Outcome:
         """How to open it."""
         path = self.search.variants[seat.place.model].path
         assert path is not None
-        return seat.best_place.settings_for(sha256_of(Artifact.open(path).model_path))
+        return seat.best_place.settings_for(sha256_of(Artifact.open(path).model_path), self.search.timing.machine)
 
     def sealed(self, seat: Seat) -> Sealed:
         """An artifact of the front, as it is to be written."""
         return sealed_of(seat, self.search, self.settings_of(seat), self.name_of(seat))
 
-    def recipe(self) -> str | None:
+    def recipe(self, search: Search) -> str | None:
         """The winner's steps as TOML, with all paths absolute; checked to be a recipe.
 
         Returns:
             None where the winner is what was given: no step makes it.
         """
-        tables = recipe_of(self.winner.place.model, self.search)
+        tables = recipe_of(self.winner.place.model, search)
         if not tables:
             return None
         Recipe.from_tables(tables, Path.cwd())
         return f"# The winner of a search, without the search: deploykit run recipe.toml -o OUT\n\n{dump(tables)}"
 
 
-def sealed_of(seat: Seat, search: Search, settings: RuntimeSettings, name: str) -> Sealed:
+def fleet_outcomes(search: Search) -> dict[str, Outcome | str]:
+    """What came of the other types of machines, by a name for each; the reason where nothing did."""
+    found: dict[str, Outcome | str] = {}
+    for station in search.fleet:
+        try:
+            found[station.node.kind] = station.failure or Outcome(station, "done")
+        except SearchError as exc:
+            found[station.node.kind] = str(exc)
+    return found
+
+
+def machine_rows(search: Search, mine: Outcome, others: Mapping[str, Outcome | str]) -> list[dict[str, Any]]:
+    """The best per type of machine; empty where there is one only."""
+    if not others:
+        return []
+    machines = {s.node.kind: s.node.machine for s in search.fleet}
+    rows = [_machine_row("", search.timing.machine, mine)]
+    return rows + [_machine_row(kind, machines[kind], outcome) for kind, outcome in others.items()]
+
+
+def _machine_row(kind: str, machine: Mapping[str, Any], outcome: Outcome | str) -> dict[str, Any]:
+    row: dict[str, Any] = {"label": describe(machine), "machine": dict(machine)}
+    if isinstance(outcome, str):
+        return row | {"winner": None, "headline": outcome}
+    name = outcome.name_of(outcome.winner)
+    return row | {
+        "winner": outcome.winner.best_place.label, "headline": outcome.headline,
+        "path": f"front/{place_name(kind, name)}", "settings": outcome.settings_of(outcome.winner).as_dict(),
+    }  # fmt: skip
+
+
+def fleet_front(others: Mapping[str, Outcome | str]) -> list[Sealed]:
+    """The artifacts of the best of other types of machines, as they are to be written."""
+    found = []
+    for kind, outcome in others.items():
+        if isinstance(outcome, Outcome):
+            sealed = outcome.sealed(outcome.winner)
+            found.append(replace(sealed, name=place_name(kind, sealed.name)))
+    return found
+
+
+def place_name(kind: str, name: str) -> str:
+    """The directory of an artifact that is the best of another type of machine."""
+    return f"{name}-on-{kind}" if kind else name
+
+
+def sealed_of(seat: Seat, search: Scene, settings: RuntimeSettings, name: str) -> Sealed:
     """A seat's artifact with what the search found out about it."""
     path = search.variants[seat.place.model].path
     assert path is not None
@@ -217,7 +285,7 @@ def sealed_of(seat: Seat, search: Search, settings: RuntimeSettings, name: str) 
             "objective": wish.objective, "target": wish.goal.describe() or None,
             "limits": wish.limits.describe() or None, "budget_s": wish.budget_s, "seat": seat.best_place.label,
         },
-        tools={"deploykit": deploykit.__version__}, parent=made.digest, seconds=round(search.spent_s(), 3),
+        tools={"deploykit": deploykit.__version__}, parent=made.digest, seconds=0.0,
     )  # fmt: skip
     evidence: dict[str, list[dict[str, Any]]] = {}
     if seat.quality is not None:
@@ -241,7 +309,7 @@ def recipe_of(name: str, search: Search) -> dict[str, dict[str, Any]]:
     for variant in steps_to(name, list(search.variants.values())):
         if variant.table is None:
             continue
-        table = dict(variant.table)
+        table = {k: v for k, v in variant.table.items() if k != "merge_only"}
         if variant.parent is not None:
             parent = search.variants[variant.parent]
             table["model"] = parent.name if parent.table is not None else str(Path(str(parent.path)).absolute())
@@ -307,7 +375,7 @@ def _as_many_cores(one: Seat, other: Seat) -> bool:
     return one.best_place.cores == other.best_place.cores
 
 
-def _closest(search: Search) -> str:
+def _closest(search: Scene) -> str:
     """Why the most promising seats were dropped."""
     dropped = [s for s in search.seats if s.dropped is not None]
     limits = [s for s in dropped if s.dropped and s.dropped["phase"] == "limits"]

@@ -16,13 +16,16 @@ from deploykit.artifact import Artifact, stamp_of
 from deploykit.contract import refuse, violations
 from deploykit.errors import ContractError
 from deploykit.gating import SMALLEST_MS
-from deploykit.machine import inspect_machine
 from deploykit.modelfile import read_model
 from deploykit.models import load_model
 from deploykit.progress import Progress
-from deploykit.search.crew import NOT_TRIED, Crew
+from deploykit.search.crew import Crew
+from deploykit.search.fleet import Station, stations_of, stop
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Executor
+from deploykit.search.judging import Judging, drop_missed
+from deploykit.search.machines import machine_of
+from deploykit.search.sharing import calibrate_in_parts, shares
 from deploykit.search.state import Event, Phase, Place, Seat, Variant, first_place
 from deploykit.search.tasks import Tasks
 from deploykit.search.timing import GRACE_S, Timing
@@ -66,6 +69,7 @@ class Search:
         phases: How long each took.
         failures: Of jobs that failed for another reason than what they were given.
         timing: What was measured.
+        fleet: What was measured on other types of machines.
     """
 
     def __init__(
@@ -87,17 +91,24 @@ class Search:
         self.seats: list[Seat] = []
         self.phases: list[Phase] = []
         self._crew = Crew(executor, scratch, told, clock)
-        self._tasks = Tasks(wish, self.variants, run)
+        self._executor = executor
+        self._scratch = scratch
+        self._run = run
+        homes = stations_of(executor)
+        self._home, self._others = (homes[0], homes[1:]) if homes else (None, [])
+        self._tasks = Tasks(wish, self.variants, run, node=self._home)
+        self._judging = Judging(wish, self._tasks, self._crew, told, clock)
+        self.fleet: list[Station] = []
         self._on_event = on_event
         self._on_best = on_best
         self._clock = clock
         self._began = clock() if began is None else began
         self._best: Place | None = None
         self._breach = ""
-        self.timing = Timing(wish, self.variants, self.seats, self._tasks, self._crew, told, clock, self._began)
+        self.timing = Timing(
+            wish, self.variants, self.seats, self._tasks, self._crew, told, clock, self._began, node=self._home
+        )
         self.cores = self.timing.cores
-        machine = inspect_machine()
-        self._native = [d for d in wish.devices if d == "openvino:cpu" and machine.flags.get("bf16") and wish.native]
 
     # --- the way through -----------------------------------------------------------------------------------------
 
@@ -115,6 +126,7 @@ class Search:
             base = self._graphs(first, until)
         with self._phase("make") as until:
             self._make(base, until)
+        self._send_out()
         with self._phase("judge") as until:
             self._judge(self.seats, until)
         with self._phase("screen") as until:
@@ -129,7 +141,22 @@ class Search:
             self._note_best()
         with self._phase("decide") as until:
             self.timing.decide(until)
+            stop(self.fleet)
         self._event("done", "the search is done")
+
+    def _send_out(self) -> None:
+        """Have all that was made measured on the other types of machines, beside what goes on here."""
+        made = [v for v in self.variants.values() if v.path is not None and v.dropped is None]
+        for node in self._others:
+            cores = int(node.machine.get("cores_allowed") or 1)
+            seats = [seat for variant in made for seat in self._seats_of(variant, cores, node.machine)]
+            self.fleet.append(
+                Station(
+                    node, self.wish, self.variants, seats, self._executor, self._scratch, self._run, self._clock,
+                    self._began,
+                )
+            )  # fmt: skip
+            self.fleet[-1].start()
 
     def spent_s(self) -> float:
         """Seconds since the search began."""
@@ -208,12 +235,23 @@ class Search:
             self.variants[name] = Variant(name, "", base.name, None, dropped={"phase": "make", "reason": why})
         other = other_export(self.wish, first, Artifact.open(first.path))
         fused = fused_variants(self.wish, base)
+        parts = self.wish.shards or len(self._executor.machines())
+        if parts > 1 and self.wish.data is not None and any(shares(v) for v in schemes):
+            self._calibrate(base, [v for v in schemes if shares(v)], parts, until)
         # The likely winners first; other graphs of the same numbers rarely gain as much.
         order = [*schemes[:3], *fused, *schemes[3:], *([other] if other else [])]
         self._make_all(order, until)
         for variant in order:
             if variant.dropped is None:
                 self._seat(variant)
+
+    def _calibrate(self, base: Variant, schemes: Sequence[Variant], parts: int, until: float) -> None:
+        """Look at the calibration data in parts, once for all schemes that take what was seen."""
+        assert self.wish.data is not None
+        device = next((d for d in self.wish.devices if d.endswith(":cpu")), self.wish.devices[0])
+        state = calibrate_in_parts(base, self.wish.data, parts, self._crew, self._scratch(), device, self.told, until)
+        for variant in schemes:
+            variant.state = state
 
     def _make_all(self, wanted: Sequence[Variant], until: float) -> None:
         for variant in wanted:
@@ -253,21 +291,32 @@ class Search:
         return breach or self.wish.limits.broken(size_bytes=variant.facts["size_bytes"])
 
     def _seat(self, variant: Variant) -> None:
+        self.seats.extend(self._seats_of(variant, self.cores, self._machine))
+
+    def _seats_of(self, variant: Variant, cores: int, machine: Mapping[str, Any]) -> list[Seat]:
+        """Where a variant may run on a machine."""
         exported = variant is next(iter(self.variants.values()))
+        bf16 = self.wish.native and "bf16" in (machine.get("flags") or ())
+        found = []
         for device in self.wish.devices:
-            precisions = ["fp32"] + ["native"] * (device in self._native and not variant.quantized)
-            for precision in precisions:
-                place = first_place(variant.name, device, self.cores, self.wish.batch, precision)
+            native = bf16 and device == "openvino:cpu" and not variant.quantized
+            for precision in ["fp32"] + ["native"] * native:
+                place = first_place(variant.name, device, cores, self.wish.batch, precision)
                 plain = precision == "fp32"
                 seat = Seat(place, exported=exported and plain, lossy=variant.lossy or not plain)
-                self.seats.append(seat)
+                found.append(seat)
                 if barred := self._barred(variant):  # the exported model, which stays to be compared with
                     seat.drop("limits", barred)
+        return found
+
+    @property
+    def _machine(self) -> Mapping[str, Any]:
+        return self._home.machine if self._home is not None else machine_of()
 
     # --- accuracy ------------------------------------------------------------------------------------------------
 
     def _judge(self, seats: Sequence[Seat], until: float) -> None:
-        """Judge seats on real data, a device at a time, and see what they run on."""
+        """Judge seats on real data, and say what that certifies."""
         if self.phases and self.phases[-1].name == "judge":
             if self._tasks.judged_on is None:
                 self.told.note("no accuracy is certified: give real inputs with --data or --eval")
@@ -276,35 +325,7 @@ class Search:
                     "no accuracy is certified: no target was given; what is kept is only compared with the exported "
                     "model, see SQNR and agreement. Ask with --max-drop, --min-agreement or --min-sqnr"
                 )
-        waiting = {d: [s for s in seats if s.place.device == d and s.status == "open"] for d in self.wish.devices}
-        waiting = {device: found for device, found in waiting.items() if found}
-        left = max(1.0, until - self._clock())
-        # They stop by themselves; the crew's limit is for one that hangs.
-        jobs = [self._tasks.judge(device, found, left) for device, found in waiting.items()]
-        outcomes = self._crew.do(jobs, max(until, self._clock() + 1.0) + GRACE_S)
-        for (device, found), outcome in zip(waiting.items(), outcomes, strict=True):
-            if isinstance(outcome, Done):
-                self._take_in(found, outcome.value["found"])
-                continue
-            self.told.note(f"nothing is judged on {device}: {outcome}")
-            for seat in found:
-                # What gives the exported model's numbers within rounding needs no judge; where it does not run,
-                # screening will tell.
-                if seat.lossy:
-                    seat.drop("judge", str(outcome))
-
-    def _take_in(self, seats: Sequence[Seat], found: Mapping[str, Mapping[str, Any]]) -> None:
-        for seat in seats:
-            told = found[f"{seat.place.model}/{seat.place.config.precision}"]
-            seat.quality, seat.placement = told.get("quality"), told.get("placement")
-            if "error" in told and (told["error"] != NOT_TRIED or seat.lossy):
-                seat.drop("judge", told["error"])
-            elif seat.quality is not None and not seat.quality["met"]:
-                seat.missed = True
-                if not self.wish.goal.asked or seat.quality.get("collapsed"):
-                    seat.drop("judge", f"wrong: {seat.quality['summary']}")
-            if seat.placement is not None and _in_float(seat.placement):
-                seat.drop("judge", "nothing of it runs on integers there: as fast as its parent at best")
+        self._judging.judge(seats, until)
 
     # --- what could be better ------------------------------------------------------------------------------------
 
@@ -319,7 +340,7 @@ class Search:
             if variant.parent is not None and variant.lossy and self._promise(seat) > best * _WORTH:
                 new = mended(self.wish, variant)
                 wanted.setdefault(new.name, new)
-        self._drop_missed(self.seats)
+        drop_missed(self.seats)
         leader = self.variants[order[0].place.model] if order and self.wish.objective != "size" else None
         if leader is not None and self._has_slow_layers(leader, order[0]):
             new = timed(leader)
@@ -347,14 +368,9 @@ class Search:
         self._seat(variant)
         fresh = self.seats[before:]
         self._judge(fresh, until)
-        self._drop_missed(fresh)
+        drop_missed(fresh)
         if any(s.open for s in fresh):
             self.timing.screen([s for s in fresh if s.open], max(until, self._clock() + GRACE_S))
-
-    def _drop_missed(self, seats: Sequence[Seat]) -> None:
-        for seat in seats:
-            if seat.missed and seat.quality is not None:
-                seat.drop("judge", f"too inaccurate: {seat.quality['summary']}")
 
     def _has_slow_layers(self, leader: Variant, seat: Seat) -> bool:
         """Whether it is worth looking for layers that int8 slows down: the model is large enough to see them."""
@@ -385,8 +401,3 @@ def _breach(given: Artifact, contract: Sequence[str]) -> str:
     except ContractError as exc:
         return exc.what
     return ""
-
-
-def _in_float(placement: Mapping[str, Any]) -> bool:
-    layers = placement.get("layers") or {}
-    return bool(layers) and not any(n["int8"] for n in layers.values())

@@ -103,6 +103,8 @@ class Output:
             if going_on:  # looked at under the lock: another search may just have come to its end
                 self._go_on()
             shutil.rmtree(self.path / WORK, ignore_errors=True)
+            for file in self.path.glob(".*.tmp-*"):  # killed while it wrote one
+                file.unlink(missing_ok=True)
             (self.path / WORK).mkdir()
         except BaseException:
             self._free()
@@ -141,7 +143,7 @@ class Output:
         try:
             found = json.loads((self.path / DOCUMENT).read_text(encoding="utf-8"))
             same, state, run = found["wish"] == self._wish, found["state"], str(found["run"])
-            self._winner = found["winner"]
+            self._winner = found.get("winner")
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise OutputExistsError(
                 f"{self.path} was not left by a search", hint="choose another -o, or leave --resume out"

@@ -8,7 +8,8 @@ from deploykit.artifact import Artifact
 from deploykit.data import Dataset
 from deploykit.errors import DeploykitError
 from deploykit.modelfile import read_model
-from deploykit.optimizers import StaticConfig, model_kind
+from deploykit.optimizers import StaticConfig
+from deploykit.optimizers.escalation import model_kind
 from deploykit.progress import Progress
 from deploykit.search.crew import Crew
 from deploykit.search.jobs import Done

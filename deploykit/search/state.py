@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.benchmarks.tuner import Config
-from deploykit.runtimes.settings import RuntimeSettings, machine_fingerprint
+from deploykit.runtimes.settings import RuntimeSettings, wheels_of
 
 Table = Mapping[str, Any]
 
@@ -22,6 +22,7 @@ class Variant:
         about: What it is, in a few words.
         parent: The variant that it is made from; None for the first.
         table: The recipe's step that makes it; None where it was given.
+        state: Of a static scheme: what parts of the calibration data add up to, where it is made from that.
         path: Its artifact; None until it is made.
         facts: See `graphs.facts_of`.
         seconds: That it took.
@@ -34,6 +35,7 @@ class Variant:
     parent: str | None
     table: Table | None
     path: Path | None = None
+    state: Path | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     cached: bool = False
@@ -99,14 +101,28 @@ class Place:
             "optimize": config.optimize, "settings": dict(config.settings), "tuned": self.tuned,
         }  # fmt: skip
 
-    def settings_for(self, digest: str | None) -> RuntimeSettings:
-        """What serving is told."""
+    def settings_for(self, digest: str | None, machine: Mapping[str, Any]) -> RuntimeSettings:
+        """What serving is told.
+
+        Args:
+            digest: sha256 of the model's file.
+            machine: `machine_of` where it was measured.
+        """
         config = self.config
         return RuntimeSettings(
             device=self.device, threads=config.threads, sessions=config.sessions, concurrency=config.concurrency,
             precision=config.precision, batch=config.batch, optimize=config.optimize, settings=dict(config.settings),
-            machine=machine_fingerprint(self.device), model_sha256=digest,
+            machine=_fingerprint(self.device, machine), model_sha256=digest,
         )  # fmt: skip
+
+
+def _fingerprint(device: str, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """As `machine_fingerprint` of that machine would be."""
+    kept = {k: machine[k] for k in ("cpu", "architecture", "flags", "cores_allowed") if k in machine}
+    wheels = wheels_of(device)
+    versions = machine.get("runtimes") or {}
+    runtime = next((f"{name} {versions[name]}" for name in wheels if name in versions), None)
+    return kept | ({"runtime": runtime} if runtime else {})
 
 
 def timed_by_wall(objective: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from deploykit.benchmarks import Settings
 from deploykit.comparing import MIN_COSINE
 from deploykit.search.jobs import Job
+from deploykit.search.machines import Node
 from deploykit.search.state import Place, Seat, Variant, timed_by_wall
 from deploykit.search.wish import Wish
 
@@ -26,10 +27,12 @@ class Tasks:
         variants: By name; filled while the search goes on.
         run: Names the search. What a function gave, be it a model or data, is taken for the same within one search
             only: its code may read whatever it likes.
+        node: The machine that judges and measures; None for any.
     """
 
-    def __init__(self, wish: Wish, variants: Mapping[str, Variant], run: str) -> None:
+    def __init__(self, wish: Wish, variants: Mapping[str, Variant], run: str, node: Node | None = None) -> None:
         self._wish = wish
+        self._node = node.name if node is not None else None
         self._variants = variants
         self._run = run
 
@@ -48,6 +51,8 @@ class Tasks:
                 inputs |= files
                 params |= {k: v for k, v in told.items() if k != name}
                 table |= {k: v for k, v in told.items() if k == name}
+        if variant.state is not None:
+            inputs["merge"] = variant.state
         if variant.parent is not None:
             inputs["model"] = self._path(variant.parent)
         elif Path(self._wish.source).exists():
@@ -55,7 +60,9 @@ class Tasks:
         else:
             params["run"] = self._run
         told = {"name": variant.name, "table": table, **params}
-        return Job(_DEEDS + "make", told, inputs, variant.name, exclusive=exclusive)
+        return Job(
+            _DEEDS + "make", told, inputs, variant.name, exclusive=exclusive, node=self._node if exclusive else None
+        )
 
     def judge(self, device: str, seats: Sequence[Seat], budget_s: float) -> Job:
         """Accuracy and kernels of seats on one device."""
@@ -71,7 +78,7 @@ class Tasks:
             "placed": sorted({s.place.model for s in seats if self._variants[s.place.model].quantized}),
             "effort": {"budget_s": budget_s},
         }
-        return Job(_DEEDS + "judge", params, inputs, f"judge on {device}")
+        return Job(_DEEDS + "judge", params, inputs, f"judge on {device}", node=self._node)
 
     def timed(self, deed: str, places: Sequence[Place], effort: Mapping[str, Any], **params: Any) -> Job:
         """Screening, tuning or the last measurement of places, the reference first."""
@@ -88,7 +95,7 @@ class Tasks:
             "effort": dict(effort),
         }
         label = f"{deed} {places[0].label}" if len(places) == 1 else f"{deed} {len(places)} candidates"
-        return Job(_DEEDS + deed, told, inputs, label, exclusive=True)
+        return Job(_DEEDS + deed, told, inputs, label, exclusive=True, node=self._node)
 
     def _settings(self) -> dict[str, Any]:
         wish = self._wish

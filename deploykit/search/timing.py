@@ -9,11 +9,11 @@ from typing import Any
 
 from deploykit.benchmarks.tuner import Config
 from deploykit.errors import BenchmarkError, SearchError
-from deploykit.machine import inspect_machine
 from deploykit.progress import Progress
 from deploykit.search.choice import ranked
 from deploykit.search.crew import NOT_TRIED, Crew
 from deploykit.search.jobs import Done
+from deploykit.search.machines import Node, machine_of
 from deploykit.search.state import Place, Seat, Variant, side_by_side, timed_by_wall
 from deploykit.search.tasks import Tasks
 from deploykit.search.wish import Wish
@@ -37,9 +37,11 @@ class Timing:
         told: Told what could not be measured.
         clock: Seconds.
         began: When the search did.
+        node: The machine that measures; this one by default.
 
     Attributes:
-        cores: Allowed on this machine.
+        machine: `machine_of` where it is measured.
+        cores: Allowed there.
         trials: Of the tuner.
         report: The document of the last measurement; None where the budget did not reach it.
         verdict: What that measurement says; see `benchmarks.Report.winner`.
@@ -55,9 +57,11 @@ class Timing:
         told: Progress,
         clock: Callable[[], float],
         began: float,
+        node: Node | None = None,
     ) -> None:
         self.wish = wish
-        self.cores = inspect_machine().cores_allowed
+        self.machine = node.machine if node is not None else machine_of()
+        self.cores = int(self.machine.get("cores_allowed") or 1)
         self.trials: list[dict[str, Any]] = []
         self.report: dict[str, Any] | None = None
         self.verdict: dict[str, Any] | None = None

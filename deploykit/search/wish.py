@@ -72,6 +72,7 @@ class Wish:
         native: Whether a runtime may compute in less than float32 where the target is kept (bfloat16 in OpenVINO).
         tune: Whether the runtimes' settings are searched too.
         min_cosine: A candidate whose outputs are further from the exported model's is wrong.
+        shards: Parts that calibration is spread over; None for as many as there are machines.
         budget_s: Seconds for all of it.
         seed: Of orders and bootstraps.
     """
@@ -92,6 +93,7 @@ class Wish:
     native: bool = True
     tune: bool = True
     min_cosine: float = 0.95
+    shards: int | None = None
     budget_s: float = 600.0
     seed: int = 0
 
@@ -110,6 +112,8 @@ class Wish:
                 f"a latency is not measured where {self.objective} is the objective",
                 expected="--max-latency-ms with --objective latency or size",
             )
+        if self.shards is not None and self.shards < 1:
+            raise SearchError(f"{self.shards} shards", expected="1 or more")
         if self.batch < 1:
             raise SearchError(f"batch {self.batch}", expected="1 or more")
         for name, value in asdict(self.limits).items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import tomllib
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ from deploykit.goals import Goal
 from deploykit.progress import Progress
 from deploykit.schemes import SCHEMES
 from deploykit.search.crew import NOT_TRIED
-from deploykit.search.document import Outcome
+from deploykit.search.document import Outcome, fleet_front, fleet_outcomes, machine_rows
 from deploykit.search.engine import Search
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Job
+from deploykit.search.machines import LOCAL, Node, machine_of
 from deploykit.search.schema import what_is_wrong
+from deploykit.search.shards import STATE
 from deploykit.search.timing import plan
 from deploykit.search.wish import Limits, Wish
 from deploykit.specs import Signature, TensorSpec
@@ -72,6 +74,7 @@ class Scripted:
     """Answers jobs out of tables, and keeps what it was asked."""
 
     slots = 1
+    nodes: tuple[Node, ...] = ()
 
     def __init__(self, clock: Clock, **tables: Any) -> None:
         self.clock = clock
@@ -84,11 +87,19 @@ class Scripted:
         self.tuned: dict[str, Any] = tables.get("tuned", {})
         self.ties: list[str] | None = tables.get("ties")
         self.takes: dict[str, float] = tables.get("takes", {})
+        self.nodes = tables.get("nodes", ())
+        self.speed_on: dict[str, dict[str, float]] = tables.get("speed_on", {})
+        self._guard = threading.Lock()
         self.unjudged: set[str] = tables.get("unjudged", set())
         self.runs_not: set[str] = tables.get("runs_not", set())
         self.interrupt: str = tables.get("interrupt", "")
 
     def submit(self, job: Job, folder: Path) -> Future[Done]:
+        with self._guard:  # other machines' jobs come from threads of their own
+            return self._answer(job, folder)
+
+    def _answer(self, job: Job, folder: Path) -> Future[Done]:
+        self._now_on = job.node
         self.asked.append(job)
         deed = job.deed.partition(":")[2]
         self.clock.now += self.takes.get(job.label, self.takes.get(deed, 1.0))
@@ -100,6 +111,9 @@ class Scripted:
         else:
             future.set_result(Done(value, folder, 1.0))
         return future
+
+    def machines(self) -> tuple[Node, ...]:
+        return self.nodes or (Node(LOCAL, 1, machine_of()),)
 
     def names(self, deed: str) -> list[str]:
         return [j.params.get("name", j.label) for j in self.asked if j.deed.endswith(f":{deed}")]
@@ -117,6 +131,14 @@ class Scripted:
         likeness = {} if step in ("export", "simplify") else {"likeness": name}
         return {"artifact": "a", **facts_of(made), **size, **likeness}
 
+    def _calibrate_shard(self, job: Job, folder: Path) -> dict[str, Any]:
+        (folder / STATE).write_text(job.label)
+        return {"samples": 1, "tensors": 1}
+
+    def _merge_states(self, job: Job, folder: Path) -> dict[str, Any]:
+        (folder / STATE).write_text(" ".join(sorted(p.read_text() for p in job.inputs.values())))
+        return {"samples": 2, "tensors": 1}
+
     def _judge(self, job: Job, folder: Path) -> dict[str, Any]:
         fine = {"summary": "fine", "met": True, "collapsed": "", "sqnr_db": 40.0, "agreement": 1.0}
         found = {}
@@ -129,7 +151,7 @@ class Scripted:
 
     def _entry(self, seat: dict[str, Any]) -> dict[str, Any]:
         label = f"{seat['label']} on {seat['device']}"
-        ratio = self.speed.get(label, 1.0)
+        ratio = self.speed_on.get(self._now_on or "", self.speed).get(label, 1.0)
         entry = {"status": "ok", "turns": 4, "peak_memory_bytes": 10**8, "outputs": None}
         if label in self.wrong:
             return entry | {"status": self.wrong[label]}
@@ -210,7 +232,7 @@ def test_the_fastest_that_keeps_the_target_wins_and_the_document_says_why_the_ot
     assert outcome.winner.place.label == STATIC
     assert "winner: static on ort:cpu, 2.00x [1.98, 2.02] as fast as export on ort:cpu" in outcome.headline
     assert dropped(search, "dynamic on ort:cpu").startswith("decide: slower: 1.50x the reference, the winner 2.00x")
-    document = outcome.document()
+    document = outcome.document(search)
     json.dumps(document)
     assert document["winner_seat"] == STATIC
     assert [p["name"] for p in document["phases"]] == [
@@ -346,7 +368,7 @@ def test_the_budget_ends_the_search_at_each_phase(run: Any) -> None:
 
 def test_the_recipe_holds_the_winners_steps(run: Any) -> None:
     outcome, _, _ = run(speed={STATIC: 2.0})
-    text = outcome.recipe()
+    text = outcome.recipe(outcome.search)
     assert "[export]" in text and '[static]\nstep = "quantize-static"' in text
     assert "dynamic" not in text.replace("dynamic =", "")
 
@@ -368,8 +390,11 @@ def test_an_interrupt_keeps_the_exported_model_and_nothing_that_was_never_run(
     assert outcome.winner.place.label == "export on ort:cpu"
     assert "nothing was measured" in outcome.headline
     assert [s.place.label for s in outcome.front] == ["export on ort:cpu"]
-    assert outcome.front and outcome.document()["front"][0]["why"] == "not measured"
-    assert what_is_wrong(json.loads(json.dumps({**outcome.document(), "schema_version": 1, "wish": WISH}))) is None
+    assert outcome.front and outcome.document(outcome.search)["front"][0]["why"] == "not measured"
+    assert (
+        what_is_wrong(json.loads(json.dumps({**outcome.document(outcome.search), "schema_version": 1, "wish": WISH})))
+        is None
+    )
 
 
 WISH = {"goal": {}, "objective": "latency", "limits": {}, "devices": ["ort:cpu"]}
@@ -403,7 +428,7 @@ def test_a_model_that_was_given_has_no_steps_and_keeps_the_contract(run: Any, tm
     given = write_artifact(tmp_path / "given", 1.0)
     outcome, _, _ = run(wish={"model": str(given.path)}, speed=slow)
     assert outcome.winner.place.label == "export on ort:cpu"
-    assert outcome.recipe() is None
+    assert outcome.recipe(outcome.search) is None
     outcome, _, search = run(wish={"model": str(given.path), "contract": ("ort:1.14",)}, speed=slow)
     assert outcome.winner.place.model != "export"
     assert "breaks its target contract" in dropped(search, "export on ort:cpu")
@@ -419,7 +444,7 @@ def test_the_recipe_can_be_run_from_anywhere(run: Any, tmp_path: Path, monkeypat
         wish={"data": "rows.py:rows", "eval_data": "eval.npz"}, quality={"static": missed},
         speed={STATIC: 3.0, "static-mixed on ort:cpu": 2.0},
     )  # fmt: skip
-    tables = tomllib.loads(outcome.recipe())
+    tables = tomllib.loads(outcome.recipe(outcome.search))
     assert tables["export"]["source"] == f"{tmp_path}/net.py:make"
     assert tables["static-mixed"]["data"] == f"{tmp_path}/rows.py:rows"
     assert tables["static-mixed"]["eval_data"] == f"{tmp_path}/eval.npz"
@@ -433,7 +458,7 @@ def test_what_a_function_gives_is_the_same_within_one_search_only(run: Any, tmp_
 
 
 def test_side_by_side_is_told_from_one_at_a_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploykit.search.timing.inspect_machine", lambda: SimpleNamespace(cores_allowed=2))
+    monkeypatch.setattr("deploykit.search.timing.machine_of", lambda: {**machine_of(), "cores_allowed": 2})
     speed = {"export side by side on ort:cpu": 1.8, "static side by side on ort:cpu": 3.0}
     outcome, executor, search = run(wish={"objective": "throughput", "tune": False}, speed=speed)
     assert outcome.winner.best_place.label == "static side by side on ort:cpu"
@@ -447,7 +472,7 @@ def test_side_by_side_is_told_from_one_at_a_time(run: Any, monkeypatch: pytest.M
 
 
 def test_a_way_to_run_that_fails_does_not_hide_one_that_works(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploykit.search.timing.inspect_machine", lambda: SimpleNamespace(cores_allowed=2))
+    monkeypatch.setattr("deploykit.search.timing.machine_of", lambda: {**machine_of(), "cores_allowed": 2})
     outcome, _, _ = run(
         wish={"objective": "throughput", "tune": False}, speed={STATIC: 2.0},
         wrong={"static side by side on ort:cpu": "failed: no memory"},
@@ -474,3 +499,47 @@ def test_the_last_measurement_fits_into_its_time() -> None:
             count, rounds, seconds = plan(left, 3, by_wall)
             once = (count + 1) * 1.6 * (2 if by_wall else 1)
             assert rounds == 0 or once + rounds * (count + 2) * (1.6 + seconds) <= left + 1e-9
+
+
+def test_each_type_of_machine_has_its_own_winner_measured_there(run: Any) -> None:
+    here = machine_of()
+    there = {**here, "cpu": "another", "cores_allowed": 8, "flags": ["avx512_vnni"]}
+    nodes = (Node("far", 2, there), Node("near", 1, here), Node("far-too", 2, there))
+    outcome, executor, search = run(
+        nodes=nodes, speed=dict.fromkeys((STATIC,), 1.0),
+        speed_on={"near": {"dynamic on ort:cpu": 1.5}, "far": {STATIC: 3.0, "dynamic on ort:cpu": 1.2}},
+    )  # fmt: skip
+    assert outcome.winner.place.label == "dynamic on ort:cpu"  # of the machine that asked
+    timed_on = {j.node for j in executor.asked if j.exclusive}
+    assert timed_on == {"near", "far"}  # one of each type
+    assert all(j.node is None for j in executor.asked if j.deed.endswith(":make"))
+    others = fleet_outcomes(search)
+    rows = machine_rows(search, outcome, others)
+    assert [r["winner"] for r in rows] == ["dynamic on ort:cpu", STATIC]
+    assert rows[1]["label"] == "another, 8 cores, avx512_vnni"
+    assert rows[1]["settings"]["threads"] == 8
+    assert rows[1]["settings"]["machine"]["cpu"] == "another"
+    assert rows[1]["path"] == f"front/static-on-{nodes[0].kind}"
+    assert [s.name for s in fleet_front(others)] == [f"static-on-{nodes[0].kind}"]
+    document = outcome.document(search, rows)
+    assert what_is_wrong(json.loads(json.dumps({**document, "schema_version": 1, "wish": WISH}))) is None
+
+
+def test_a_machine_that_gives_nothing_says_why_and_harms_nobody(run: Any) -> None:
+    here = machine_of()
+    nodes = (Node("near", 1, here), Node("far", 1, {**here, "cpu": "another"}))
+    outcome, _, search = run(
+        nodes=nodes, speed={STATIC: 2.0}, speed_on={"far": {}, "near": {STATIC: 2.0}},
+        wish={"limits": Limits(max_latency_ms=0.6)},
+    )  # fmt: skip
+    assert outcome.winner.place.label == STATIC
+    rows = machine_rows(search, outcome, fleet_outcomes(search))
+    assert rows[1]["winner"] is None and "nothing keeps what was asked for" in rows[1]["headline"]
+
+
+def test_calibration_in_parts_is_shared_by_the_schemes_that_can_take_it(run: Any) -> None:
+    _, executor, _ = run(wish={"shards": 2}, speed={STATIC: 2.0})
+    made = {j.params["name"]: j for j in executor.asked if j.deed.endswith(":make")}
+    states = {made[n].inputs["merge"] for n in ("static", "static-auto")}
+    assert [p.read_text() for p in states] == ["calibrate shard-000"]  # four rows are one batch
+    assert "merge" not in made["dynamic"].inputs

@@ -121,5 +121,5 @@ def test_a_kill_at_any_moment_leaves_a_whole_winner(tmp_path: Path) -> None:
         Artifact.open(tmp_path / "best")  # verified: every file, every hash
     with Output(tmp_path / "best", WISH, resume=True) as out:
         out.publish([sealed(Artifact.open(tmp_path / "a"), "end")], "end", {"state": "done"}, {})
-    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["front", "optimize.json", "report.html"]
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["front", "optimize.json"]
     assert [p.name for p in (tmp_path / "best" / "front").iterdir()] == ["end"]
