@@ -19,7 +19,7 @@ from deploykit.search.tasks import Tasks
 from deploykit.search.wish import Wish
 
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
-_START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.6, 10, 2.0, 0.25
+_START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.2, 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
 _LEAST_TUNING_S = 2.0
 GRACE_S = 5.0

@@ -28,6 +28,7 @@ from deploykit.search.jobs import Done, Job
 from deploykit.search.schema import what_is_wrong
 from deploykit.search.timing import plan
 from deploykit.search.wish import Limits, Wish
+from deploykit.search.wording import ratio_text
 from deploykit.specs import Signature, TensorSpec
 from deploykit.staging import ArtifactWriter
 
@@ -472,5 +473,19 @@ def test_the_last_measurement_fits_into_its_time() -> None:
     for left in range(1, 200):
         for by_wall in (False, True):
             count, rounds, seconds = plan(left, 3, by_wall)
-            once = (count + 1) * 1.6 * (2 if by_wall else 1)
-            assert rounds == 0 or once + rounds * (count + 2) * (1.6 + seconds) <= left + 1e-9
+            once = (count + 1) * 1.2 * (2 if by_wall else 1)
+            assert rounds == 0 or once + rounds * (count + 2) * (1.2 + seconds) <= left + 1e-9
+
+
+def test_what_was_screened_only_is_called_that(run: Any) -> None:
+    tuned = {"static": {"settings": {"session.intra_op.allow_spinning": "0"}}}
+    outcome, _, search = run(speed={STATIC: 2.0}, tuned=tuned, takes={"tune": 60.0})
+    assert search.timing.report is None
+    assert "(screened only, before its settings were searched)" in outcome.headline
+    (entry,) = [e for e in outcome.document()["front"] if e["name"] == "static"]
+    assert entry["decided"] is False
+    assert ratio_text(entry).endswith("(screened)")
+    outcome, _, _ = run(speed={STATIC: 2.0})
+    (entry,) = [e for e in outcome.document()["front"] if e["name"] == "static"]
+    assert entry["decided"] is True
+    assert ratio_text(entry).endswith("]")
