@@ -30,6 +30,8 @@ _TURN_S, _WARM_S, _SHORTEST_S = 0.2, 0.2, 0.05
 _FIRST_TURNS, _MOST_TURNS = 4, 16
 # Behind the best by this many standard errors of the difference, beyond doubt.
 _BEHIND = 3.0
+# What the first turns may take beyond the time where loading took all of it.
+_LATE_S = 2.0
 _UNKNOWN = math.log(1000)
 _MEMORY_SHARE = 0.6
 # A turn holds some requests of a slow model too.
@@ -249,8 +251,9 @@ def _halve(ring: _Ring, group: Sequence[int], keep: int, deadline: float, told: 
             turns += 1
             alive = [n for n in alive if ring.found[n].status == "ok"]
             told.advance(turns, _MOST_TURNS, f"turns of {len(alive)} candidates")
-            if ring.clock() > deadline and turns >= 2:
-                break
+            late = ring.clock() - deadline
+            if late > 0 and (turns >= _FIRST_TURNS or (turns >= 2 and late > _LATE_S)):
+                break  # of two turns hardly anything can be told
         alive = _survivors(ring, alive, keep)
         if ring.clock() > deadline:
             break

@@ -158,7 +158,7 @@ def make_search(report_data: Any, *, labelled: bool = True) -> dict[str, Any]:
             "settings": {"device": device, "threads": 2, "sessions": 1, "precision": seat["precision"],
                          "settings": {"PERFORMANCE_HINT": "LATENCY"} if device == OV else {},
                          "machine": {"cpu": "Imagined CPU 1"}},
-            "size_bytes": variant["size_bytes"], "quality": seat["quality"], "why": why,
+            "size_bytes": variant["size_bytes"], "quality": seat["quality"], "why": why, "decided": True,
             **{k: seat["decision"][k] for k in ("ratio", "low", "high")},
         }  # fmt: skip
 

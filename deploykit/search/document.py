@@ -144,12 +144,14 @@ class Outcome:
         found = winner.decision or winner.screening
         if winner.ratio is None:
             said += ", the exported model as it is: nothing was measured"
-        elif winner.best_place == search.reference:
+        elif winner.best_place == search.reference or (winner.reference and winner.decision is None):
             better = _BETTER.get(search.wish.objective, "faster")
-            said += f", the exported model as it is: nothing that is right was {better}"
+            how = "as it is" if winner.best_place == search.reference else "with other settings"
+            said += f", the exported model {how}: nothing that is right was {better}"
         elif found is not None and found.get("ratio") is not None:
             faster = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}] as fast as {self.reference}"
-            said += f", {faster}" if winner.decision is not None else f", {faster} (screened only)"
+            tuned = ", before its settings were searched" if winner.best_place.tuned else ""
+            said += f", {faster}" if winner.decision is not None else f", {faster} (screened only{tuned})"
         others = [s.best_place.label for s in self.tied if s is not winner]
         if others:
             kept = "the fastest of this size" if search.wish.objective == "size" else "kept for its accuracy or size"
@@ -193,6 +195,7 @@ class Outcome:
             "settings": self.settings_of(seat).as_dict(),
             "size_bytes": variants[seat.place.model].facts.get("size_bytes"),
             "ratio": found.get("ratio"), "low": found.get("low"), "high": found.get("high"),
+            "decided": seat.decision is not None,
             "quality": seat.quality,
             "why": why_on_front(seat, self.front, variants) if seat.ratio is not None else "not measured",
         }  # fmt: skip

@@ -130,7 +130,7 @@ class Search:
         with self._phase("judge") as until:
             self._judge(self.seats, until)
         with self._phase("screen") as until:
-            self.timing.screen([s for s in self.seats if s.status == "open"], until)
+            self.timing.screen([s for s in self.seats if s.status == "open"], self.timing.longer(until))
         self._note_best()
         with self._phase("mend") as until:
             self._mend(until)

@@ -162,6 +162,7 @@ class FrontEntry(OpenModel):
     ratio: Times | None = None
     low: NotNegative | None = None
     high: NotNegative | None = None
+    decided: bool | None = Field(default=None, description="whether the ratio is of the decision, or of the screening")
     quality: QualityEntry | None = None
     why: str
 

@@ -19,8 +19,9 @@ from deploykit.search.tasks import Tasks
 from deploykit.search.wish import Wish
 
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
-_START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.6, 10, 2.0, 0.25
+_START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.2, 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
+_DECISIONS_SHARE = 0.6  # of the time after the screening; the other phases have theirs
 _LEAST_TUNING_S = 2.0
 GRACE_S = 5.0
 
@@ -131,6 +132,13 @@ class Timing:
             self._keep_better(seat, place, entry)
         for seat in {id(s): s for s in (first, *(s for s, _ in entries))}.values():
             self._after_screening(seat)
+
+    def longer(self, until: float) -> float:
+        """Until when to screen: where no last measurement can follow, most of its time is the screening's."""
+        left = self._began + self.wish.budget_s - until
+        if plan(_DECISIONS_SHARE * left, 1, timed_by_wall(self.wish.objective))[1]:
+            return until
+        return until + max(0.0, _DECISIONS_SHARE * left)
 
     def _end(self) -> float:
         """When the budget ends; a job that is asked for stops by itself before, this is for one that hangs."""

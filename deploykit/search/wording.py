@@ -169,7 +169,8 @@ def ratio_text(entry: Mapping[str, Any]) -> str:
     if entry.get("ratio") is None:
         return ""
     ends = entry.get("low"), entry.get("high")
-    return f"{entry['ratio']:.2f}x" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if None not in ends else "")
+    screened = " (screened)" if entry.get("decided") is False else ""
+    return f"{entry['ratio']:.2f}x" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if None not in ends else "") + screened
 
 
 def asked(document: Mapping[str, Any]) -> str:

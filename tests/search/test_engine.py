@@ -30,6 +30,7 @@ from deploykit.search.schema import what_is_wrong
 from deploykit.search.shards import STATE
 from deploykit.search.timing import plan
 from deploykit.search.wish import Limits, Wish
+from deploykit.search.wording import ratio_text
 from deploykit.specs import Signature, TensorSpec
 from deploykit.staging import ArtifactWriter
 
@@ -497,8 +498,8 @@ def test_the_last_measurement_fits_into_its_time() -> None:
     for left in range(1, 200):
         for by_wall in (False, True):
             count, rounds, seconds = plan(left, 3, by_wall)
-            once = (count + 1) * 1.6 * (2 if by_wall else 1)
-            assert rounds == 0 or once + rounds * (count + 2) * (1.6 + seconds) <= left + 1e-9
+            once = (count + 1) * 1.2 * (2 if by_wall else 1)
+            assert rounds == 0 or once + rounds * (count + 2) * (1.2 + seconds) <= left + 1e-9
 
 
 def test_each_type_of_machine_has_its_own_winner_measured_there(run: Any) -> None:
@@ -543,3 +544,26 @@ def test_calibration_in_parts_is_shared_by_the_schemes_that_can_take_it(run: Any
     states = {made[n].inputs["merge"] for n in ("static", "static-auto")}
     assert [p.read_text() for p in states] == ["calibrate shard-000"]  # four rows are one batch
     assert "merge" not in made["dynamic"].inputs
+
+
+def test_what_was_screened_only_is_called_that(run: Any) -> None:
+    tuned = {"static": {"settings": {"session.intra_op.allow_spinning": "0"}}}
+    outcome, _, search = run(speed={STATIC: 2.0}, tuned=tuned, takes={"tune": 60.0})
+    assert search.timing.report is None
+    assert "(screened only, before its settings were searched)" in outcome.headline
+    (entry,) = [e for e in outcome.document(outcome.search)["front"] if e["name"] == "static"]
+    assert entry["decided"] is False
+    assert ratio_text(entry).endswith("(screened)")
+    outcome, _, _ = run(speed={STATIC: 2.0})
+    (entry,) = [e for e in outcome.document(outcome.search)["front"] if e["name"] == "static"]
+    assert entry["decided"] is True
+    assert ratio_text(entry).endswith("]")
+
+
+def test_where_no_last_measurement_can_follow_the_screening_has_its_time(run: Any) -> None:
+    for budget_s, share in ((40.0, 0.6), (600.0, 0.25)):
+        _, executor, _ = run(wish={"budget_s": budget_s}, speed={STATIC: 2.0})
+        number, job = next((n, j) for n, j in enumerate(executor.asked) if j.deed.endswith(":screen"))
+        left = budget_s - number  # a second each
+        assert job.params["effort"]["budget_s"] > 0.9 * share * left
+        assert job.params["effort"]["budget_s"] < (0.95 if share > 0.5 else 0.3) * left

@@ -63,7 +63,7 @@ def jobs(document: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def test_a_search_finds_what_it_says(digits_net: Path, held_out: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {
         "data": digits_net.with_name("calib.npz"), "eval_data": held_out, "metric": "accuracy", "max_drop": DROP,
-        "budget_s": 35.0, "cache": tmp_path / "cache", "schemes": ("static", "dynamic", "fp16"),
+        "budget_s": 40.0, "cache": tmp_path / "cache", "schemes": ("static",),
     }  # fmt: skip
     events: list[Any] = []
     result = deploykit.optimize(digits_net, tmp_path / "best", on_event=events.append, **asked)
@@ -93,28 +93,15 @@ def test_a_search_finds_what_it_says(digits_net: Path, held_out: Path, tmp_path:
 
     again = deploykit.optimize(digits_net, tmp_path / "again", **asked)
     first, second = jobs(document), jobs(again.document)
-    # What the budget did not reach the first time may be reached now; what was done is not done anew.
-    for name, (count, _) in first.items():
-        assert second[name][1] >= count, name
+    for name in ("export", "graphs", "make", "judge"):
+        assert first[name] == (second[name][0], 0), name
+        assert second[name][0] == second[name][1] > 0 or name == "judge", name
+    # What the budget did not reach the first time may be reached now.
+    short = "the budget" in json.dumps([document["tried"], document["notes"]])
+    for name in ("screen", "tune", "decide"):
+        assert second[name] == (first[name][0], first[name][0]) or short, name
     assert again.artifact.model_path.read_bytes() == winner.model_path.read_bytes()
     assert made_again(tmp_path / "best", tmp_path / "made").model_path.read_bytes() == winner.model_path.read_bytes()
-
-
-def test_the_smallest_of_a_factory_is_made_again_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "net.py").write_text(
-        "import numpy as np\nimport torch\n\n\ndef make():\n    torch.manual_seed(0)\n"
-        "    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 256), torch.nn.ReLU(), "
-        "torch.nn.Linear(256, 10))\n    return net.eval(), torch.rand(2, 1, 8, 8)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    result = deploykit.optimize(
-        "net.py:make", "best", objective="size",
-        schemes=("weights8",), budget_s=20.0, cache=False, tune=False, devices=("ort:cpu",),
-    )  # fmt: skip
-    assert result.document["winner"] == "front/weights8"
-    monkeypatch.chdir("/")
-    made = made_again(tmp_path / "best", tmp_path / "made")
-    assert made.model_path.read_bytes() == Artifact.open(tmp_path / "best").model_path.read_bytes()
 
 
 def test_a_live_module_and_its_recipe(tmp_path: Path) -> None:
@@ -124,7 +111,7 @@ def test_a_live_module_and_its_recipe(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     result = deploykit.optimize(
         net, tmp_path / "best", example_inputs=torch.rand(2, 32), objective="size", schemes=("weights8",),
-        budget_s=20.0, cache=False, tune=False, devices=("ort:cpu",),
+        budget_s=30.0, cache=False, tune=False, devices=("ort:cpu",),
     )  # fmt: skip
     assert result.document["winner"] == "front/weights8"
     made = made_again(tmp_path / "best", tmp_path / "made")
@@ -155,12 +142,11 @@ def test_options_of_an_export_are_refused_where_nothing_is_exported(digits_net: 
     assert not (tmp_path / "best").exists()
 
 
-def test_documents_are_json(tmp_path: Path, digits_net: Path) -> None:
-    """An artifact that stays the best has no recipe, and is handed over all the same."""
+def test_an_artifact_that_stays_the_best_is_handed_over_without_a_recipe(tmp_path: Path, digits_net: Path) -> None:
     given = deploykit.export(digits_net, tmp_path / "fp32")
     result = deploykit.optimize(
         tmp_path / "fp32", tmp_path / "best", schemes=("fp16",), budget_s=12.0, cache=False, devices=("ort:cpu",),
-        min_agreement=None, max_size_mb=None, data=digits_net.with_name("calib.npz"), min_sqnr=200.0, tune=False,
+        data=digits_net.with_name("calib.npz"), min_sqnr=200.0, tune=False,
     )  # fmt: skip
     assert json.loads((tmp_path / "best" / "optimize.json").read_text()) == result.document
     assert result.document["winner_seat"].startswith(("export", "simplify", "fuse"))
