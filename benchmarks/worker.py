@@ -184,7 +184,7 @@ def _time(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> 
     closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9, start=lanes.cursor)
     timed = concurrent_loop(lanes.calls, feeds, told["seconds"], start=lanes.cursor)
     lanes.cursor = timed.cursor
-    return timed.as_dict()
+    return timed.as_dict() | {"ends_ns": timed.ends_ns or (timed.wall_ns,)}
 
 
 def _sweep(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
