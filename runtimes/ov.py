@@ -216,7 +216,9 @@ class OpenVinoSession(Session):
         # "(CPU)" is what AUTO calls the CPU that it only begins on.
         devices = [str(name).strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
         on = ",".join(devices) or self.device.target
-        asked = self.device.target if self.device.target.split(":")[0] not in VIRTUAL else on
+        # "GPU" is another name of "GPU.0", and that is how a compiled model calls it.
+        virtual = self.device.target.split(":")[0] in VIRTUAL
+        asked = on if virtual or on == f"{self.device.target}.0" else self.device.target
         chosen = self._chosen()
         nodes = []
         for info in request.profiling_info:

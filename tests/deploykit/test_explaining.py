@@ -22,7 +22,8 @@ from deploykit.errors import DataError, DeviceError
 from deploykit.explaining import explain_model, explanation_text, source_nodes
 from deploykit.machine import inspect_machine
 from deploykit.optimizers import StaticConfig, optimize
-from deploykit.runtimes import open_session
+from deploykit.runtimes import Device, open_session
+from deploykit.runtimes.base import NodePlacement, Placement
 from deploykit.specs import Feeds
 
 F32 = np.float32
@@ -57,7 +58,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         return FASTER
 
     def processes(
-        path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any, least: float
+        path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any, least: float, *, optimize: Any
     ) -> Trial:
         tried["processes"].append(sides)
         return FASTER
@@ -152,6 +153,23 @@ def test_a_healthy_int8_model_is_not_blamed(net: Any, tmp_path: Path, device: st
     assert {layer["precision"] for layer in convolutions.values()} == {"int8"}
     assert [layer["macs"] for layer in convolutions.values()].count(None) == 0
     assert kinds(found) <= {"copies"}
+
+
+def test_a_model_is_explained_at_the_level_it_is_run_with(net: Any) -> None:
+    names = {level: {n["name"] for n in explain_model(net(), "ort:cpu", IMAGE, optimize=level)["layers"]}
+             for level in (True, False)}  # fmt: skip
+    assert "stem_relu" in names[False]
+    assert "stem_relu" not in names[True]
+
+
+@pytest.mark.parametrize(
+    ("target", "places", "wanted"),
+    [("AUTO:GPU,CPU", ["CPU"], "GPU"), ("AUTO:GPU,CPU", ["GPU.0"], "GPU.0"), ("AUTO:-GPU", ["CPU"], "asked"),
+     ("BATCH:GPU(4)", ["GPU.0"], "GPU.0"), ("MULTI:-GPU,NPU", ["NPU"], "NPU"), ("CPU", ["CPU"], "asked")],
+)  # fmt: skip
+def test_what_a_virtual_device_should_run_on(target: str, places: list[str], wanted: str) -> None:
+    placement = Placement("asked", tuple(NodePlacement("n", "Conv", place, "float32", 1.0) for place in places))
+    assert explaining._wanted(Device("openvino", target), placement) == wanted
 
 
 def test_an_ir_has_kernels_for_layers_and_says_so(net: Any, tmp_path: Path) -> None:
@@ -370,7 +388,8 @@ def test_subnormal_weights_are_counted_and_tried(net: Any, quick: dict[str, list
 
 def test_a_session_that_flushes_already_is_not_told_to(net: Any, quick: dict[str, list[Any]]) -> None:
     path = net(scale=1e-39)
-    explain_model(path, "ort:cpu", IMAGE, settings={"session.set_denormal_as_zero": "1"})
+    for yes in ("1", True):
+        explain_model(path, "ort:cpu", IMAGE, settings={"session.set_denormal_as_zero": yes})
     assert quick["processes"] == []
 
 
@@ -392,6 +411,10 @@ def test_a_busy_neighbour_is_named_and_spinning_tried(
     found = explain_model(net(), "ort:cpu", IMAGE, machine=machine)
     assert only(found, "loaded-machine")["severity"] == "medium"
     assert found["peak"]["loaded"] is True
+    assert len(quick["turns"]) == 1
+    for no in ("0", False):
+        settings = {"session.intra_op.allow_spinning": no}
+        explain_model(net(), "ort:cpu", IMAGE, machine=machine, settings=settings)
     assert len(quick["turns"]) == 1
     gaining(monkeypatch)
     cure = only(explain_model(net(), "ort:cpu", IMAGE, machine=machine), "spinning-threads")["cure"]
@@ -417,7 +440,7 @@ def test_candidates_with_other_outputs_are_left_out_and_failures_are_notes(monke
     asked: list[Any] = []
 
     def explain(path: str, device: str, feeds: Any, **options: Any) -> dict[str, Any]:
-        asked.append((path, device, options["precision"], options["threads"]))
+        asked.append((path, device, options["precision"], options["threads"], options["optimize"]))
         if path == "crash":
             raise InferenceError("it crashed")
         return {"findings": []}
@@ -425,13 +448,14 @@ def test_candidates_with_other_outputs_are_left_out_and_failures_are_notes(monke
     monkeypatch.setattr(explaining, "explain_model", explain)
     names = ["good", "wrong", "crash", "refused"]
     candidates = [Candidate(n, n, "ort:cpu", "", 0, "native" if n == "good" else None) for n in names]
+    candidates[-1] = replace(candidates[-1], optimize="basic")
     told = Progress()
     found = explaining.explain_candidates(
         candidates, ["ok", "wrong outputs: cosine", "ok", "failed: no"], [], threads=3, precision="fp32", progress=told
     )
     assert list(found) == ["good on ort:cpu", "refused on ort:cpu"]
-    assert asked[0] == ("good", "ort:cpu", "native", 3)
-    assert asked[1:] == [("crash", "ort:cpu", "fp32", 3), ("refused", "ort:cpu", "fp32", 3)]
+    assert asked[0] == ("good", "ort:cpu", "native", 3, True)
+    assert asked[1:] == [("crash", "ort:cpu", "fp32", 3, True), ("refused", "ort:cpu", "fp32", 3, "basic")]
     assert told.notes == ["crash on ort:cpu is not explained: it crashed"]
 
 
