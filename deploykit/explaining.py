@@ -25,7 +25,7 @@ from deploykit.modelfile import read_model, tensor_bytes
 from deploykit.progress import Progress
 from deploykit.proof import layers_of
 from deploykit.runtimes import Device, Session, open_session, parse_device
-from deploykit.runtimes.base import Placement
+from deploykit.runtimes.base import Placement, traffic_bytes
 from deploykit.shaping import Value, trace_model
 from deploykit.specs import Feeds, fit_feeds
 
@@ -316,7 +316,7 @@ def source_nodes(path: Path, feeds: Feeds) -> list[SourceNode]:
                 inputs=tuple(node.input),
                 outputs=tuple(node.output),
                 macs=macs,
-                moved_bytes=sum(_size(value) for value in (*visit.inputs, *visit.outputs)),
+                moved_bytes=traffic_bytes(node.op_type, map(_size, visit.inputs), map(_size, visit.outputs)),
                 weights=layer.weights if layer else frozenset(),
                 weight_bytes=sum(stored.get(name, 0) for name in layer.weights) if layer else 0,
                 compute=layer is not None or macs > 0,

@@ -23,6 +23,7 @@ from deploykit.runtimes.base import (
     SessionOptions,
     check_dtypes,
     dtypes_of,
+    traffic_bytes,
 )
 from deploykit.runtimes.ov_settings import VIRTUAL, configure
 from deploykit.runtimes.requests import Bound
@@ -293,7 +294,8 @@ def _moved_bytes(compiled: Any) -> dict[str, tuple[int, int]]:
         ports = [*node.inputs(), *node.outputs()]
         if all(port.get_partial_shape().is_static for port in ports):
             weights = sum(_port_bytes(p) for p, name in zip(node.inputs(), sources, strict=True) if name in fixed)
-            found[node.get_friendly_name()] = (sum(map(_port_bytes, ports)), weights)
+            moved = traffic_bytes(_layer_type(node), map(_port_bytes, node.inputs()), map(_port_bytes, node.outputs()))
+            found[node.get_friendly_name()] = (moved, min(weights, moved))
     return found
 
 

@@ -429,6 +429,21 @@ def test_moved_bytes_are_those_of_the_tensors_and_weights(build: Any, save: Any,
     assert (layer["name"], layer["bytes"]) == ("p", 4 * (4 * 8 + 8 * 16 + 4 * 16))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_of_a_table_only_the_rows_that_are_looked_up_are_moved(
+    build: Any, save: Any, tmp_path: Path, device: str
+) -> None:
+    model = build([helper.make_node("Gather", ["table", "x"], ["rows"], name="look"),
+                   helper.make_node("MatMul", ["rows", "w"], ["y"], name="p")],
+                  {"x": [4]}, {"y": [4, 16]}, {"table": normal(5000, 8), "w": normal(8, 16)})  # fmt: skip
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    path = save(model, tmp_path)
+    (look,) = (node for node in source_nodes(path, {}) if node.name == "look")
+    assert look.moved_bytes == 2 * 4 * 4 * 8 + 4 * 8
+    found = {layer["name"]: layer["bytes"] for layer in explain_model(path, device, {"x": np.arange(4)})["layers"]}
+    assert 2 * 4 * 4 * 8 <= found["look"] <= 2 * 4 * 4 * 8 + 4 * 8
+
+
 # --- in a benchmark ---------------------------------------------------------------------------------------------------
 
 
