@@ -422,14 +422,14 @@ def _better(score: Score, base: Score | None) -> bool:
 
 def _load(scores: dict[Config, Score], base: Config, arena: Arena, deadline: float, clock: Callable[[], float]) -> None:
     """Load the base, then as many others as the time allows; the first choices of a stage come first."""
-    began = clock()
     for config, why in arena.load([base]).items():
         scores[config].status = why
     others = [config for config in scores if config != base]
-    # The base may have been there already, and then this says nothing; the first of the others tells.
+    # The base may have been there already, and says nothing; how long one takes, the first of the others tells.
+    began = clock()
     for config, why in arena.load(others[:1]).items():
         scores[config].status = why
-    each = max(clock() - began, 1e-3) / 2
+    each = max(clock() - began, 1e-3)
     count = max(1, int(_LOADING * (deadline - clock()) / each))
     for config, why in arena.load(others[1 : 1 + count]).items():
         scores[config].status = why

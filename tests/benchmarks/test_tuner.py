@@ -234,3 +234,12 @@ def test_requests_of_onnx_runtime_take_no_more_cores_than_were_asked_for(device,
     assert max(c.concurrency / c.lanes for c in found) == most
     (stage, *_) = stages_for(device, "throughput", machine, native=False, batches=False, cores=8)
     assert max(c.concurrency / c.lanes for c in stage.around(Config(8))) == 2
+
+
+def test_loading_keeps_to_its_share_where_the_base_is_there_already():
+    """The second stage has what the first left of 40 s, and loads for half of it, half a second each."""
+    many = Stage("many", (tuple(lambda base, n=n: base.having(n=n) for n in range(100)),))
+    arena = FakeArena(lambda c: 1.0)
+    search(Config(2), [threads(2, 3), many], arena, 40, clock=arena.clock)
+    seconds = 0.5 * sum(bool(config.settings) for config in arena.loads)
+    assert 10 < seconds <= 20
