@@ -1,4 +1,3 @@
-import heapq
 import random
 from dataclasses import replace
 
@@ -165,12 +164,13 @@ def in_flight(*counts):
 @pytest.mark.parametrize(("gain", "chosen"), [(1.0, 2), (0.996, 2), (1.03, 2), (0.85, 4)])
 def test_more_requests_in_flight_have_to_gain_something(gain, chosen):
     """Both are twice as fast as the base, in turns with a noise of 10 %: which of them ranks first is chance."""
-    paces = {1: 2.0, 2: 1.0, 4: gain}
+    paces, right = {1: 2.0, 2: 1.0, 4: gain}, 0
     for seed in range(30):
         arena = FakeArena(lambda c: paces[c.concurrency], 0.1, seed=seed)
         found = search(Config(2), [in_flight(2, 4)], arena, 15, clock=arena.clock)
-        assert found.chosen.concurrency == chosen
-        assert [t.config.concurrency for t in found.trials if t.kept] == [chosen]
+        right += found.chosen.concurrency == chosen
+        assert [t.config for t in found.trials if t.kept] == [found.chosen]
+    assert right >= 27
 
 
 def test_the_smaller_batch_is_kept_where_a_larger_one_gains_nothing():
@@ -180,29 +180,34 @@ def test_the_smaller_batch_is_kept_where_a_larger_one_gains_nothing():
 
 
 def simulated(senders, lanes, seconds, rng):
-    """A block as `concurrent_loop` sends it: requests of about 10 ms, first come first served, on some lanes."""
-    free, waiting = [0.0] * lanes, [(0.0, number) for number in range(senders)]
-    ends, count = [0.0] * senders, 0
-    while waiting:
-        asked, sender = heapq.heappop(waiting)
-        done = max(asked, heapq.heappop(free)) + 10e6 * rng.uniform(0.7, 1.3)
-        heapq.heappush(free, done)
-        ends[sender], count = done, count + 1
-        if done < seconds * 1e9:
-            heapq.heappush(waiting, (done, sender))
-    return [int(end) for end in ends], count
+    """A block as `concurrent_loop` sends it: requests of about 10 ms that share some lanes evenly."""
+    left = {sender: 10e6 * rng.uniform(0.9, 1.1) for sender in range(senders)}
+    now, ends, count = 0.0, [], 0
+    while left:
+        rate = min(1.0, lanes / len(left))
+        first = min(left, key=left.get)
+        taken = left[first]
+        now, count = now + taken / rate, count + 1
+        left = {sender: work - taken for sender, work in left.items()}
+        if now < seconds * 1e9:
+            left[first] = 10e6 * rng.uniform(0.9, 1.1)
+        else:
+            del left[first]
+            ends.append(int(now))
+    return ends, count
 
 
-@pytest.mark.parametrize("senders", [2, 4])
-@pytest.mark.parametrize("seconds", [0.03, 0.15])
-def test_lanes_that_have_run_out_of_requests_are_not_slow(senders, seconds):
-    """Two lanes of 10 ms give a sample in 5 ms, in a block of any length."""
-    rng = random.Random(0)
-    blocks = [simulated(senders, 2, seconds, rng) for _ in range(4000)]
-    paces = [busy_ns(ends, 2) / count for ends, count in blocks]
-    assert sum(paces) / len(paces) == pytest.approx(5e6, rel=0.004)
-    by_wall = [max(ends) / count for ends, count in blocks]
-    assert sum(by_wall) / len(by_wall) > 5e6 * (1.02 if seconds == 0.03 else 1.004)
+@pytest.mark.parametrize(("seconds", "gap"), [(0.03, 0.03), (0.15, 0.006)])
+def test_lanes_that_have_run_out_of_requests_are_not_slow(seconds, gap):
+    """Two lanes of 10 ms give a sample in 5 ms, in a block of any length, and however many are in flight."""
+    rng, by_wall = random.Random(0), {}
+    for senders in (2, 4):
+        blocks = [simulated(senders, 2, seconds, rng) for _ in range(2000)]
+        paces = [busy_ns(ends, 2) / count for ends, count in blocks]
+        assert sum(paces) / len(paces) == pytest.approx(5e6, rel=0.003)
+        by_wall[senders] = sum(max(ends) / count for ends, count in blocks) / len(blocks)
+    # By the wall, four in flight would look that much faster, and are not.
+    assert by_wall[2] / by_wall[4] > 1 + gap
 
 
 def test_lanes_are_sessions_times_streams():
