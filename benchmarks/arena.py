@@ -11,7 +11,7 @@ from typing import Self
 from deploykit.benchmarks.outputs import judge_outputs, read_outputs, write_feeds
 from deploykit.benchmarks.plan import Candidate, Settings
 from deploykit.benchmarks.process import ChildError, Process
-from deploykit.benchmarks.statistics import pace_of
+from deploykit.benchmarks.statistics import busy_ns, pace_of
 from deploykit.benchmarks.tuner import Config, LostError
 from deploykit.machine import free_memory
 from deploykit.specs import Array, Feeds
@@ -28,7 +28,8 @@ class ProcessArena:
         settings: For the comparison of outputs.
         feeds_for: Inputs at a batch size.
         folder: For files.
-        by_wall: Whether a pace is wall time over requests, as throughput wants it, or the median latency.
+        by_wall: Whether a pace is wall time over requests, as throughput wants it, or the median latency. Of the wall
+            time only that counts in which lanes were at work: turns are short, and their ends are not.
     """
 
     def __init__(
@@ -117,7 +118,9 @@ class ProcessArena:
             found = self._live[config].ask("time", seconds=seconds, within_s=seconds)
         except ChildError as exc:
             raise LostError(str(exc)) from exc
-        return pace_of(found | {"paced_by": "wall" if self._by_wall else "median"}) / config.batch
+        if self._by_wall:
+            return busy_ns(found["ends_ns"], config.lanes) / len(found["samples_ns"]) / config.batch
+        return pace_of(found) / config.batch
 
     def drop(self, configs: Sequence[Config]) -> None:
         """Unload these."""

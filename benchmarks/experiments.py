@@ -50,6 +50,7 @@ class Setup:
         threads: That were asked for; None for all that are allowed.
         precision: As in `open_session`.
         settings: The runtime's own settings.
+        optimize: As in `open_session`.
     """
 
     path: Path
@@ -58,11 +59,13 @@ class Setup:
     threads: int | None = None
     precision: str = "fp32"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    optimize: bool | str = True
 
     def open(self, **changed: Any) -> Session:
         """A session of it, with something else."""
         given: dict[str, Any] = {
             "threads": self.threads, "precision": self.precision, "settings": dict(self.settings),
+            "optimize": self.optimize,
         }  # fmt: skip
         path = changed.pop("path", self.path)
         given["settings"] |= changed.pop("settings", {})
@@ -83,6 +86,11 @@ def _severity(ratio: float) -> str:
 
 def _told(trial: Trial) -> str:
     return f"{trial.ratio:.2f}x as fast ({trial.second_ms:.3f} ms instead of {trial.first_ms:.3f} ms, in turns)"
+
+
+def _text(value: Any) -> str:
+    """A setting as runtimes read it: of a switch, what is given as a boolean is the same as its digit."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _cost(trial: Trial) -> float:
@@ -107,7 +115,7 @@ def oversubscribed(setup: Setup, allowed: int) -> Finding | None:
 
 def spinning(setup: Setup, session: Session, others: float) -> Finding | None:
     """Threads that wait by spinning, on cores that others want."""
-    if setup.device.runtime != "ort" or str(setup.settings.get(_SPINNING)) == "0":
+    if setup.device.runtime != "ort" or _text(setup.settings.get(_SPINNING)) == "0":
         return None
     trial = setup.against(session, settings={_SPINNING: "0"}, quick=False)
     if trial is None or not trial.gains(_CLEAR_GAIN):
@@ -299,13 +307,15 @@ def denormals(setup: Setup, threads: int, *, suspected: bool) -> Finding | None:
         weights = subnormal_weights(read_model(setup.path, weights=False), setup.path.parent)
     many = [name for name, share in sorted(weights.items(), key=lambda w: -w[1]) if share >= _SUBNORMAL_SHARE]
     key, off, on = _DENORMAL[setup.device.runtime]
-    if not (many or suspected) or str(setup.settings.get(key, off)) == str(on):
+    if not (many or suspected) or _text(setup.settings.get(key, off)) == _text(on):
         return None
     # ONNX Runtime lets the first session of a process decide for all.
     sides = [{**setup.settings, key: off}, {**setup.settings, key: on}]
     # Where no weight holds any, a small difference has other reasons: denormals cost several times the run.
     least = _CLEAR_GAIN if many else _GREAT_GAIN
-    trial = in_processes(setup.path, str(setup.device), setup.feeds, threads, setup.precision, sides, least)
+    trial = in_processes(
+        setup.path, str(setup.device), setup.feeds, threads, setup.precision, sides, least, optimize=setup.optimize
+    )
     if trial is None or not trial.gains(least):
         return None
     where = (

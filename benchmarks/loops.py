@@ -33,11 +33,13 @@ class Timed:
         samples_ns: Latency of every request, in the order of their ends (closed loop) or of their intended starts.
         wall_ns: From the first start to the last end.
         cursor: Which input comes next.
+        ends_ns: How long each callable was at work, of several at a time.
     """
 
     samples_ns: list[int]
     wall_ns: int
     cursor: int = 0
+    ends_ns: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
@@ -103,13 +105,15 @@ def concurrent_loop(
         thread.join()
     wall = clock() - began[0]
     ended: list[tuple[int, int]] = []
+    ends: list[int] = []
     for one in found:
         if isinstance(one, BaseException):
             raise one
         if one is not None:
             ended += zip(itertools.accumulate(one.samples_ns), one.samples_ns, strict=True)
+            ends.append(one.wall_ns)
     samples = [taken for _, taken in sorted(ended)]
-    return Timed(samples, wall, (start + len(samples)) % len(feeds))
+    return Timed(samples, wall, (start + len(samples)) % len(feeds), tuple(ends))
 
 
 def poisson_schedule(rate_per_s: float, queries: int, seed: int) -> list[int]:

@@ -13,7 +13,7 @@ from deploykit.specs import Array, Feeds
 
 
 def write_feeds(path: Path, feeds: Sequence[Feeds]) -> None:
-    """Write inputs for a worker."""
+    """Write the inputs of some runs, or their outputs."""
     arrays = {f"{i}/{k}": v for i, f in enumerate(feeds) for k, v in f.items()}
     # Object arrays would need pickle; strings are stored as numpy's own.
     plain = {k: v.astype(str) if v.dtype.kind == "O" else v for k, v in arrays.items()}
@@ -21,7 +21,7 @@ def write_feeds(path: Path, feeds: Sequence[Feeds]) -> None:
 
 
 def read_outputs(path: Path) -> list[dict[str, Array]]:
-    """Read what a worker wrote, one mapping an input."""
+    """Read what `write_feeds` wrote, one mapping a run."""
     with np.load(path, allow_pickle=False) as archive:
         found: dict[int, dict[str, Array]] = {}
         for key in archive.files:

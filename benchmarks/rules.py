@@ -23,7 +23,7 @@ from deploykit.benchmarks.findings import (
 )  # fmt: skip
 from deploykit.benchmarks.profile import Kernel, Layer, Profile
 from deploykit.benchmarks.roofline import position
-from deploykit.runtimes.base import is_compute
+from deploykit.runtimes.base import Device, is_compute
 
 # A share of the time in all kernels from which a finding is worth a line.
 _LEAST = 0.03
@@ -33,6 +33,8 @@ _COPIES_LEAST, _COPIES_MEDIUM, _COPY_US = 0.08, 0.15, 10.0
 _SLOW_SHARE, _SLOW_OF_PEAK, _SLOW_US = 0.25, 0.04, 100.0
 _OVERHEAD, _OVERHEAD_MEDIUM, _OVERHEAD_US = 0.4, 0.7, 1000.0
 _MISSING_MEDIUM = 0.6
+# Where products of int8 reach this much more than those of float32, int8 is worth having without a dot product too.
+_INT8_PAYS = 1.1
 _SHOWN = 4
 _EXPLAINS = ("unfused-qdq", "signed-activations", "dynamic-convolution", "no-vnni")
 
@@ -77,14 +79,16 @@ def misplaced(profile: Profile, context: Context) -> Finding | None:
         "wrong-provider", "high" if share >= HIGH or len(off) == count else "medium",
         f"{len(off)} of {count} nodes ran on {places} instead of {profile.asked}, {percent(share)} of the time: "
         f"{named(labels(off))}",
-        f"measure where they really run (--device {_device_of(off)}), or use operators that {profile.asked} has",
+        f"measure where they really run (--device {_device_of(profile, off)}), or use operators that {profile.asked} "
+        "has",
         labels(off), micros(off),
     )  # fmt: skip
 
 
-def _device_of(kernels: Sequence[Kernel]) -> str:
-    place = max(kernels, key=lambda k: k.time_us).on
-    return "ort:cpu" if place == "CPUExecutionProvider" else place or "ort:cpu"
+def _device_of(profile: Profile, kernels: Sequence[Kernel]) -> str:
+    """The device's name, as a command takes it, where the dearest of some kernels ran."""
+    runtime, place = profile.device.partition(":")[0], max(kernels, key=lambda k: k.time_us).on.partition(",")[0]
+    return str(Device(runtime, place)) if place else f"{runtime}:cpu"
 
 
 def copies(profile: Profile, context: Context) -> Finding | None:
@@ -115,8 +119,14 @@ def loaded(profile: Profile, context: Context) -> Finding | None:
         "loaded-machine", "medium" if missing >= _MISSING_MEDIUM else "low",
         f"other processes kept {context.others:.1f} of {context.cores} cores busy while {context.threads} threads were "
         "measured",
-        "measure on an idle machine, or give this process cores of its own: taskset -c 0-3 deploykit benchmark ...",
+        _without_others(context.cores - context.others),
     )  # fmt: skip
+
+
+def _without_others(left: float) -> str:
+    """What to do on a machine that others work on; pinning this process would keep nobody off its cores."""
+    idle = "measure while nothing else runs"
+    return f"{idle}, or with the threads that there are cores for: --threads {int(left)}" if left >= 1 else idle
 
 
 # --- integers ---------------------------------------------------------------------------------------------------------
@@ -240,16 +250,26 @@ def no_dot_product(profile: Profile, context: Context) -> Finding | None:
     share = profile.share(integers)
     if context.int8_dot or share < MEDIUM:
         return None
-    told = ""
+    told, pays = "", False
     if context.peaks.int8_gops and context.peaks.fp32_gflops:
-        told = f" (int8 products reach {context.peaks.int8_gops / context.peaks.fp32_gflops:.1f}x of float32 here)"
+        ratio = context.peaks.int8_gops / context.peaks.fp32_gflops
+        told, pays = f" (int8 products reach {ratio:.1f}x of float32 here)", ratio >= _INT8_PAYS
+    cure = (
+        f"measure it beside the float model: deploykit benchmark -m FLOAT_MODEL -m {context.model}; int8 gains more on "
+        "a CPU with VNNI"
+        if pays
+        else "run the float model on this machine, or int8 on one with VNNI"
+    )
+    if context.x86:
+        cure += (
+            "; products of 8 bits saturate here, those of 7-bit weights do not: deploykit quantize static "
+            "--weight-bits 7 -m FLOAT_MODEL --data DATA -o DIR"
+        )
     return Finding(
-        "no-vnni", "high" if share >= HIGH else "medium",
+        "no-vnni", "low" if pays else "high" if share >= HIGH else "medium",
         f"{len(integers)} int8 layers, {percent(share)} of the time, on a CPU without VNNI, AMX or another 8-bit dot "
         f"product{told}: {named(labels(integers))}",
-        "run the float model on this machine, or int8 on one with VNNI; products of 8 bits also saturate here: "
-        "deploykit quantize static --weight-bits 7 -m FLOAT_MODEL --data DATA -o DIR",
-        labels(integers), micros(integers),
+        cure, labels(integers), micros(integers),
     )  # fmt: skip
 
 

@@ -119,6 +119,24 @@ def pace_of(found: Mapping[str, Any]) -> float:
     return float(np.median(np.asarray(found["samples_ns"], np.int64)))
 
 
+def busy_ns(ends_ns: Sequence[int], lanes: int) -> float:
+    """How long all lanes would have been at work with what they did in a block of requests.
+
+    A block ends with its last answer. Until then some lanes have nothing to do any more, and for how long depends on
+    the requests in flight: in a block of few requests, a lane that stands idle looks like a slow one.
+
+    Args:
+        ends_ns: How long each sender of requests was at work.
+        lanes: Requests that run side by side; where more are in flight, the others wait.
+    """
+    busy, before = 0.0, 0
+    for gone, end in enumerate(sorted(ends_ns)):
+        lanes_used = min(lanes, len(ends_ns) - gone)
+        busy += (end - before) * lanes_used / min(lanes, len(ends_ns))
+        before = end
+    return busy
+
+
 def interval(logs: Sequence[float], seed: int) -> tuple[float, float, float]:
     """Mean of logarithms with its 95 % interval.
 

@@ -27,7 +27,8 @@ _FIRST_TURNS, _MOST_TURNS = 3, 80
 _LAST_TURNS = 12
 # Of a stage's time, this may go into loading.
 _LOADING = 0.5
-# A setting has to be this much better than the one before it, or the one before stays.
+# A setting has to be this much better than the one before it, or the one before stays; and so against a neighbour that
+# keeps fewer samples in flight.
 _WORTH = 0.01
 _BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -58,6 +59,17 @@ class Config:
         """With more of the runtime's own settings; None takes one away."""
         merged = {k: v for k, v in {**dict(self.settings), **settings}.items() if v is not None}
         return replace(self, settings=tuple(sorted(merged.items())))
+
+    @property
+    def in_flight(self) -> int:
+        """Samples on their way at a time."""
+        return self.batch * self.concurrency
+
+    @property
+    def lanes(self) -> int:
+        """Requests that run side by side, as far as the settings say; the others in flight wait."""
+        streams = dict(self.settings).get("NUM_STREAMS", 1)
+        return self.sessions * (int(streams) if str(streams).isdecimal() else 1)
 
     @property
     def label(self) -> str:
@@ -136,7 +148,9 @@ def stages_for(
     stages: list[Stage] = []
     cores = cores or machine.cores_allowed
     if target == "cpu" and objective == "throughput":
-        stages.append(Stage("parallelism", (tuple(_parallel(runtime, cores, concurrency)),)))
+        # In ONNX Runtime a request works in its sender's thread as well: more of them would take more cores.
+        queue = runtime != "ort" or cores >= machine.cores_allowed
+        stages.append(Stage("parallelism", (tuple(_parallel(runtime, cores, concurrency, queue=queue)),)))
     elif target == "cpu":
         stages.append(Stage("threads", (tuple(_threads(n) for n in thread_counts(cores)),)))
     if objective == "throughput" and batches:
@@ -168,10 +182,10 @@ def thread_counts(cores: int) -> list[int]:
     return sorted({1, min(2, cores), max(1, cores // 2), cores})
 
 
-def _parallel(runtime: str, cores: int, concurrency: int | None) -> Iterator[Variation]:
+def _parallel(runtime: str, cores: int, concurrency: int | None, *, queue: bool) -> Iterator[Variation]:
     """Sessions (or streams) times threads within the cores, with as many requests in flight, and twice as many."""
     for lanes in thread_counts(cores):
-        for count in (concurrency,) if concurrency else (lanes, 2 * lanes):
+        for count in (concurrency,) if concurrency else (lanes, 2 * lanes) if queue else (lanes,):
             if lanes <= count:
                 yield _lanes(runtime, lanes, max(1, cores // lanes), count)
 
@@ -369,11 +383,24 @@ def _run_stage(
             goal = turns + _FIRST_TURNS
     if not alive:
         return list(scores.values()), base
-    ranked = sorted(alive, key=lambda c: scores[c].value)
-    best = next((c for c in ranked if _better(scores[c], scores.get(base))), base)
+    best = _choose(scores, alive, base)
     scores[best].kept = True
     arena.drop([c for c in alive if c != best])
     return list(scores.values()), best
+
+
+def _choose(scores: dict[Config, Score], alive: Sequence[Config], base: Config) -> Config:
+    """The fastest that is worth leaving the base for, or what keeps less waiting and is not clearly slower.
+
+    Of several that are about as fast, one happens to rank first. With fewer samples in flight every one is answered
+    sooner, so more of them have to show that they gain something over their neighbours too, and not only over the base.
+    """
+    good = [c for c in sorted(alive, key=lambda c: scores[c].value) if _better(scores[c], scores.get(base))]
+    if not good:
+        return base
+    best = good[0]
+    near = [c for c in good if c.in_flight < best.in_flight and not _better(scores[best], scores[c])]
+    return min(near, key=lambda c: c.in_flight, default=best)
 
 
 def _clear(ranked: Sequence[Score]) -> bool:
@@ -395,14 +422,14 @@ def _better(score: Score, base: Score | None) -> bool:
 
 def _load(scores: dict[Config, Score], base: Config, arena: Arena, deadline: float, clock: Callable[[], float]) -> None:
     """Load the base, then as many others as the time allows; the first choices of a stage come first."""
-    began = clock()
     for config, why in arena.load([base]).items():
         scores[config].status = why
     others = [config for config in scores if config != base]
-    # The base may have been there already, and then this says nothing; the first of the others tells.
+    # The base may have been there already, and says nothing; how long one takes, the first of the others tells.
+    began = clock()
     for config, why in arena.load(others[:1]).items():
         scores[config].status = why
-    each = max(clock() - began, 1e-3) / 2
+    each = max(clock() - began, 1e-3)
     count = max(1, int(_LOADING * (deadline - clock()) / each))
     for config, why in arena.load(others[1 : 1 + count]).items():
         scores[config].status = why

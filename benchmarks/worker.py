@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from deploykit.benchmarks.loops import closed_loop, concurrent_loop, open_loop, poisson_schedule
+from deploykit.benchmarks.outputs import read_outputs, write_feeds
 from deploykit.errors import DataError, DeploykitError
 from deploykit.runtimes import Session, open_session, require_device
 from deploykit.specs import Array, fit_feeds
@@ -54,7 +55,7 @@ def _say(answers: IO[str], found: dict[str, Any]) -> None:
 
 
 def _serve(job: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
-    feeds = _read_feeds(job["feeds"])
+    feeds = read_outputs(Path(job["feeds"]))
     require_device(job["device"])  # imports the runtime: that is no part of loading a model
     with ExitStack() as stack:
         started = time.perf_counter_ns()
@@ -122,19 +123,8 @@ class Lanes:
         return self._calls
 
 
-def _read_feeds(path: str) -> list[dict[str, Array]]:
-    feeds: dict[int, dict[str, Array]] = {}
-    with np.load(path, allow_pickle=False) as archive:
-        for key in archive.files:
-            number, _, name = key.partition("/")
-            feeds.setdefault(int(number), {})[name] = archive[key]
-    return [feeds[n] for n in sorted(feeds)]
-
-
 def _keep_outputs(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
-    outputs = {f"{i}/{name}": array for i, f in enumerate(feeds) for name, array in lanes.session.run(f).items()}
-    outputs = {k: a.astype(str) if a.dtype.kind == "O" else a for k, a in outputs.items()}
-    np.savez(told["outputs"], **outputs)  # type: ignore[arg-type]
+    write_feeds(Path(told["outputs"]), [lanes.session.run(f) for f in feeds])
     return {"peak_memory_bytes": peak_memory_bytes()}
 
 
@@ -184,7 +174,7 @@ def _time(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> 
     closed_loop(lanes.calls[0], feeds, _SETTLE_NS / 1e9, start=lanes.cursor)
     timed = concurrent_loop(lanes.calls, feeds, told["seconds"], start=lanes.cursor)
     lanes.cursor = timed.cursor
-    return timed.as_dict()
+    return timed.as_dict() | {"ends_ns": timed.ends_ns or (timed.wall_ns,)}
 
 
 def _sweep(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from deploykit.candidates import candidate_devices, enters
 from deploykit.comparing import MIN_COSINE
 from deploykit.data import Dataset
-from deploykit.errors import BenchmarkError, OptimizationError
+from deploykit.errors import BenchmarkError
 from deploykit.models import LoadedModel, benchmark_feeds, load_candidate, names_of
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
@@ -96,7 +96,7 @@ def benchmark(
     targets = candidate_devices(loaded, devices)
     dataset = Dataset.open(data) if data else None
     if not loaded:
-        raise OptimizationError("nothing to measure", hint="name a model: -m MODEL")
+        raise BenchmarkError("nothing to measure", hint="name a model: -m MODEL")
     feeds, origin, size = benchmark_feeds(loaded[0], dataset, batch, dims or {})
     if size != batch:
         told.note(f"the model's batch is fixed to {size}")

@@ -25,6 +25,7 @@ from deploykit.modelfile import read_model, tensor_bytes
 from deploykit.progress import Progress
 from deploykit.proof import layers_of
 from deploykit.runtimes import Device, Session, open_session, parse_device
+from deploykit.runtimes.base import Placement, traffic_bytes
 from deploykit.shaping import Value, trace_model
 from deploykit.specs import Feeds, fit_feeds
 
@@ -50,6 +51,7 @@ def explain_model(
     threads: int | None = None,
     precision: str = "fp32",
     settings: Mapping[str, Any] | None = None,
+    optimize: bool | str = True,
     label: str | None = None,
     machine: Machine | None = None,
     progress: Progress | None = None,
@@ -66,6 +68,7 @@ def explain_model(
         threads: As in `open_session`.
         precision: "fp32" or "native".
         settings: The runtime's own settings.
+        optimize: As in `open_session`.
         label: Its name in the report.
         machine: What the CPU has; this machine by default.
         progress: Told about steps.
@@ -82,7 +85,7 @@ def explain_model(
     told = progress or Progress()
     target = parse_device(device)
     one = feeds if isinstance(feeds, Mapping) else feeds[0]
-    setup = Setup(Path(path), target, one, threads, precision, dict(settings or {}))
+    setup = Setup(Path(path), target, one, threads, precision, dict(settings or {}), optimize)
     base = {"label": label or str(target), "device": str(target)}
     here = machine or inspect_machine()
     with told.step(f"explain {base['label']}"):
@@ -127,7 +130,7 @@ def explain_candidates(
             found[candidate.label] = explain_model(
                 candidate.path, candidate.device, feeds, threads=candidate.threads or threads,
                 precision=candidate.precision or precision, settings={**(settings or {}), **candidate.settings} or None,
-                label=candidate.label, progress=told,
+                optimize=candidate.optimize, label=candidate.label, progress=told,
             )  # fmt: skip
         except DeploykitError as exc:
             told.note(f"{candidate.label} is not explained: {exc.what}")
@@ -193,11 +196,18 @@ def profile_of(
         placement = replace(placement, nodes=tuple(nodes))
     kernels, layers = fold(join(placement.nodes, session.executed()), graph)
     names = [frozenset(s.name for s in ends) for ends in (session.signature.inputs, session.signature.outputs)]
-    asked = placement.asked
-    if setup.device.runtime == "openvino" and ":" in setup.device.target:
-        asked = setup.device.target.partition(":")[2].split(",")[0]  # the first of AUTO:GPU,CPU is what is wanted
+    asked = _wanted(setup.device, placement)
     made = Profile(str(setup.device), asked, tuple(kernels), tuple(layers), total_us, quick_us, names[0], names[1])
     return made, replace(placement, asked=asked).summary()
+
+
+def _wanted(device: Device, placement: Placement) -> str:
+    """The device that nodes should be on: of AUTO:GPU,CPU and the like the first; AUTO:-GPU names none."""
+    listed = [name.split("(")[0] for name in device.target.partition(":")[2].split(",") if name[:1] not in ("", "-")]
+    if device.runtime != "openvino" or not listed:
+        return placement.asked
+    places = {node.on for node in placement.nodes}
+    return f"{listed[0]}.0" if f"{listed[0]}.0" in places else listed[0]  # "GPU" is another name of "GPU.0"
 
 
 def _try_out(
@@ -306,7 +316,7 @@ def source_nodes(path: Path, feeds: Feeds) -> list[SourceNode]:
                 inputs=tuple(node.input),
                 outputs=tuple(node.output),
                 macs=macs,
-                moved_bytes=sum(_size(value) for value in (*visit.inputs, *visit.outputs)),
+                moved_bytes=traffic_bytes(node.op_type, map(_size, visit.inputs), map(_size, visit.outputs)),
                 weights=layer.weights if layer else frozenset(),
                 weight_bytes=sum(stored.get(name, 0) for name in layer.weights) if layer else 0,
                 compute=layer is not None or macs > 0,

@@ -13,6 +13,7 @@ from deploykit.data import Dataset
 from deploykit.errors import BenchmarkError, DeploykitError
 from deploykit.machine import allowed_cores, inspect_machine
 from deploykit.progress import Progress
+from deploykit.runtimes import parse_device
 from deploykit.runtimes.settings import RuntimeSettings, machine_fingerprint
 from deploykit.specs import Feeds
 
@@ -46,7 +47,7 @@ def tuned_candidates(
     found: list[Candidate] = []
     for number, file in enumerate(files, 1):
         kept = RuntimeSettings.load(file)
-        mine = [c for c in candidates if c.device == kept.device]
+        mine = [c for c in candidates if parse_device(c.device) == parse_device(kept.device)]
         if not mine:
             raise BenchmarkError(
                 f"{file} is for {kept.device}, which is not measured", hint=f"add --device {kept.device}"

@@ -219,6 +219,20 @@ def is_compute(op: str) -> bool:
     return any(word in lower for word in _COMPUTE) and lower not in ("convert",)
 
 
+# Operators that take a part of a tensor, or only its shape; the rest of it stays where it is.
+_PICKS = ("gather", "embedlayernorm", "slice", "stridedslice", "shape", "size", "aten::embedding")
+
+
+def traffic_bytes(op: str, inputs: Iterable[int], outputs: Iterable[int]) -> int:
+    """What an operator reads and writes, given the sizes of its tensors.
+
+    Of an embedding's table, for example, it is the rows that are looked up.
+    """
+    written = sum(outputs)
+    picks = op.lower().startswith(_PICKS)
+    return written + sum(min(size, written) if picks else size for size in inputs)
+
+
 def dtypes_of(specs: Iterable[TensorSpec]) -> tuple[tuple[str, np.dtype[Any] | None], ...]:
     """Name and numpy's dtype of every tensor, to compare with; None for strings, which numpy has many of."""
     found: list[tuple[str, np.dtype[Any] | None]] = []

@@ -23,6 +23,7 @@ from deploykit.runtimes.base import (
     SessionOptions,
     check_dtypes,
     dtypes_of,
+    traffic_bytes,
 )
 from deploykit.runtimes.ort_binding import DeviceBinding, device_of
 from deploykit.runtimes.ort_settings import plan
@@ -241,18 +242,18 @@ def _node(event: dict[str, Any]) -> NodePlacement:
         args.get("provider", ""),
         precision,
         float(event.get("dur", 0)),
-        sum(_bytes(args.get(key, [])) for key in ("input_type_shape", "output_type_shape")),
+        traffic_bytes(op, _sizes(args.get("input_type_shape", [])), _sizes(args.get("output_type_shape", []))),
         int(args.get("parameter_size", 0)),
     )
 
 
-def _bytes(tensors: list[dict[str, list[int]]]) -> int:
-    """Size of tensors as the profiler lists them: one `{type: shape}` each."""
+def _sizes(tensors: list[dict[str, list[int]]]) -> list[int]:
+    """Bytes of tensors as the profiler lists them: one `{type: shape}` each."""
     widths = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "string": 0,
               "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # fmt: skip
-    return sum(
+    return [
         widths.get(_TYPES.get(kind, kind), 1) * math.prod(shape) for entry in tensors for kind, shape in entry.items()
-    )
+    ]
 
 
 def _spec(value: Any) -> TensorSpec:

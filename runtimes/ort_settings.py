@@ -37,7 +37,6 @@ _CONFIG = frozenset({
     "session.use_device_allocator_for_initializers", "session.x64quantprecision", "session.qdqisint8allowed",
     "session.disable_quant_qdq", "session.disable_double_qdq_remover", "session.enable_quant_qdq_cleanup",
     "optimization.enable_gelu_approximation", "optimization.disable_specified_optimizers",
-    "mlas.enable_gemm_fastmath_arm64_bfloat16",
 })  # fmt: skip
 # Providers that ignore options they do not know, and those they know. The others refuse, in their own words.
 _OPTIONS: Mapping[str, frozenset[str]] = {CPU: frozenset(), _XNNPACK: frozenset({"intra_op_num_threads"})}
@@ -227,7 +226,7 @@ def _in_library(ort: Any, key: str) -> bool:
     libraries = [p for p in folder.glob("*onnxruntime*") if p.suffix in (".so", ".pyd", ".dll", ".dylib")]
     for library in libraries:
         with library.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(key.encode()) >= 0:
+            if content.find(key.encode() + b"\0") >= 0:  # the whole of a name, and not the beginning of a longer one
                 return True
     return not libraries
 

@@ -23,6 +23,7 @@ from deploykit.runtimes.base import (
     SessionOptions,
     check_dtypes,
     dtypes_of,
+    traffic_bytes,
 )
 from deploykit.runtimes.ov_settings import VIRTUAL, configure
 from deploykit.runtimes.requests import Bound
@@ -216,7 +217,9 @@ class OpenVinoSession(Session):
         # "(CPU)" is what AUTO calls the CPU that it only begins on.
         devices = [str(name).strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
         on = ",".join(devices) or self.device.target
-        asked = self.device.target if self.device.target.split(":")[0] not in VIRTUAL else on
+        # "GPU" is another name of "GPU.0", and that is how a compiled model calls it.
+        virtual = self.device.target.split(":")[0] in VIRTUAL
+        asked = on if virtual or on == f"{self.device.target}.0" else self.device.target
         chosen = self._chosen()
         nodes = []
         for info in request.profiling_info:
@@ -291,7 +294,8 @@ def _moved_bytes(compiled: Any) -> dict[str, tuple[int, int]]:
         ports = [*node.inputs(), *node.outputs()]
         if all(port.get_partial_shape().is_static for port in ports):
             weights = sum(_port_bytes(p) for p, name in zip(node.inputs(), sources, strict=True) if name in fixed)
-            found[node.get_friendly_name()] = (sum(map(_port_bytes, ports)), weights)
+            moved = traffic_bytes(_layer_type(node), map(_port_bytes, node.inputs()), map(_port_bytes, node.outputs()))
+            found[node.get_friendly_name()] = (moved, min(weights, moved))
     return found
 
 

@@ -68,8 +68,11 @@ def _real(core: Any, device: Device) -> tuple[str, tuple[str, ...]]:
     base, _, rest = device.target.partition(":")
     if base not in VIRTUAL:
         return base.split(".")[0], ()
-    listed = [name.split("(")[0].lstrip("-") for name in rest.split(",") if name]
-    names = listed or [str(name) for name in core.available_devices]
+    listed = [name.split("(")[0] for name in rest.split(",") if name and not name.startswith("-")]
+    # AUTO:-GPU is all but the GPU.
+    without = [name[1:] for name in rest.split(",") if name.startswith("-")]
+    found = [str(name) for name in core.available_devices]
+    names = listed or [name for name in found if name not in without and name.split(".")[0] not in without]
     return base, tuple(dict.fromkeys(name.split(".")[0] for name in names))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from deploykit.runtimes.requests import Bound
 from deploykit.runtimes.torch_profile import profiled_nodes
 from deploykit.specs import Array, Feeds, Signature
 
+# Sessions that are open, in the order of their opening.
+_NUMBERS = itertools.count()
+_OPEN: weakref.WeakValueDictionary[int, TorchSession] = weakref.WeakValueDictionary()
 # Arguments of torch.compile that may be set.
 _COMPILE = ("backend", "mode", "fullgraph", "dynamic", "options")
 
@@ -64,7 +69,8 @@ class TorchSession(Session):
     """An exported program in PyTorch, under `torch.inference_mode`.
 
     The number of threads and the precision of float32 products belong to the whole process: `threads` is set again for
-    a run where another session changed it, the precision holds from opening on; both are put back by `close`.
+    a run where another session changed it, the precision holds from opening on; both are put back when the last of the
+    sessions that were opened since is closed.
 
     Args:
         path: The `.pt2` file, which `torch.export.save` wrote.
@@ -109,6 +115,8 @@ class TorchSession(Session):
         self._module = self._compiled(module, extra) if self._compiles else module
         self._threads = options.threads
         self._before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        self._number = next(_NUMBERS)
+        _OPEN[self._number] = self
         self.settings = {"num_threads": options.threads, **extra}
         if options.precision == "fp32":
             torch.set_float32_matmul_precision("highest")
@@ -259,6 +267,11 @@ class TorchSession(Session):
         if self._module is None:
             return
         self._module = self._graph = None
+        _OPEN.pop(self._number, None)
+        younger = [session for number, session in sorted(_OPEN.items()) if number > self._number]
+        if younger:  # it needs what it found; what was before this one, it puts back in its turn
+            younger[0]._before = self._before
+            return
         threads, precision, tf32 = self._before
         self._torch.set_num_threads(threads)
         self._torch.set_float32_matmul_precision(precision)

@@ -12,6 +12,7 @@ from deploykit.benchmarks.findings import Context, Finding, in_order, rows, whol
 from deploykit.benchmarks.profile import Kernel, Profile, SourceNode, fold
 from deploykit.benchmarks.roofline import Peaks
 from deploykit.benchmarks.rules import find
+from deploykit.runtimes import parse_device
 
 PEAKS = Peaks(100.0, 400.0, None, 10e9, 2, "made up")
 CONTEXT = Context("model.onnx", PEAKS, cores=4, threads=2, others=0.0)
@@ -81,6 +82,18 @@ def test_everything_elsewhere_is_grave_however_short() -> None:
     assert "--device ort:cpu" in found.cure
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "on", "named"),
+    [("ort:cuda", "CUDAExecutionProvider", "XnnpackExecutionProvider", "ort:xnnpack"),
+     ("openvino:hetero:gpu,cpu", "GPU", "CPU", "openvino:cpu"), ("torch:cuda", "cuda", "cpu", "torch:cpu"),
+     ("openvino:auto", "GPU", "NPU,CPU", "openvino:npu"), ("openvino:auto", "GPU", "", "openvino:cpu")],
+)  # fmt: skip
+def test_the_device_to_measure_on_has_a_name_that_a_command_takes(device: str, asked: str, on: str, named: str) -> None:
+    gone = replace(profile(conv("one", 900, on=on)), device=device, asked=asked)
+    assert f"(--device {named})" in only(gone, "wrong-provider").cure
+    parse_device(named)
+
+
 def test_layers_meant_for_integers_that_run_in_float_are_unfused() -> None:
     pairs = [other("q", "QuantizeLinear", 40), other("dq", "DequantizeLinear", 40)]
     found = only(profile(*INT8, conv("three", 700, quantized=True), *pairs), "unfused-qdq")
@@ -119,9 +132,22 @@ def test_int8_data_in_operators_on_integers() -> None:
 
 
 def test_int8_without_a_dot_product() -> None:
-    assert kinds(profile(*INT8), replace(CONTEXT, int8_dot=False)) == {"no-vnni": "high"}
-    assert kinds(profile(*FLOAT), replace(CONTEXT, int8_dot=False)) == {}
-    assert "4.0x of float32" in only(profile(*INT8), "no-vnni", replace(CONTEXT, int8_dot=False)).what
+    old = replace(CONTEXT, int8_dot=False, peaks=replace(PEAKS, int8_gops=90.0))
+    assert kinds(profile(*INT8), old) == {"no-vnni": "high"}
+    assert kinds(profile(*FLOAT), old) == {}
+    found = only(profile(*INT8), "no-vnni", old)
+    assert "0.9x of float32" in found.what
+    assert found.cure.startswith("run the float model on this machine")
+    assert "--weight-bits 7" in found.cure
+    assert "--weight-bits" not in only(profile(*INT8), "no-vnni", replace(old, x86=False)).cure
+
+
+def test_int8_that_is_faster_all_the_same_is_not_to_be_given_up() -> None:
+    found = only(profile(*INT8), "no-vnni", replace(CONTEXT, int8_dot=False))
+    assert "4.0x of float32" in found.what
+    assert found.severity == "low"
+    assert "run the float model" not in found.cure
+    assert "deploykit benchmark -m FLOAT_MODEL -m model.onnx" in found.cure
 
 
 def test_convolutions_that_are_quantized_dynamically() -> None:
@@ -164,6 +190,13 @@ def test_a_neighbour_counts_only_where_it_takes_cores_that_are_needed() -> None:
     assert kinds(profile(*FLOAT), replace(CONTEXT, others=2.4)) == {"loaded-machine": "low"}
     assert kinds(profile(*FLOAT), replace(CONTEXT, others=3.5)) == {"loaded-machine": "medium"}
     assert kinds(profile(*FLOAT), replace(CONTEXT, others=None)) == {}
+
+
+def test_the_cure_for_a_busy_machine_needs_no_cores_that_it_lacks() -> None:
+    for cores, others, cure in ((4, 2.4, "--threads 1"), (2, 0.8, "--threads 1"), (2, 1.5, "nothing else runs")):
+        found = only(profile(*FLOAT), "loaded-machine", replace(CONTEXT, cores=cores, others=others))
+        assert found.cure.endswith(cure)
+        assert "taskset" not in found.cure
 
 
 def test_the_gravest_comes_first() -> None:

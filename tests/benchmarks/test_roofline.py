@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 from deploykit.benchmarks import roofline
 from deploykit.benchmarks.roofline import Peaks, measure_peaks, memory_bytes_per_s, position, raised
 from deploykit.runtimes import open_session, parse_device
+from deploykit.runtimes.requests import Bound
 
 # 100 GFLOP/s, 400 Gop/s of int8, 10 GB/s
 PEAKS = Peaks(100.0, 400.0, None, 10e9, 2, "made up")
@@ -58,6 +60,16 @@ def test_what_is_not_known_is_not_guessed() -> None:
 def test_a_kernel_that_is_faster_than_the_peak_raises_it() -> None:
     found = raised(PEAKS, [("float32", 120.0), ("int8", 300.0), ("bfloat16", 900.0)])
     assert (found.fp32_gflops, found.int8_gops, found.native_gflops) == (120.0, 400.0, None)
+    assert raised(Peaks(100.0, None, 200.0, None, 2, ""), [("bfloat16", 900.0)]).native_gflops == 900.0
+
+
+def test_a_product_is_timed_without_copies_of_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "product.onnx"
+    roofline._write_float(path)
+    seen: list[Any] = []
+    monkeypatch.setattr(roofline, "_best", lambda run: (seen.append(run), run(), 1.0)[-1])
+    assert roofline._gflops(path, parse_device("ort:cpu"), 1, "fp32") == pytest.approx(2 * 1024**3 / 1e9)
+    assert isinstance(seen[0].__self__, Bound)
 
 
 @pytest.mark.parametrize("device", ["ort:cpu", "openvino:cpu"])

@@ -73,6 +73,23 @@ def test_turns_alternate_and_are_doubled_where_noise_hides_a_difference(monkeypa
     assert len(ways) == 2
 
 
+def test_a_second_look_does_not_make_chance_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 18 turns, 5 against it are more than one in forty trials of equal things has; the first look was one more."""
+    first, second = (lambda: None), (lambda: None)
+    times = {id(first): [0.5, 0.5, *[2.0] * 7, 0.5, 0.5, 0.5, *[2.0] * 6], id(second): [1.0] * 18}
+    monkeypatch.setattr(trials, "_block", lambda run, count, quick: times[id(run)].pop(0))
+    found = in_turns(first, second)
+    assert times[id(first)] == []
+    assert found.ratio == 2.0
+    assert not found.gains(1.05)
+    for turns in (trials._TURNS, trials._FEW_TURNS):
+        wrong = 0.0
+        for count, chance in ((turns, trials._CHANCE), (2 * turns, trials._CHANCE / 2)):
+            rank = trials._sign_rank(count, chance)
+            wrong += sum(math.comb(count, k) for k in range(rank + 1)) / 2**count
+        assert wrong <= 0.05
+
+
 def test_both_ways_run_and_a_slower_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**9))
     monkeypatch.setattr(trials.time, "sleep", lambda seconds: None)
@@ -119,9 +136,9 @@ def test_each_side_gets_its_settings_in_a_process_of_its_own(model: Path, monkey
     seen: list[Any] = []
     real = trials._child
 
-    def child(path: Path, device: str, feeds: Path, threads: int, precision: str, settings: Any) -> float | None:
+    def child(path: Path, device: str, feeds: Path, threads: int, precision: str, settings: Any, level: Any) -> Any:
         seen.append(settings["session.set_denormal_as_zero"])
-        return real(path, device, feeds, threads, precision, settings) if len(seen) <= 2 else 1.0
+        return real(path, device, feeds, threads, precision, settings, level) if len(seen) <= 2 else 1.0
 
     monkeypatch.setattr(trials, "_child", child)
     sides = [{"session.set_denormal_as_zero": "0"}, {"session.set_denormal_as_zero": "1"}]
@@ -139,6 +156,16 @@ def test_a_first_turn_without_a_difference_is_the_last(model: Path, monkeypatch:
     assert found.ratio == 1.5
     assert not found.gains(1.0)
     assert list(times) == [9.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["file", "a/b"])
+def test_an_input_may_have_any_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    renamed = onnx.load(str(model))
+    renamed.graph.input[0].name = renamed.graph.node[0].input[0] = name
+    onnx.save(renamed, str(tmp_path / "named.onnx"))
+    monkeypatch.setattr(trials, "_FEW_TURNS", 1)
+    found = in_processes(tmp_path / "named.onnx", "ort:cpu", {name: FEEDS["x"]}, 1, "fp32", [{}, {}], 0.0)
+    assert found is not None
 
 
 def test_a_process_that_fails_gives_nothing(model: Path) -> None:

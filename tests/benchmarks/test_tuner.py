@@ -3,6 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from deploykit.benchmarks.arena import ProcessArena
+from deploykit.benchmarks.plan import Candidate, Settings
+from deploykit.benchmarks.statistics import busy_ns
 from deploykit.benchmarks.tuner import Config, LostError, Stage, search, stages_for, thread_counts
 from deploykit.machine import inspect_machine
 
@@ -152,3 +155,96 @@ def test_what_the_budget_does_not_reach_is_said():
     found = search(Config(40), [threads(*range(1, 41))], arena, 8, clock=arena.clock)
     assert any(t.status.startswith("not tried") for t in found.trials)
     assert found.spent_s < 12
+
+
+def in_flight(*counts):
+    return Stage("parallelism", (tuple(lambda base, n=n: Config(1, sessions=2, concurrency=n) for n in counts),))
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(1.0, 2), (0.996, 2), (1.03, 2), (0.85, 4)])
+def test_more_requests_in_flight_have_to_gain_something(gain, chosen):
+    """Both are twice as fast as the base, in turns with a noise of 10 %: which of them ranks first is chance."""
+    paces, right = {1: 2.0, 2: 1.0, 4: gain}, 0
+    for seed in range(30):
+        arena = FakeArena(lambda c: paces[c.concurrency], 0.1, seed=seed)
+        found = search(Config(2), [in_flight(2, 4)], arena, 15, clock=arena.clock)
+        right += found.chosen.concurrency == chosen
+        assert [t.config for t in found.trials if t.kept] == [found.chosen]
+    assert right >= 27
+
+
+def test_the_smaller_batch_is_kept_where_a_larger_one_gains_nothing():
+    sizes = Stage("batch", (tuple(lambda base, n=n: replace(base, batch=n) for n in (1, 8, 16, 32)),))
+    arena = FakeArena(lambda c: {1: 2.0, 8: 1.004, 16: 1.002, 32: 1.0}[c.batch], 0.02)
+    assert search(Config(2), [sizes], arena, 60, clock=arena.clock).chosen.batch == 8
+
+
+def simulated(senders, lanes, seconds, rng):
+    """A block as `concurrent_loop` sends it: requests of about 10 ms that share some lanes evenly."""
+    left = {sender: 10e6 * rng.uniform(0.9, 1.1) for sender in range(senders)}
+    now, ends, count = 0.0, [], 0
+    while left:
+        rate = min(1.0, lanes / len(left))
+        first = min(left, key=left.get)
+        taken = left[first]
+        now, count = now + taken / rate, count + 1
+        left = {sender: work - taken for sender, work in left.items()}
+        if now < seconds * 1e9:
+            left[first] = 10e6 * rng.uniform(0.9, 1.1)
+        else:
+            del left[first]
+            ends.append(int(now))
+    return ends, count
+
+
+@pytest.mark.parametrize(("seconds", "gap"), [(0.03, 0.03), (0.15, 0.006)])
+def test_lanes_that_have_run_out_of_requests_are_not_slow(seconds, gap):
+    """Two lanes of 10 ms give a sample in 5 ms, in a block of any length, and however many are in flight."""
+    rng, by_wall = random.Random(0), {}
+    for senders in (2, 4):
+        blocks = [simulated(senders, 2, seconds, rng) for _ in range(2000)]
+        paces = [busy_ns(ends, 2) / count for ends, count in blocks]
+        assert sum(paces) / len(paces) == pytest.approx(5e6, rel=0.003)
+        by_wall[senders] = sum(max(ends) / count for ends, count in blocks) / len(blocks)
+    # By the wall, four in flight would look that much faster, and are not.
+    assert by_wall[2] / by_wall[4] > 1 + gap
+
+
+def test_lanes_are_sessions_times_streams():
+    assert Config(1, sessions=3).lanes == 3
+    assert Config(1).having(NUM_STREAMS=2).lanes == Config(1).having(NUM_STREAMS="2").lanes == 2
+    assert Config(1).having(NUM_STREAMS="AUTO").lanes == 1
+    assert busy_ns([7], 1) == busy_ns([5, 7], 1) == 7
+    assert busy_ns([5, 7], 2) == 6
+
+
+def test_a_turn_is_paced_by_the_lanes_at_work(tmp_path):
+    class Child:
+        def ask(self, do, **told):
+            return {"samples_ns": [10, 10, 20], "wall_ns": 20, "ends_ns": [10, 20]}
+
+    for by_wall, expected in ((True, 15 / 3), (False, 10)):
+        arena = ProcessArena(Candidate("m", "m", "ort:cpu", "", 0), Settings(), lambda n: [], tmp_path, by_wall=by_wall)
+        config = Config(1, sessions=2, concurrency=2, batch=2)
+        arena._live[config] = Child()
+        assert arena.turn(config, 0.1) == expected / 2
+
+
+@pytest.mark.parametrize(("device", "most"), [("ort:cpu", 1), ("openvino:cpu", 2)])
+def test_requests_of_onnx_runtime_take_no_more_cores_than_were_asked_for(device, most):
+    """Each works in its sender's thread."""
+    machine = replace(inspect_machine(), cores_allowed=8)
+    (stage, *_) = stages_for(device, "throughput", machine, native=False, batches=False, cores=2)
+    found = stage.around(Config(2))
+    assert max(c.concurrency / c.lanes for c in found) == most
+    (stage, *_) = stages_for(device, "throughput", machine, native=False, batches=False, cores=8)
+    assert max(c.concurrency / c.lanes for c in stage.around(Config(8))) == 2
+
+
+def test_loading_keeps_to_its_share_where_the_base_is_there_already():
+    """The second stage has what the first left of 40 s, and loads for half of it, half a second each."""
+    many = Stage("many", (tuple(lambda base, n=n: base.having(n=n) for n in range(100)),))
+    arena = FakeArena(lambda c: 1.0)
+    search(Config(2), [threads(2, 3), many], arena, 40, clock=arena.clock)
+    seconds = 0.5 * sum(bool(config.settings) for config in arena.loads)
+    assert 10 < seconds <= 20

@@ -22,7 +22,8 @@ from deploykit.errors import DataError, DeviceError
 from deploykit.explaining import explain_model, explanation_text, source_nodes
 from deploykit.machine import inspect_machine
 from deploykit.optimizers import StaticConfig, optimize
-from deploykit.runtimes import open_session
+from deploykit.runtimes import Device, open_session
+from deploykit.runtimes.base import NodePlacement, Placement
 from deploykit.specs import Feeds
 
 F32 = np.float32
@@ -57,7 +58,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         return FASTER
 
     def processes(
-        path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any, least: float
+        path: Path, device: str, feeds: Feeds, threads: int, precision: str, sides: Any, least: float, *, optimize: Any
     ) -> Trial:
         tried["processes"].append(sides)
         return FASTER
@@ -147,11 +148,30 @@ def test_a_healthy_int8_model_is_not_blamed(net: Any, tmp_path: Path, device: st
     data = Dataset.from_arrays({"x": RNG.standard_normal((8, 3, 32, 32)).astype(F32)})
     optimize(net(), StaticConfig(batch_size=1), target, check=lambda path: None, data=data,
              open_model=lambda path: open_session(path, threads=1).run)  # fmt: skip
-    found = explain_model(target, device, IMAGE)
+    here = inspect_machine()
+    modern = replace(here, flags=here.flags | {"vnni": True})  # without it, int8 is a finding of its own
+    found = explain_model(target, device, IMAGE, machine=modern)
     convolutions = {layer["name"]: layer for layer in found["layers"] if layer["name"] in ("stem", "body")}
     assert {layer["precision"] for layer in convolutions.values()} == {"int8"}
     assert [layer["macs"] for layer in convolutions.values()].count(None) == 0
     assert kinds(found) <= {"copies"}
+
+
+def test_a_model_is_explained_at_the_level_it_is_run_with(net: Any) -> None:
+    names = {level: {n["name"] for n in explain_model(net(), "ort:cpu", IMAGE, optimize=level)["layers"]}
+             for level in (True, False)}  # fmt: skip
+    assert "stem_relu" in names[False]
+    assert "stem_relu" not in names[True]
+
+
+@pytest.mark.parametrize(
+    ("target", "places", "wanted"),
+    [("AUTO:GPU,CPU", ["CPU"], "GPU"), ("AUTO:GPU,CPU", ["GPU.0"], "GPU.0"), ("AUTO:-GPU", ["CPU"], "asked"),
+     ("BATCH:GPU(4)", ["GPU.0"], "GPU.0"), ("MULTI:-GPU,NPU", ["NPU"], "NPU"), ("CPU", ["CPU"], "asked")],
+)  # fmt: skip
+def test_what_a_virtual_device_should_run_on(target: str, places: list[str], wanted: str) -> None:
+    placement = Placement("asked", tuple(NodePlacement("n", "Conv", place, "float32", 1.0) for place in places))
+    assert explaining._wanted(Device("openvino", target), placement) == wanted
 
 
 def test_an_ir_has_kernels_for_layers_and_says_so(net: Any, tmp_path: Path) -> None:
@@ -163,9 +183,10 @@ def test_an_ir_has_kernels_for_layers_and_says_so(net: Any, tmp_path: Path) -> N
     assert "layers are kernels" in found["notes"][0]
 
 
-def test_feeds_that_do_not_fit_are_an_error_of_ours(net: Any) -> None:
+@pytest.mark.parametrize("feeds", [{"x": IMAGE["x"][0]}, {"wrong": IMAGE["x"], "other": IMAGE["x"]}])
+def test_feeds_that_do_not_fit_are_an_error_of_ours(net: Any, feeds: Feeds) -> None:
     with pytest.raises(DataError):
-        explain_model(net(), "ort:cpu", {"wrong": IMAGE["x"]})
+        explain_model(net(), "ort:cpu", feeds)
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"precision": "fp64"}])
@@ -370,7 +391,8 @@ def test_subnormal_weights_are_counted_and_tried(net: Any, quick: dict[str, list
 
 def test_a_session_that_flushes_already_is_not_told_to(net: Any, quick: dict[str, list[Any]]) -> None:
     path = net(scale=1e-39)
-    explain_model(path, "ort:cpu", IMAGE, settings={"session.set_denormal_as_zero": "1"})
+    for yes in ("1", True):
+        explain_model(path, "ort:cpu", IMAGE, settings={"session.set_denormal_as_zero": yes})
     assert quick["processes"] == []
 
 
@@ -393,6 +415,10 @@ def test_a_busy_neighbour_is_named_and_spinning_tried(
     assert only(found, "loaded-machine")["severity"] == "medium"
     assert found["peak"]["loaded"] is True
     assert len(quick["turns"]) == 1
+    for no in ("0", False):
+        settings = {"session.intra_op.allow_spinning": no}
+        explain_model(net(), "ort:cpu", IMAGE, machine=machine, settings=settings)
+    assert len(quick["turns"]) == 1
     gaining(monkeypatch)
     cure = only(explain_model(net(), "ort:cpu", IMAGE, machine=machine), "spinning-threads")["cure"]
     assert "settings={'session.intra_op.allow_spinning': '0'}" in cure
@@ -406,6 +432,21 @@ def test_moved_bytes_are_those_of_the_tensors_and_weights(build: Any, save: Any,
     assert (layer["name"], layer["bytes"]) == ("p", 4 * (4 * 8 + 8 * 16 + 4 * 16))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_of_a_table_only_the_rows_that_are_looked_up_are_moved(
+    build: Any, save: Any, tmp_path: Path, device: str
+) -> None:
+    model = build([helper.make_node("Gather", ["table", "x"], ["rows"], name="look"),
+                   helper.make_node("MatMul", ["rows", "w"], ["y"], name="p")],
+                  {"x": [4]}, {"y": [4, 16]}, {"table": normal(5000, 8), "w": normal(8, 16)})  # fmt: skip
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    path = save(model, tmp_path)
+    (look,) = (node for node in source_nodes(path, {}) if node.name == "look")
+    assert look.moved_bytes == 2 * 4 * 4 * 8 + 4 * 8
+    found = {layer["name"]: layer["bytes"] for layer in explain_model(path, device, {"x": np.arange(4)})["layers"]}
+    assert 2 * 4 * 4 * 8 <= found["look"] <= 2 * 4 * 4 * 8 + 4 * 8
+
+
 # --- in a benchmark ---------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +458,7 @@ def test_candidates_with_other_outputs_are_left_out_and_failures_are_notes(monke
     asked: list[Any] = []
 
     def explain(path: str, device: str, feeds: Any, **options: Any) -> dict[str, Any]:
-        asked.append((path, device, options["precision"], options["threads"]))
+        asked.append((path, device, options["precision"], options["threads"], options["optimize"]))
         if path == "crash":
             raise InferenceError("it crashed")
         return {"findings": []}
@@ -425,13 +466,14 @@ def test_candidates_with_other_outputs_are_left_out_and_failures_are_notes(monke
     monkeypatch.setattr(explaining, "explain_model", explain)
     names = ["good", "wrong", "crash", "refused"]
     candidates = [Candidate(n, n, "ort:cpu", "", 0, "native" if n == "good" else None) for n in names]
+    candidates[-1] = replace(candidates[-1], optimize="basic")
     told = Progress()
     found = explaining.explain_candidates(
         candidates, ["ok", "wrong outputs: cosine", "ok", "failed: no"], [], threads=3, precision="fp32", progress=told
     )
     assert list(found) == ["good on ort:cpu", "refused on ort:cpu"]
-    assert asked[0] == ("good", "ort:cpu", "native", 3)
-    assert asked[1:] == [("crash", "ort:cpu", "fp32", 3), ("refused", "ort:cpu", "fp32", 3)]
+    assert asked[0] == ("good", "ort:cpu", "native", 3, True)
+    assert asked[1:] == [("crash", "ort:cpu", "fp32", 3, True), ("refused", "ort:cpu", "fp32", 3, "basic")]
     assert told.notes == ["crash on ort:cpu is not explained: it crashed"]
 
 

@@ -63,6 +63,8 @@ def test_levels(net: Path, level: Any) -> None:
         ({"use_arena": 1}, "has no option 'use_arena'"),
         ({"intra_op_num_thread": 1}, "did you mean 'intra_op_num_threads'"),
         ({"session.set_denormals_as_zero": "1"}, "did you mean 'session.set_denormal_as_zero'"),
+        ({"session.set_denormal": "1"}, "has no setting 'session.set_denormal'"),
+        ({"session.intra_op": "1"}, "would ignore it"),
     ],
 )
 def test_wrong_settings_say_what_is_right(net: Path, settings: dict[str, Any], word: str) -> None:

@@ -90,6 +90,32 @@ def test_auto_does_not_fall_back() -> None:
     assert only["DEVICE_PROPERTIES"] == {"GPU": {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "THROUGHPUT"}}
 
 
+def test_a_device_that_auto_shall_leave_out_gets_no_settings() -> None:
+    core: Any = Hardware(CPU=["FP32", "INT8"], GPU=["FP32", "FP16", "INT8"])
+    found = made(core, "openvino:auto:-gpu", threads=2)
+    assert found["DEVICE_PROPERTIES"].keys() == {"CPU"}
+    assert found["DEVICE_PROPERTIES"]["CPU"]["INFERENCE_NUM_THREADS"] == 2
+
+
+def test_the_first_device_of_a_kind_goes_by_two_names(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Numbered:
+        def __init__(self, compiled: Any) -> None:
+            self._compiled = compiled
+
+        def get_property(self, name: str) -> Any:
+            return ["CPU.0"] if name == "EXECUTION_DEVICES" else self._compiled.get_property(name)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._compiled, name)
+
+    with open_session(net, "openvino:cpu", threads=1) as session:
+        real = session._compile  # type: ignore[attr-defined]
+        monkeypatch.setattr(session, "_compile", lambda core, config: Numbered(real(core, config)))
+        placement = session.placement(IMAGE)
+    assert placement.asked == "CPU.0"
+    assert placement.share_of_nodes == 1.0
+
+
 def test_single_precision_where_there_is_none() -> None:
     core: Any = Hardware(CPU=["FP32"], NPU=["FP16", "INT8"])
     with pytest.raises(DeviceError, match="native"):

@@ -203,6 +203,29 @@ def test_threads_and_precision_belong_to_the_process(program: Path) -> None:
         torch.set_float32_matmul_precision(before[1])
 
 
+def test_a_session_keeps_its_precision_where_an_older_one_is_closed(program: Path) -> None:
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_num_threads(2)
+    try:
+        one = open_session(program, EAGER, threads=1)
+        one.run(feeds())
+        two = open_session(program, EAGER, threads=1)
+        one.close()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cudnn.allow_tf32 is False
+        two.run(feeds())
+        two.close()
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32 is True
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.backends.cudnn.allow_tf32 = before[2]
+
+
 def test_other_types_and_mutated_inputs(tmp_path: Path) -> None:
     class Types(nn.Module):
         def forward(self, ids: Any, half: Any, brain: Any) -> Any:
@@ -288,6 +311,24 @@ def test_programs_that_need_unpickling_are_refused(program: Path, tmp_path: Path
         with pytest.raises(ModelError, match="could run code"):
             call()
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("damage", ["deflated", "list", "words"])
+def test_damaged_archives_are_an_error_of_ours(program: Path, tmp_path: Path, damage: str) -> None:
+    bad = tmp_path / "bad.pt2"
+    texts = {"list": b"[]", "words": b'{"config": ["weight_0"]}'}
+    with zipfile.ZipFile(program) as old, zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            wrong = name.endswith("_config.json") and damage in texts
+            new.writestr(name, texts[damage] if wrong else old.read(name))
+        inputs = next(info for info in new.infolist() if info.filename.endswith(".pt"))
+        begins = inputs.header_offset + 30 + len(inputs.filename)
+    if damage == "deflated":
+        content = bytearray(bad.read_bytes())
+        content[begins : begins + 40] = b"\xff" * 40
+        bad.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged"):
+        open_session(bad, EAGER)
 
 
 def test_files_of_another_kind(program: Path, net: Path, tmp_path: Path) -> None:
