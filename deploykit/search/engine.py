@@ -24,7 +24,7 @@ from deploykit.search.fleet import Station, stations_of, stop
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Executor
 from deploykit.search.judging import Judging, drop_missed
-from deploykit.search.machines import machine_of
+from deploykit.search.machines import Node, machine_of
 from deploykit.search.sharing import calibrate_in_parts, shares
 from deploykit.search.state import Event, Phase, Place, Seat, Variant, first_place
 from deploykit.search.tasks import Tasks
@@ -95,7 +95,8 @@ class Search:
         self._scratch = scratch
         self._run = run
         homes = stations_of(executor)
-        self._home, self._others = (homes[0], homes[1:]) if homes else (None, [])
+        self._home: Node | None = homes[0] if homes else None
+        self._others = homes[1:]
         self._tasks = Tasks(wish, self.variants, run, node=self._home)
         self._judging = Judging(wish, self._tasks, self._crew, told, clock)
         self.fleet: list[Station] = []

@@ -216,11 +216,8 @@ class Timing:
             if "median_ms" not in entry:
                 seat.drop("decide", entry["status"])
                 continue
-            against = (
-                entry["against_reference"]
-                if number
-                else {"verdict": "reference", "ratio": 1.0, "low": 1.0, "high": 1.0}
-            )
+            itself = {"verdict": "reference", "ratio": 1.0, "low": 1.0, "high": 1.0}
+            against: dict[str, Any] = entry["against_reference"] if number else itself
             if seat.decision is not None and against["ratio"] < 1:
                 continue  # the exported model with settings that did not help
             kept = ("median_ms", "p90_ms", "p99_ms", "throughput_per_s", "peak_memory_bytes")
