@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import deploykit
+from deploykit.artifact import sha256_of
 from deploykit.data import Dataset
 from deploykit.errors import DataError, JobTimeoutError, WorkerError
 from deploykit.optimizers import StaticConfig
@@ -23,6 +28,8 @@ from deploykit.search.machines import machine_of
 from deploykit.search.ray_executor import RESOURCE, RayExecutor
 from deploykit.search.shards import STATE, cut, merge_job, shard_job
 
+MARK = "DEPLOYKIT_TESTS_CLUSTER"
+
 
 @pytest.fixture(scope="module")
 def cluster(deeds_can_be_found):
@@ -31,6 +38,7 @@ def cluster(deeds_can_be_found):
     home = str(Path(ray_executor.deploykit.__file__).parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, before]))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ[MARK] = str(os.getpid())
     from ray.cluster_utils import Cluster
 
     found = Cluster(
@@ -220,6 +228,46 @@ with RayExecutor(address) as executor:
     executor.submit(Job("deeds:die", {"seen": str(root / "seen"), "deaths": 1, "above": 2}), root / "second").result()
 print(np.load(root / "first" / "made" / "twice.npy").sum())
 """
+
+
+def working():
+    """Processes that do jobs for us on the nodes of this module's cluster."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command, mark = (process / "cmdline").read_bytes(), f"{MARK}={os.getpid()}".encode()
+            if b"deploykit.search.guard" in command and mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def test_a_search_finds_the_winner_of_this_machine_though_a_worker_is_killed(cluster, digits_net, tmp_path, tools):
+    """The same file, from ranges that both nodes found parts of; by size, because no two timings are the same."""
+    killed = []
+
+    def kill(event):
+        if event.kind == "phase" and event.text == "make":
+
+            def strike():
+                killed.append(max(tools.wait_for(working)))
+                os.kill(killed[0], signal.SIGKILL)
+
+            threading.Thread(target=strike).start()
+
+    asked = {
+        "data": digits_net.with_name("calib.npz"), "min_agreement": 0.9, "objective": "size",
+        "schemes": ("static", "fp16"), "devices": ("ort:cpu",), "tune": False, "budget_s": 25.0, "cache": False,
+    }  # fmt: skip
+    told = tools.Told()
+    far = deploykit.optimize(
+        digits_net, tmp_path / "far", executor=RayExecutor(cluster.address, progress=told), shards=4,
+        on_event=kill, **asked,
+    )  # fmt: skip
+    assert killed and any("is done again" in note for note in told.notes)
+    here = deploykit.optimize(digits_net, tmp_path / "here", **asked)
+    assert far.document["winner"] == here.document["winner"] == "front/static"
+    assert sha256_of(far.artifact.model_path) == sha256_of(here.artifact.model_path)
+    assert far.artifact.manifest.lineage[-2].params["samples"] == here.artifact.manifest.lineage[-2].params["samples"]
 
 
 def test_over_the_network(cluster, executor, tmp_path, tools):
