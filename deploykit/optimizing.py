@@ -57,7 +57,7 @@ class Result:
     @property
     def interrupted(self) -> bool:
         """Whether an interrupt ended the search; the best so far is there."""
-        return self.document["state"] == "interrupted"
+        return bool(self.document["state"] == "interrupted")
 
     def open(self) -> Session:
         """The winner in a session, with the settings that were found for it.

@@ -213,7 +213,7 @@ class Timing:
             if "median_ms" not in entry:
                 seat.drop("decide", entry["status"])
                 continue
-            against = (
+            against: dict[str, Any] = (
                 entry["against_reference"]
                 if number
                 else {"verdict": "reference", "ratio": 1.0, "low": 1.0, "high": 1.0}

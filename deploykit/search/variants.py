@@ -68,7 +68,7 @@ def mended(wish: Wish, missed: Variant) -> Variant:
     drop = f"{100 * goal.drop:g}%" if goal.relative else goal.drop
     asked: dict[str, Any] = {"metric": goal.metric, "max_drop": drop} if goal.metric else {}
     asked |= {"min_sqnr": goal.min_sqnr_db, "min_agreement": goal.min_agreement, "output_name": goal.output}
-    table = missed.table | {k: v for k, v in asked.items() if v is not None}
+    table = dict(missed.table) | {k: v for k, v in asked.items() if v is not None}
     return Variant(f"{missed.name}-mixed", f"{missed.about}, mended until it keeps the target", missed.parent, table)
 
 
