@@ -95,12 +95,12 @@ def test_a_search_finds_what_it_says(digits_net: Path, held_out: Path, tmp_path:
 
     again = deploykit.optimize(digits_net, tmp_path / "again", **asked)
     first, second = jobs(document), jobs(again.document)
-    for name in ("export", "graphs", "make", "judge"):
-        assert first[name] == (second[name][0], 0), name
-        assert second[name][0] == second[name][1] > 0 or name == "judge", name
-    # What the budget did not reach the first time may be reached now.
-    short = "the budget" in json.dumps([document["tried"], document["notes"]])
-    for name in ("screen", "tune", "decide"):
+    for name in ("export", "graphs", "make"):
+        assert first[name][1] == 0, name
+        assert second[name][1] >= first[name][0], name
+    # What the budget did not reach the first time may be reached now, and then others are judged and timed beside it.
+    short = any(word in json.dumps([document["tried"], document["notes"]]) for word in ("the budget", "took longer"))
+    for name in ("judge", "screen", "tune", "decide"):
         assert second[name] == (first[name][0], first[name][0]) or short, name
     assert again.artifact.model_path.read_bytes() == winner.model_path.read_bytes()
     assert made_again(tmp_path / "best", tmp_path / "made").model_path.read_bytes() == winner.model_path.read_bytes()
