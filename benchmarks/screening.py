@@ -30,6 +30,8 @@ _TURN_S, _WARM_S, _SHORTEST_S = 0.2, 0.2, 0.05
 _FIRST_TURNS, _MOST_TURNS = 4, 16
 # Behind the best by this many standard errors of the difference, beyond doubt.
 _BEHIND = 3.0
+# Of a group's time, this may go into loading: something has to be known of those that were loaded.
+_LOADING = 0.6
 # What the first turns may take beyond the time where loading took all of it.
 _LATE_S = 2.0
 _UNKNOWN = math.log(1000)
@@ -77,6 +79,7 @@ class Screened:
         if self.gains:
             # One turn says nothing about how much turns differ.
             spread = student_975(len(self.gains) - 1) * self.error if len(self.gains) > 1 else _UNKNOWN
+            spread = min(spread, _UNKNOWN)
             found |= {
                 "ratio": math.exp(self.value), "low": math.exp(self.value - spread),
                 "high": math.exp(self.value + spread), "pace_ms": float(np.median(self.paces_ns)) / 1e6,
@@ -132,8 +135,8 @@ def screen(
                 for number in waiting:
                     found[number].status = "not tried: the budget is too small"
                 break
-            began, group = len(waiting), list[int]()
-            while waiting and (not group or ring.fits()) and clock() < deadline:
+            began, group, loaded = len(waiting), list[int](), clock() + _LOADING * left
+            while waiting and (not group or ring.fits()) and clock() < loaded:
                 told.advance(len(found) - len(waiting), len(found), "candidates loaded")
                 number = waiting.pop(0)
                 if waiting and ring.fits():

@@ -21,7 +21,8 @@ from deploykit.search.wish import Wish
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
 _START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.2, 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
-_DECISIONS_SHARE = 0.6  # of the time after the screening; the other phases have theirs
+# Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
+_DECISIONS_SHARE, _LENT = 0.66, 0.4
 _LEAST_TUNING_S = 2.0
 GRACE_S = 5.0
 
@@ -138,7 +139,7 @@ class Timing:
         left = self._began + self.wish.budget_s - until
         if plan(_DECISIONS_SHARE * left, 1, timed_by_wall(self.wish.objective))[1]:
             return until
-        return until + max(0.0, _DECISIONS_SHARE * left)
+        return until + max(0.0, _LENT * left)
 
     def _end(self) -> float:
         """When the budget ends; a job that is asked for stops by itself before, this is for one that hangs."""

@@ -63,7 +63,8 @@ def jobs(document: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def test_a_search_finds_what_it_says(digits_net: Path, held_out: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {
         "data": digits_net.with_name("calib.npz"), "eval_data": held_out, "metric": "accuracy", "max_drop": DROP,
-        "budget_s": 40.0, "cache": tmp_path / "cache", "schemes": ("static",),
+        "budget_s": 32.0, "cache": tmp_path / "cache", "schemes": ("static",),
+        "max_size_mb": 0.04,  # the network has 0.05: how fast what is, this machine's load may decide
     }  # fmt: skip
     events: list[Any] = []
     result = deploykit.optimize(digits_net, tmp_path / "best", on_event=events.append, **asked)
@@ -82,6 +83,7 @@ def test_a_search_finds_what_it_says(digits_net: Path, held_out: Path, tmp_path:
     assert (told["value"], told["parent"]) == pytest.approx((after, before), abs=2 / 597)
 
     winner = Artifact.open(tmp_path / "best")
+    assert [step.step for step in winner.manifest.lineage] == ["export", "quantize-static", "optimize"]
     assert winner.path == tmp_path / "best" / document["winner"]
     assert winner.manifest.lineage[-1].step == "optimize"
     assert {e["kind"] for e in winner.manifest.evidence.benchmark if "kind" in e} <= {"decision", "screening"}
@@ -93,12 +95,12 @@ def test_a_search_finds_what_it_says(digits_net: Path, held_out: Path, tmp_path:
 
     again = deploykit.optimize(digits_net, tmp_path / "again", **asked)
     first, second = jobs(document), jobs(again.document)
-    for name in ("export", "graphs", "make", "judge"):
-        assert first[name] == (second[name][0], 0), name
-        assert second[name][0] == second[name][1] > 0 or name == "judge", name
-    # What the budget did not reach the first time may be reached now.
-    short = "the budget" in json.dumps([document["tried"], document["notes"]])
-    for name in ("screen", "tune", "decide"):
+    for name in ("export", "graphs", "make"):
+        assert first[name][1] == 0, name
+        assert second[name][1] >= first[name][0], name
+    # What the budget did not reach the first time may be reached now, and then others are judged and timed beside it.
+    short = any(word in json.dumps([document["tried"], document["notes"]]) for word in ("the budget", "took longer"))
+    for name in ("judge", "screen", "tune", "decide"):
         assert second[name] == (first[name][0], first[name][0]) or short, name
     assert again.artifact.model_path.read_bytes() == winner.model_path.read_bytes()
     assert made_again(tmp_path / "best", tmp_path / "made").model_path.read_bytes() == winner.model_path.read_bytes()
