@@ -21,6 +21,7 @@ from deploykit.modelfile import read_model
 from deploykit.models import load_model
 from deploykit.progress import Progress
 from deploykit.search.crew import NOT_TRIED, Crew
+from deploykit.search.fitting import check_fit
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Executor
 from deploykit.search.state import Event, Phase, Place, Seat, Variant, first_place
@@ -105,10 +106,13 @@ class Search:
         """Search until the budget is spent, or nothing is left to find out.
 
         Raises:
+            DataError: The data do not fit the model.
             DeploykitError: There is nothing to search: the source cannot be exported, or nothing runs.
         """
         with self._phase("export"):
             first = self._export()
+            assert first.path is not None
+            check_fit(Artifact.open(first.path).signature, self.wish.data, self.wish.eval_data)
         self._seat(first)
         self._note_best()
         with self._phase("graphs") as until:

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.artifact import Artifact, Evidence, StepRecord
-from deploykit.errors import BenchmarkError, OptimizationError, SearchError
+from deploykit.errors import BenchmarkError, DataError, JobTimeoutError, OptimizationError, SearchError
 from deploykit.goals import Goal
 from deploykit.progress import Progress
 from deploykit.schemes import SCHEMES
@@ -96,7 +96,7 @@ class Scripted:
         future: Future[Done] = Future()
         try:
             value = getattr(self, f"_{deed}")(job, folder)
-        except (OptimizationError, BenchmarkError, RuntimeError) as exc:
+        except (OptimizationError, BenchmarkError, JobTimeoutError, RuntimeError) as exc:
             future.set_exception(exc)
         else:
             future.set_result(Done(value, folder, 1.0))
@@ -489,3 +489,17 @@ def test_what_was_screened_only_is_called_that(run: Any) -> None:
     (entry,) = [e for e in outcome.document()["front"] if e["name"] == "static"]
     assert entry["decided"] is True
     assert ratio_text(entry).endswith("]")
+
+
+def test_data_that_do_not_fit_end_the_search_after_the_export(run: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", x=np.zeros((4, 3), np.float32))
+    with pytest.raises(DataError, match=r"wide\.npz: 'x' has shape"):
+        run(wish={"eval_data": str(tmp_path / "wide.npz")})
+
+
+def test_the_headline_does_not_claim_what_was_not_found_out(run: Any) -> None:
+    late = JobTimeoutError("static took longer than 3 s and was ended")
+    outcome, _, search = run(fails={"static": late})
+    reason = "not finished: the budget is too small (static took longer than 3 s and was ended)"
+    assert search.variants["static"].dropped == {"phase": "make", "reason": reason}
+    assert "nothing that is right was faster, but the budget did not reach 1 candidate" in outcome.headline
