@@ -78,8 +78,9 @@ class Crew:
         try:
             done = future.result()
         except DeploykitError as exc:
-            self.failures.append({"label": job.label, "error": str(exc)})
-            return SearchError(f"{NOT_FINISHED} ({exc.what})") if isinstance(exc, JobTimeoutError) else exc
+            told = str(exc).removeprefix(f"{job.label}: ").removeprefix(f"{job.label} ")
+            self.failures.append({"label": job.label, "error": told})
+            return SearchError(f"{NOT_FINISHED} ({told})") if isinstance(exc, JobTimeoutError) else exc
         except RuntimeError as exc:  # a bug of ours in one job must not take the others with it, nor be hidden
             last = str(exc).strip().splitlines()[-1]
             self.failures.append({"label": job.label, "error": str(exc)})

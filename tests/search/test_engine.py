@@ -500,6 +500,7 @@ def test_data_that_do_not_fit_end_the_search_after_the_export(run: Any, tmp_path
 def test_the_headline_does_not_claim_what_was_not_found_out(run: Any) -> None:
     late = JobTimeoutError("static took longer than 3 s and was ended")
     outcome, _, search = run(fails={"static": late})
-    reason = "not finished: the budget is too small (static took longer than 3 s and was ended)"
+    reason = "not finished: the budget is too small (took longer than 3 s and was ended)"
+    assert search.failures == [{"label": "static", "error": "took longer than 3 s and was ended"}]
     assert search.variants["static"].dropped == {"phase": "make", "reason": reason}
     assert "nothing that is right was faster, but the budget did not reach 1 candidate" in outcome.headline
