@@ -21,7 +21,7 @@ from deploykit.modelfile import read_model
 from deploykit.models import load_model
 from deploykit.progress import Progress
 from deploykit.search.crew import NOT_TRIED, Crew
-from deploykit.search.fitting import check_fit
+from deploykit.search.fitting import check_batch, check_fit
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Executor
 from deploykit.search.state import Event, Phase, Place, Seat, Variant, first_place
@@ -112,7 +112,9 @@ class Search:
         with self._phase("export"):
             first = self._export()
             assert first.path is not None
-            check_fit(Artifact.open(first.path).signature, self.wish.data, self.wish.eval_data)
+            signature = Artifact.open(first.path).signature
+            check_fit(signature, self.wish.data, self.wish.eval_data)
+            check_batch(signature, self.wish.batch)
         self._seat(first)
         self._note_best()
         with self._phase("graphs") as until:

@@ -34,6 +34,17 @@ def check_labels(source: str, goal: Goal) -> None:
         raise DataError(f"{source}: labels are {labels.dtype}", expected="integer classes")
 
 
+def check_batch(signature: Signature, batch: int) -> None:
+    """Refuse a number of samples in a request that the model does not take; 1 stands for what it takes.
+
+    Raises:
+        DataError: Its batch is another, and fixed.
+    """
+    fixed = next((s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)), None)
+    if fixed is not None and batch not in (1, fixed):
+        raise DataError(f"batch {batch} for a model whose batch is fixed to {fixed}", hint="leave --batch out")
+
+
 def check_fit(signature: Signature, *sources: str | None) -> None:
     """Refuse data whose first rows the model does not take.
 

@@ -144,7 +144,7 @@ class Output:
         try:
             found = json.loads((self.path / DOCUMENT).read_text(encoding="utf-8"))
             same, state, run = found["wish"] == self._wish, found["state"], str(found["run"])
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
             raise OutputExistsError(
                 f"{self.path} was not left by a search", hint="choose another -o, or leave --resume out"
             ) from exc

@@ -10,7 +10,7 @@ import pytest
 
 from deploykit.errors import DataError
 from deploykit.goals import Goal
-from deploykit.search.fitting import check_fit, check_labels
+from deploykit.search.fitting import check_batch, check_fit, check_labels
 from deploykit.specs import Signature, TensorSpec
 
 X, Y = TensorSpec("x", "float32", ("n", 2)), TensorSpec("y", "float32", ("n", 2))
@@ -48,3 +48,12 @@ def test_labels_that_a_metric_needs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels are float32; expected integer classes"):
         check_labels(written(tmp_path, x=ROWS, labels=np.zeros(4, np.float32)), Goal(metric="accuracy"))
     check_labels(written(tmp_path, x=ROWS, labels=np.zeros(4, np.int64)), Goal(metric="accuracy"))
+
+
+def test_requests_of_another_size_than_the_model_takes() -> None:
+    fixed = Signature((TensorSpec("x", "float32", (8, 2)),), (Y,))
+    check_batch(fixed, 1)
+    check_batch(fixed, 8)
+    check_batch(Signature((X,), (Y,)), 4)
+    with pytest.raises(DataError, match="batch 4 for a model whose batch is fixed to 8; leave --batch out"):
+        check_batch(fixed, 4)

@@ -79,3 +79,10 @@ def test_what_a_kill_left_half_written_is_removed_when_the_search_goes_on(tmp_pa
     (tmp_path / "best" / ".optimize.json.tmp-1").write_text("{")
     with Output(tmp_path / "best", WISH, resume=True):
         assert not (tmp_path / "best" / ".optimize.json.tmp-1").exists()
+
+
+def test_a_document_that_nests_too_deeply_was_not_left_by_a_search(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "optimize.json").write_text("[" * 100_000)
+    with pytest.raises(OutputExistsError, match="not left by a search"), Output(tmp_path / "best", WISH, resume=True):
+        pass
