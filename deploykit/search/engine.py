@@ -115,6 +115,9 @@ class Search:
             signature = Artifact.open(first.path).signature
             check_fit(signature, self.wish.data, self.wish.eval_data)
             check_batch(signature, self.wish.batch)
+        spent = self.spent_s()
+        if spent > self.wish.budget_s / 2:
+            self.told.note(f"the export took {spent:.0f} s of {self.wish.budget_s:g} s: a larger --budget finds more")
         self._seat(first)
         self._note_best()
         with self._phase("graphs") as until:

@@ -504,3 +504,10 @@ def test_the_headline_does_not_claim_what_was_not_found_out(run: Any) -> None:
     assert search.failures == [{"label": "static", "error": "took longer than 3 s and was ended"}]
     assert search.variants["static"].dropped == {"phase": "make", "reason": reason}
     assert "nothing that is right was faster, but the budget did not reach 1 candidate" in outcome.headline
+
+
+def test_an_export_that_takes_the_budget_is_said(run: Any) -> None:
+    _, _, search = run(takes={"export": 60.0})
+    assert "the export took 60 s of 100 s: a larger --budget finds more" in search.told.notes
+    _, _, search = run()
+    assert not any("a larger --budget" in note for note in search.told.notes)
