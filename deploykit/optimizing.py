@@ -21,6 +21,7 @@ from deploykit.runtimes import Device, Session, open_session
 from deploykit.schemes import choose_schemes
 from deploykit.search.document import Outcome, fleet_front, fleet_outcomes, machine_rows, sealed_of
 from deploykit.search.engine import Search
+from deploykit.search.fitting import check_labels
 from deploykit.search.output import DOCUMENT, PAGE, RECIPE, REPORT, SETTINGS, Output
 from deploykit.search.state import Event, Seat
 from deploykit.search.wish import Limits, Wish
@@ -160,6 +161,8 @@ def optimize(
     for source in (data, eval_data):
         if source is not None:
             Dataset.open(source)  # said now, and not after minutes
+    if eval_data is not None:
+        check_labels(str(eval_data), goal)
     if goal.asked and data is None and eval_data is None:
         raise DataError("a target needs real data", hint="add --eval DATA or --data DATA")
     parse_targets(contract)

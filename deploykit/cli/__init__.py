@@ -19,7 +19,7 @@ _COMMANDS = {
     "export": "Turn a model into a verified ONNX artifact.",
     "simplify": "Simplify the graph, compared with its parent.",
     "fuse": "Fuse nodes, where that is right and faster.",
-    "quantize": "Quantize to 8 bits: dynamic or static.",
+    "quantize": "Fewer bits for weights, activations or both; sweep and repair.",
     "optimize": "Find the best deployment: export, quantize, tune and measure, under a target and a budget.",
     "apply": "Apply a step of another installed distribution, compared with its parent.",
     "verify": "Compare a model with another, or with its own golden outputs.",

@@ -33,7 +33,7 @@ from deploykit.cli.quantize_options import target_options
 @click.option("--max-size-mb", type=click.FloatRange(0, min_open=True), metavar="MB", help="Most of model and weights.")
 @click.option(
     "--budget", "budget_s", type=common.seconds, default="10m", show_default=True, metavar="TIME",
-    help="For all of it: 90s, 10m, 1h.",
+    help="For all of it: 90s, 10m, 1h; only the export takes as long as it takes.",
 )  # fmt: skip
 @common.device_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples in one request.")

@@ -8,11 +8,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from pathlib import Path
 
-from deploykit.errors import DeploykitError, SearchError
+from deploykit.errors import DeploykitError, JobTimeoutError, SearchError
 from deploykit.progress import Progress
 from deploykit.search.jobs import Done, Executor, Job
 
 NOT_TRIED = "not tried: the budget is too small"
+NOT_FINISHED = "not finished: the budget is too small"
 _SHORTEST_S = 0.5
 
 
@@ -77,8 +78,9 @@ class Crew:
         try:
             done = future.result()
         except DeploykitError as exc:
-            self.failures.append({"label": job.label, "error": str(exc)})
-            return exc
+            told = str(exc).removeprefix(f"{job.label}: ").removeprefix(f"{job.label} ")
+            self.failures.append({"label": job.label, "error": told})
+            return SearchError(f"{NOT_FINISHED} ({told})") if isinstance(exc, JobTimeoutError) else exc
         except RuntimeError as exc:  # a bug of ours in one job must not take the others with it, nor be hidden
             last = str(exc).strip().splitlines()[-1]
             self.failures.append({"label": job.label, "error": str(exc)})

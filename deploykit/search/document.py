@@ -15,6 +15,7 @@ from deploykit.errors import SearchError
 from deploykit.recipe import Recipe, dump
 from deploykit.runtimes.settings import RuntimeSettings
 from deploykit.search.choice import badness, overlap, pareto, preference, ranked, why_on_front
+from deploykit.search.crew import NOT_FINISHED, NOT_TRIED
 from deploykit.search.engine import Search
 from deploykit.search.fleet import describe
 from deploykit.search.output import Sealed
@@ -147,7 +148,7 @@ class Outcome:
         elif winner.best_place == search.reference or (winner.reference and winner.decision is None):
             better = _BETTER.get(search.wish.objective, "faster")
             how = "as it is" if winner.best_place == search.reference else "with other settings"
-            said += f", the exported model {how}: nothing that is right was {better}"
+            said += f", the exported model {how}: nothing that is right was {better}{self._unreached()}"
         elif found is not None and found.get("ratio") is not None:
             faster = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}] as fast as {self.reference}"
             tuned = ", before its settings were searched" if winner.best_place.tuned else ""
@@ -157,6 +158,12 @@ class Outcome:
             kept = "the fastest of this size" if search.wish.objective == "size" else "kept for its accuracy or size"
             said += f"; tie with {', '.join(others)}, and {kept}"
         return f"{said}; {', '.join(parts)}"
+
+    def _unreached(self) -> str:
+        """How many more there were; nothing is claimed of them."""
+        dropped = [v.dropped for v in self.search.variants.values()] + [s.dropped for s in self.search.seats]
+        late = sum(str((d or {}).get("reason", "")).startswith((NOT_TRIED, NOT_FINISHED)) for d in dropped)
+        return f", but the budget did not reach {late} candidate{'s' * (late > 1)}" if late else ""
 
     def document(self, search: Search, machines: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """For `optimize.json`.

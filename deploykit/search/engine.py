@@ -20,6 +20,7 @@ from deploykit.modelfile import read_model
 from deploykit.models import load_model
 from deploykit.progress import Progress
 from deploykit.search.crew import Crew
+from deploykit.search.fitting import check_batch, check_fit
 from deploykit.search.fleet import Station, stations_of, stop
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Executor
@@ -117,10 +118,18 @@ class Search:
         """Search until the budget is spent, or nothing is left to find out.
 
         Raises:
+            DataError: The data do not fit the model.
             DeploykitError: There is nothing to search: the source cannot be exported, or nothing runs.
         """
         with self._phase("export"):
             first = self._export()
+            assert first.path is not None
+            signature = Artifact.open(first.path).signature
+            check_fit(signature, self.wish.data, self.wish.eval_data)
+            check_batch(signature, self.wish.batch)
+        spent = self.spent_s()
+        if spent > self.wish.budget_s / 2:
+            self.told.note(f"the export took {spent:.0f} s of {self.wish.budget_s:g} s: a larger --budget finds more")
         self._seat(first)
         self._note_best()
         with self._phase("graphs") as until:

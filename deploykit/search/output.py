@@ -25,7 +25,7 @@ from typing import Any
 
 from deploykit.artifact import Artifact, Evidence, StepRecord
 from deploykit.benchmarks.report import finite
-from deploykit.errors import OutputExistsError, SearchError, storage_error
+from deploykit.errors import OutputExistsError, SearchError, StorageError, storage_error
 from deploykit.runtimes.settings import RuntimeSettings
 from deploykit.staging import ArtifactWriter, check_free, take_lock, write_file
 
@@ -102,9 +102,10 @@ class Output:
                 raise SearchError(f"another search works in {self.path}", hint="wait for it, or choose another -o")
             if going_on:  # looked at under the lock: another search may just have come to its end
                 self._go_on()
+                for half in self.path.glob(".*.tmp-*"):  # of a file that a kill came before the end of
+                    if half.is_file():
+                        half.unlink(missing_ok=True)
             shutil.rmtree(self.path / WORK, ignore_errors=True)
-            for file in self.path.glob(".*.tmp-*"):  # killed while it wrote one
-                file.unlink(missing_ok=True)
             (self.path / WORK).mkdir()
         except BaseException:
             self._free()
@@ -137,14 +138,17 @@ class Output:
             self.path.mkdir(parents=True)
             self.write({"state": "running", "winner": None})
         except OSError as exc:
-            raise storage_error(exc, self.path) or exc from exc
+            told = storage_error(exc, self.path) or StorageError(
+                f"cannot write {self.path}: {exc.strerror or exc}", hint="choose an -o that you may write to"
+            )
+            raise told from exc
 
     def _go_on(self) -> None:
         try:
             found = json.loads((self.path / DOCUMENT).read_text(encoding="utf-8"))
             same, state, run = found["wish"] == self._wish, found["state"], str(found["run"])
             self._winner = found.get("winner")
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
             raise OutputExistsError(
                 f"{self.path} was not left by a search", hint="choose another -o, or leave --resume out"
             ) from exc

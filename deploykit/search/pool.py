@@ -144,7 +144,7 @@ class Pool(ABC):
                 self._tell_again(task, exc)
             error = self._ended(task, exc)
         except Late:
-            error = JobTimeoutError(f"{_name(task.job)} took longer than {task.job.timeout_s:g} s and was ended")
+            error = JobTimeoutError(f"{_name(task.job)} took longer than {task.job.timeout_s:.3g} s and was ended")
         except BaseException as exc:  # noqa: BLE001 - the future carries it to who asks
             error = exc
         with self._lock:
@@ -190,8 +190,10 @@ class Pool(ABC):
         if self._closed:
             return WorkerError(f"{_name(task.job)} was not finished: the executor was closed")
         times = "" if task.deaths == 1 else f", {task.deaths} times"
+        killed = "signal 9" in str(died)
         return WorkerError(
-            f"{_name(task.job)}: {died}{times}", hint="signal 9 is mostly the kernel, out of memory: use fewer workers"
+            f"{_name(task.job)}: {died}{times}",
+            hint="signal 9 is mostly the kernel, out of memory: use fewer workers" if killed else None,
         )
 
     def close(self) -> None:

@@ -19,6 +19,8 @@ SEARCH = Kind(
     "document of a search",
     SearchError,
 )
+# As much as `Artifact.open` reads of it.
+_LIMIT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +75,17 @@ def place_of(path: str | Path) -> Path:
     """The document's file: of an output's directory the one in it.
 
     Raises:
-        SearchError: A directory without one.
+        SearchError: A directory without one, or with one that no search wrote.
     """
     file = Path(path)
     if not file.is_dir():
         return file
-    if not (file / DOCUMENT).exists():
+    document = file / DOCUMENT
+    if not document.exists():
         raise SearchError(f"{file} is a directory without {DOCUMENT}", expected=SEARCH.expected, hint=SEARCH.hint)
-    return file / DOCUMENT
+    if document.stat().st_size > _LIMIT_BYTES:
+        raise SearchError(f"{document} is larger than {_LIMIT_BYTES} bytes", expected=SEARCH.expected, hint=SEARCH.hint)
+    return document
 
 
 def as_document(data: Any, name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.artifact import Artifact, Evidence, StepRecord
-from deploykit.errors import BenchmarkError, OptimizationError, SearchError
+from deploykit.errors import BenchmarkError, DataError, JobTimeoutError, OptimizationError, SearchError
 from deploykit.goals import Goal
 from deploykit.progress import Progress
 from deploykit.schemes import SCHEMES
@@ -107,7 +107,7 @@ class Scripted:
         future: Future[Done] = Future()
         try:
             value = getattr(self, f"_{deed}")(job, folder)
-        except (OptimizationError, BenchmarkError, RuntimeError) as exc:
+        except (OptimizationError, BenchmarkError, JobTimeoutError, RuntimeError) as exc:
             future.set_exception(exc)
         else:
             future.set_result(Done(value, folder, 1.0))
@@ -567,3 +567,25 @@ def test_where_no_last_measurement_can_follow_the_screening_has_its_time(run: An
         left = budget_s - number  # a second each
         assert job.params["effort"]["budget_s"] > 0.9 * share * left
         assert job.params["effort"]["budget_s"] < (0.7 if share > 0.3 else 0.3) * left
+
+
+def test_data_that_do_not_fit_end_the_search_after_the_export(run: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", x=np.zeros((4, 3), np.float32))
+    with pytest.raises(DataError, match=r"wide\.npz: 'x' has shape"):
+        run(wish={"eval_data": str(tmp_path / "wide.npz")})
+
+
+def test_the_headline_does_not_claim_what_was_not_found_out(run: Any) -> None:
+    late = JobTimeoutError("static took longer than 3 s and was ended")
+    outcome, _, search = run(fails={"static": late})
+    reason = "not finished: the budget is too small (took longer than 3 s and was ended)"
+    assert search.failures == [{"label": "static", "error": "took longer than 3 s and was ended"}]
+    assert search.variants["static"].dropped == {"phase": "make", "reason": reason}
+    assert "nothing that is right was faster, but the budget did not reach 1 candidate" in outcome.headline
+
+
+def test_an_export_that_takes_the_budget_is_said(run: Any) -> None:
+    _, _, search = run(takes={"export": 60.0})
+    assert "the export took 60 s of 100 s: a larger --budget finds more" in search.told.notes
+    _, _, search = run()
+    assert not any("a larger --budget" in note for note in search.told.notes)

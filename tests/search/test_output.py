@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploykit.errors import OutputExistsError, SearchError
+from deploykit.errors import OutputExistsError, SearchError, StorageError
 from deploykit.search.output import Output
 from deploykit.staging import free_lock, take_lock
 
@@ -66,3 +66,23 @@ def test_the_export_of_a_live_module_is_made_anew_when_a_search_goes_on(tmp_path
     with Output(tmp_path / "best", WISH, resume=True) as out:
         assert not out.source().exists()
         assert out.source().parent == tmp_path / "best"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system in which nothing can be made")
+def test_a_place_where_nothing_can_be_made_is_an_error_of_the_users() -> None:
+    with pytest.raises(StorageError, match="cannot write /proc/nothing"), Output("/proc/nothing", WISH, resume=False):
+        pass
+
+
+def test_what_a_kill_left_half_written_is_removed_when_the_search_goes_on(tmp_path: Path) -> None:
+    state(tmp_path / "best")
+    (tmp_path / "best" / ".optimize.json.tmp-1").write_text("{")
+    with Output(tmp_path / "best", WISH, resume=True):
+        assert not (tmp_path / "best" / ".optimize.json.tmp-1").exists()
+
+
+def test_a_document_that_nests_too_deeply_was_not_left_by_a_search(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "optimize.json").write_text("[" * 100_000)
+    with pytest.raises(OutputExistsError, match="not left by a search"), Output(tmp_path / "best", WISH, resume=True):
+        pass

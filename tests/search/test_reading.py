@@ -204,3 +204,10 @@ def test_a_document_with_one_spoiled_value_is_shown_or_refused(document, data):
     except DeploykitError:
         return
     show(found)
+
+
+def test_a_document_that_no_search_wrote_is_not_read_for_minutes(best):
+    with (best / "optimize.json").open("r+b") as file:
+        file.truncate(17 * 2**20)
+    with pytest.raises(SearchError, match=r"optimize\.json is larger than 16777216 bytes"):
+        read_document(best)
