@@ -165,7 +165,8 @@ def _branch(
         name = str(variant["name"])
         told = [f"{size_text(variant['size_bytes'])} MB"] if variant.get("size_bytes") is not None else []
         told += [f"{variant['nodes']} nodes"] if variant.get("nodes") is not None else []
-        told += ["from the cache"] if variant.get("cached") else [f"took {variant.get('seconds') or 0:.1f} s"]
+        seconds = variant.get("seconds")  # none of what was not made
+        told += ["from the cache"] if variant.get("cached") else [f"took {seconds:.1f} s"] if seconds else []
         steps = variant.get("steps") or [{}]
         # What is empty is the default.
         told += [plain(step)] if (step := {k: v for k, v in steps[-1].items() if v not in (None, [], {})}) else []
