@@ -11,6 +11,7 @@ from deploykit.exporters.base import MIN_OPSET, ExportOptions, OnnxRunner, Sourc
 from deploykit.exporters.plugged import open_plugged
 from deploykit.exporters.shapes import parse_input, read_dynamic
 from deploykit.exporters.torch_files import SUFFIXES, refusal
+from deploykit.extras import require
 
 WAYS = ("auto", "torch.export", "torchscript")
 KINDS = (
@@ -77,11 +78,18 @@ def _check_options(options: ExportOptions) -> None:
         raise OptionError(f"unknown exporter {options.way!r}", expected=" or ".join(WAYS))
     if options.opset is not None and options.opset < MIN_OPSET:
         raise OptionError(f"opset {options.opset}", expected=f"{MIN_OPSET} or newer", hint="leave --opset out")
+    if options.opset is not None and options.opset > (known := _newest_opset()):
+        raise OptionError(f"opset {options.opset}", expected=f"{MIN_OPSET} to {known}", hint="leave --opset out")
     if options.timeout_s is not None and not 0 < options.timeout_s < math.inf:
         raise OptionError(f"a time limit of {options.timeout_s} s", expected="a positive number of seconds")
     read_dynamic(options.dynamic)
     for text in options.inputs:
         parse_input(text)
+
+
+def _newest_opset() -> int:
+    """The newest that the installed onnx knows."""
+    return int(require("onnx.defs").onnx_opset_version())
 
 
 def _open(source: str, options: ExportOptions, run_onnx: OnnxRunner) -> Source:

@@ -15,6 +15,8 @@ from deploykit.search.jobs import Done, Executor, Job
 NOT_TRIED = "not tried: the budget is too small"
 NOT_FINISHED = "not finished: the budget is too small"
 _SHORTEST_S = 0.5
+# Of the time that is left, what a job may take that others wait for.
+_MOST = 0.6
 
 
 class Crew:
@@ -52,7 +54,8 @@ class Crew:
 
         Args:
             jobs: In the order in which they are begun.
-            until: When those that are not done are ended; None for no limit.
+            until: When those that are not done are ended; None for no limit. One that others wait for has no more than
+                a share of what is left.
 
         Returns:
             What came of each: a result, or why there is none.
@@ -66,7 +69,9 @@ class Crew:
                 if left is not None and left < _SHORTEST_S:
                     found[number] = SearchError(NOT_TRIED)
                     continue
-                job = jobs[number] if left is None else replace(jobs[number], timeout_s=left)
+                # A slow one must not starve those that wait for it.
+                mine = left if left is None or not waiting else _MOST * left
+                job = jobs[number] if mine is None else replace(jobs[number], timeout_s=mine)
                 running[self._executor.submit(job, self._scratch())] = number
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 number = running.pop(future)

@@ -71,7 +71,8 @@ def test_colon_in_a_path(opened: Any, build: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"way": "tensorflow"}, "unknown exporter"), ({"opset": 9}, "13 or newer")]
+    ("options", "said"),
+    [({"way": "tensorflow"}, "unknown exporter"), ({"opset": 9}, "13 or newer"), ({"opset": 99999}, "13 to ")],
 )
 def test_options_of_no_meaning(opened: Any, message: Any, options: dict[str, Any], said: str) -> None:
     assert said in message(ExportError, lambda: opened("classifier", **options))

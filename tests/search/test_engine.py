@@ -589,3 +589,11 @@ def test_an_export_that_takes_the_budget_is_said(run: Any) -> None:
     assert "the export took 60 s of 100 s: a larger --budget finds more" in search.told.notes
     _, _, search = run()
     assert not any("a larger --budget" in note for note in search.told.notes)
+
+
+def test_a_slow_step_does_not_starve_those_that_wait_for_it(run: Any) -> None:
+    _, executor, search = run()
+    jobs = [j for j in executor.asked if j.deed.endswith(":make") and j.params["name"] not in ("export", "simplify")]
+    limits = [j.timeout_s for j in jobs]
+    assert max(limits[:-1]) <= 0.6 * 0.3 * search.wish.budget_s
+    assert limits[-1] > limits[-2] - 1.0  # nobody waits for the last one
