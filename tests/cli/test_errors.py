@@ -142,7 +142,8 @@ def test_data_that_do_not_fit(run_cli, conv_model, tmp_path):
     import numpy as np
 
     np.savez(tmp_path / "wrong.npz", x=np.zeros((8, 3, 5, 5), np.float32))
-    np.savez(tmp_path / "nameless.npz", z=np.zeros((8, 3, 12, 12), np.float32))
+    images = np.zeros((8, 3, 12, 12), np.float32)
+    np.savez(tmp_path / "nameless.npz", z=images, w=images)
     static = ["quantize", "static", "-m", conv_model, "-o", "out", "--data"]
     assert_refused(run_cli(*static, "wrong.npz"), tmp_path, "x: float32[batch, 3, 12, 12]")
     assert_refused(run_cli(*static, "nameless.npz"), tmp_path, "'x'")

@@ -546,7 +546,7 @@ def test_fixed_batch(tmp_path: Path) -> None:
 
 
 def test_data_that_do_not_fit(tmp_path: Path) -> None:
-    for data in ({"z": IMAGES["x"]}, {"x": IMAGES["x"][:, :2]}, {"x": IMAGES["x"].astype(int)}):
+    for data in ({"z": IMAGES["x"], "w": IMAGES["x"]}, {"x": IMAGES["x"][:, :2]}, {"x": IMAGES["x"].astype(int)}):
         with pytest.raises(DataError):
             run(tmp_path, residual(), StaticConfig(), data)
         assert not (tmp_path / "target.onnx").exists()

@@ -349,7 +349,8 @@ def test_a_cluster_of_its_own_ends_with_it(tmp_path, tools):
     tools.wait_for(lambda: not any(tools.running(pid) for pid in (tmp_path / "pids").read_text().split()))
     session = (tmp_path / "session").read_text()
     assert "session_" in session
-    tools.wait_for(lambda: not any(session.encode() in line for line in command_lines()))
+    # Ray's own agents may outlive it by minutes; they end by themselves.
+    tools.wait_for(lambda: not any(session.encode() in line and b"agent" not in line for line in command_lines()))
 
 
 def command_lines():
