@@ -160,7 +160,7 @@ def test_what_fails_is_a_row_with_its_reason(digits: Any, tmp_path: Path) -> Non
 
 def test_without_data_static_schemes_are_left_out_and_said(digits: Any, tmp_path: Path) -> None:
     digits.write(tmp_path)
-    found = pipeline.quantize_sweep(tmp_path / "net.onnx", tmp_path / "out", **{**QUICK, "devices": ["ort:cpu"]})
+    found = pipeline.quantize_sweep(tmp_path / "net.onnx", tmp_path / "out", **QUICK)
     left = {r["scheme"]: r["status"] for r in found.rows if r["status"] != "ok"}
     assert {"static", "static-auto"} <= set(left) and "--data" in left["static"]
     assert "quality" not in found.rows[1]
