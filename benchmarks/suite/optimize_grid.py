@@ -86,9 +86,11 @@ def write_data(folder: Path) -> None:
 
 
 def variants(raw: Path, folder: Path) -> dict[str, Path]:
-    """Every scheme's artifact, as the search would make it, and the export."""
+    """Every usual scheme's artifact, as the search would make it, and the export."""
     made = {"export": Artifact.open(raw).model_path}
     for name, scheme in SCHEMES.items():
+        if not scheme.usual:
+            continue
         given: dict[str, Any] = {"data": folder / "calib.npz", "allow_slower": True, "gate_seconds": 0}
         try:
             made[name] = scheme.verb(raw, folder / f"grid-{name}", **given).model_path
