@@ -256,7 +256,7 @@ def test_a_search_finds_the_winner_of_this_machine_though_a_worker_is_killed(clu
 
     asked = {
         "data": digits_net.with_name("calib.npz"), "min_agreement": 0.9, "objective": "size",
-        "schemes": ("static", "fp16"), "devices": ("ort:cpu",), "tune": False, "budget_s": 25.0, "cache": False,
+        "schemes": ("static", "fp16"), "devices": ("ort:cpu",), "tune": False, "budget_s": 60.0, "cache": False,
     }  # fmt: skip
     told = tools.Told()
     far = deploykit.optimize(
