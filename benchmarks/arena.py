@@ -12,7 +12,8 @@ from deploykit.benchmarks.outputs import judge_outputs, read_outputs, write_feed
 from deploykit.benchmarks.plan import Candidate, Settings
 from deploykit.benchmarks.process import ChildError, Process
 from deploykit.benchmarks.statistics import busy_ns, pace_of
-from deploykit.benchmarks.tuner import Config, LostError
+from deploykit.benchmarks.tuner import LostError
+from deploykit.benchmarks.tuner_space import Config
 from deploykit.machine import free_memory
 from deploykit.specs import Array, Feeds
 

@@ -19,7 +19,8 @@ from deploykit.specs import Feeds
 
 if TYPE_CHECKING:
     from deploykit.benchmarks import Candidate, Report, Settings
-    from deploykit.benchmarks.tuner import Config, Tuning
+    from deploykit.benchmarks.tuner import Tuning
+    from deploykit.benchmarks.tuner_space import Config
 
 TUNED, ANEW = " tuned", " tuned anew"
 # Of the budget, what the final measurement takes; and what a process takes besides its timed seconds.
@@ -136,7 +137,7 @@ class Tuner:
         return "throughput" if self._settings.scenario == "offline" else "latency"
 
     def _base(self, candidate: Candidate) -> Config:
-        from deploykit.benchmarks.tuner import Config
+        from deploykit.benchmarks.tuner_space import Config
 
         settings = self._settings
         return Config(
@@ -151,7 +152,8 @@ class Tuner:
 
     def _search(self, budget_s: float, batches: bool) -> dict[Candidate, Tuning]:
         from deploykit.benchmarks.arena import ProcessArena
-        from deploykit.benchmarks.tuner import search, stages_for
+        from deploykit.benchmarks.tuner import search
+        from deploykit.benchmarks.tuner_space import stages_for
 
         machine, found = inspect_machine(), {}
         deadline = self._began + budget_s * (1 - _FINAL_SHARE)

@@ -26,7 +26,7 @@ import deploykit
 from deploykit.artifact import Artifact
 from deploykit.benchmarks import Candidate, Settings, measure
 from deploykit.benchmarks.arena import ProcessArena
-from deploykit.benchmarks.tuner import Config, stages_for
+from deploykit.benchmarks.tuner_space import Config, stages_for
 from deploykit.comparing import find_targets
 from deploykit.data import Dataset
 from deploykit.goals import Goal, Judge

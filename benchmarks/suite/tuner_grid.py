@@ -21,7 +21,8 @@ from quantized_shapes import network as shape
 
 from deploykit.benchmarks import Candidate, Settings
 from deploykit.benchmarks.arena import ProcessArena
-from deploykit.benchmarks.tuner import Config, Stage, search, stages_for
+from deploykit.benchmarks.tuner import search
+from deploykit.benchmarks.tuner_space import Config, Stage, stages_for
 from deploykit.machine import allowed_cores, inspect_machine
 from deploykit.models import benchmark_feeds, load_model
 

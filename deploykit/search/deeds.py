@@ -19,7 +19,8 @@ from deploykit.artifact import Artifact
 from deploykit.benchmarks import Candidate, Settings, measure
 from deploykit.benchmarks.arena import ProcessArena
 from deploykit.benchmarks.screening import screen as screen_all
-from deploykit.benchmarks.tuner import Config, search, stages_for
+from deploykit.benchmarks.tuner import search
+from deploykit.benchmarks.tuner_space import Config, stages_for
 from deploykit.data import Dataset
 from deploykit.errors import DeploykitError, SearchError
 from deploykit.goals import Goal, Judge
@@ -146,7 +147,7 @@ def tune(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progress
         told: Told how far it is.
 
     Returns:
-        "chosen": the fields of `tuner.Config`; "trials".
+        "chosen": the fields of `tuner_space.Config`; "trials".
     """
     (candidate,), _, settings = _asked(params, inputs)
     model = _reference(params, inputs)

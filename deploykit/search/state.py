@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploykit.benchmarks.tuner import Config
+from deploykit.benchmarks.tuner_space import Config
 from deploykit.runtimes.settings import RuntimeSettings, wheels_of
 
 Table = Mapping[str, Any]

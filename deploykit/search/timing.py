@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deploykit.benchmarks.tuner import Config
+from deploykit.benchmarks.tuner_space import Config
 from deploykit.errors import BenchmarkError, SearchError
 from deploykit.progress import Progress
 from deploykit.search.choice import ranked

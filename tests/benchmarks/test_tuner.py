@@ -6,7 +6,8 @@ import pytest
 from deploykit.benchmarks.arena import ProcessArena
 from deploykit.benchmarks.plan import Candidate, Settings
 from deploykit.benchmarks.statistics import busy_ns
-from deploykit.benchmarks.tuner import Config, LostError, Stage, search, stages_for, thread_counts
+from deploykit.benchmarks.tuner import LostError, search
+from deploykit.benchmarks.tuner_space import Config, Stage, stages_for, thread_counts
 from deploykit.machine import inspect_machine
 
 

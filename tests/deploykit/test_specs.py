@@ -199,3 +199,16 @@ def test_feeds_have_to_fit_sums(length: int, fits: bool) -> None:
     else:
         with pytest.raises(DataError, match=r"past \+ sequence = 7"):
             fit_feeds(Signature(specs, ()), feeds)
+
+
+def test_one_array_is_the_one_input_whatever_it_is_called():
+    one = Signature((TensorSpec("x", "float32", ("n", 2)),), ())
+    rows = np.zeros((3, 2), np.float32)
+    assert list(fit_feeds(one, {"image": rows})) == ["x"]
+    with pytest.raises(DataError, match="'x' has shape"):
+        fit_feeds(one, {"image": np.zeros((3, 5), np.float32)})
+    with pytest.raises(DataError, match="no data for input 'x'"):
+        fit_feeds(one, {"image": rows, "mask": rows})
+    two = Signature((TensorSpec("x", "float32", ("n", 2)), TensorSpec("y", "float32", ("n", 2))), ())
+    with pytest.raises(DataError, match="no data for input"):
+        fit_feeds(two, {"image": rows})

@@ -264,7 +264,7 @@ def test_a_search_finds_the_winner_of_this_machine_though_a_worker_is_killed(clu
         on_event=kill, **asked,
     )  # fmt: skip
     assert killed and any("is done again" in note for note in told.notes)
-    here = deploykit.optimize(digits_net, tmp_path / "here", **asked)
+    here = deploykit.optimize(digits_net, tmp_path / "here", **{**asked, "budget_s": 30.0})
     assert far.document["winner"] == here.document["winner"] == "front/static"
     assert sha256_of(far.artifact.model_path) == sha256_of(here.artifact.model_path)
     assert far.artifact.manifest.lineage[-2].params["samples"] == here.artifact.manifest.lineage[-2].params["samples"]
