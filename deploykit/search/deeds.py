@@ -121,7 +121,7 @@ def screen(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progre
     """Time candidates in turns, and send the slower ones home.
 
     Args:
-        params: "seats": the fields of `Seat.as_candidate`, the reference first; "settings", the fields of
+        params: "seats": what `Place.as_params` gives, the reference first; "settings", the fields of
             `benchmarks.Settings`; "dims", "keep".
         inputs: "model:NAME", and "data".
         folder: Unused.

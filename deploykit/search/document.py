@@ -242,6 +242,9 @@ def fleet_outcomes(search: Search) -> dict[str, Outcome | str]:
     """What came of the other types of machines, by a name for each; the reason where nothing did."""
     found: dict[str, Outcome | str] = {}
     for station in search.fleet:
+        if not station.done:
+            found[station.node.kind] = "interrupted before it was measured"
+            continue
         try:
             found[station.node.kind] = station.failure or Outcome(station, "done")
         except SearchError as exc:

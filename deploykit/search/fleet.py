@@ -93,6 +93,11 @@ class Station:
         """Judge and measure, beside whatever else goes on."""
         self._thread.start()
 
+    @property
+    def done(self) -> bool:
+        """Whether it came to its end, which an interrupt may have kept it from."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
     def finish(self) -> None:
         """Wait until it is done."""
         self._thread.join()

@@ -23,6 +23,7 @@ from deploykit.schemes import SCHEMES
 from deploykit.search.crew import NOT_TRIED
 from deploykit.search.document import Outcome, fleet_front, fleet_outcomes, machine_rows
 from deploykit.search.engine import Search
+from deploykit.search.fleet import stop
 from deploykit.search.graphs import facts_of
 from deploykit.search.jobs import Done, Job
 from deploykit.search.machines import LOCAL, Node, machine_of
@@ -94,8 +95,11 @@ class Scripted:
         self.unjudged: set[str] = tables.get("unjudged", set())
         self.runs_not: set[str] = tables.get("runs_not", set())
         self.interrupt: str = tables.get("interrupt", "")
+        self.hold: tuple[str, threading.Event] | None = tables.get("hold")
 
     def submit(self, job: Job, folder: Path) -> Future[Done]:
+        if self.hold is not None and job.node == self.hold[0]:
+            self.hold[1].wait(30)
         with self._guard:  # other machines' jobs come from threads of their own
             return self._answer(job, folder)
 
@@ -597,3 +601,17 @@ def test_a_slow_step_does_not_starve_those_that_wait_for_it(run: Any) -> None:
     limits = [j.timeout_s for j in jobs]
     assert max(limits[:-1]) <= 0.6 * 0.3 * search.wish.budget_s
     assert limits[-1] > limits[-2] - 1.0  # nobody waits for the last one
+
+
+def test_an_interrupt_does_not_take_half_of_another_machines_measurements_for_its_result(run: Any) -> None:
+    here = machine_of()
+    nodes = (Node("near", 1, here), Node("far", 1, {**here, "cpu": "another"}))
+    gate = threading.Event()
+    outcome, _, search = run(nodes=nodes, interrupt="screen", hold=("far", gate))
+    try:
+        assert outcome.state == "interrupted"
+        rows = machine_rows(search, outcome, fleet_outcomes(search))
+        assert rows[1] == {**rows[1], "winner": None, "headline": "interrupted before it was measured"}
+    finally:
+        gate.set()
+        stop(search.fleet)
