@@ -163,7 +163,7 @@ class Scripted:
         return entry | {"ratio": ratio, "low": ratio * 0.99, "high": ratio * 1.01, "pace_ms": 1 / ratio}
 
     def _screen(self, job: Job, folder: Path) -> dict[str, Any]:
-        if self.interrupt == "screen":
+        if self.interrupt == "screen" and (self.hold is None or job.node != self.hold[0]):
             raise KeyboardInterrupt
         if job.params["seats"][0]["device"] in self.runs_not:
             raise BenchmarkError("the reference does not run")
