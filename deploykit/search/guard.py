@@ -61,7 +61,12 @@ def _wait(worker: int) -> int:
 
 
 def end_group(group: int) -> None:
-    """Kill a process group, if there is one."""
+    """Kill a process group, if there is one, and what its processes started, also what left the group.
+
+    Those first: once their parents are dead, nothing tells whose they were.
+    """
+    for pid in _offspring(group):
+        end_process(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
@@ -74,19 +79,39 @@ def end_process(pid: int) -> None:
 
 def descendants(pid: int) -> list[int]:
     """What a process started, and what that started; empty where there is no /proc."""
+    return _below([pid], _processes())
+
+
+def _offspring(group: int) -> list[int]:
+    """What the processes of a group started and is not of it."""
+    found = _processes()
+    members = [pid for pid, (_, its) in found.items() if its == group]
+    return [pid for pid in _below(members, found) if found[pid][1] != group]
+
+
+def _below(roots: list[int], processes: dict[int, tuple[int, int]]) -> list[int]:
     children: dict[int, list[int]] = {}
+    for pid, (parent, _) in processes.items():
+        children.setdefault(parent, []).append(pid)
+    found, left = list[int](), list(roots)
+    while left:
+        more = children.get(left.pop(), [])
+        found += more
+        left += more
+    return found
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Parent and group of every process; empty where there is no /proc."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = stat.read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        # The name stands in brackets and may hold any character; the parent is the second field after it.
-        children.setdefault(int(text.rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-    found, left = list[int](), [pid]
-    while left:
-        more = children.get(left.pop(), [])
-        found += more
-        left += more
+        # The name stands in brackets and may hold any character; after it come the state, the parent and the group.
+        _, parent, group = text.rpartition(")")[2].split()[:3]
+        found[int(stat.parent.name)] = int(parent), int(group)
     return found
 
 

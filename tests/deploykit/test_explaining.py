@@ -438,13 +438,14 @@ def test_of_a_table_only_the_rows_that_are_looked_up_are_moved(
 ) -> None:
     model = build([helper.make_node("Gather", ["table", "x"], ["rows"], name="look"),
                    helper.make_node("MatMul", ["rows", "w"], ["y"], name="p")],
-                  {"x": [4]}, {"y": [4, 16]}, {"table": normal(5000, 8), "w": normal(8, 16)})  # fmt: skip
+                  {"x": [2000]}, {"y": [2000, 16]}, {"table": normal(20000, 64), "w": normal(64, 16)})  # fmt: skip
     model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
     path = save(model, tmp_path)
+    rows = 2000 * 64 * 4
     (look,) = (node for node in source_nodes(path, {}) if node.name == "look")
-    assert look.moved_bytes == 2 * 4 * 4 * 8 + 4 * 8
-    found = {layer["name"]: layer["bytes"] for layer in explain_model(path, device, {"x": np.arange(4)})["layers"]}
-    assert 2 * 4 * 4 * 8 <= found["look"] <= 2 * 4 * 4 * 8 + 4 * 8
+    assert look.moved_bytes == 2 * rows + 2000 * 8
+    found = {layer["name"]: layer["bytes"] for layer in explain_model(path, device, {"x": np.arange(2000)})["layers"]}
+    assert 2 * rows <= found["look"] <= 2 * rows + 2000 * 8
 
 
 # --- in a benchmark ---------------------------------------------------------------------------------------------------

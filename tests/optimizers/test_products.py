@@ -159,9 +159,9 @@ def test_flattened_padding_is_not_sampled(tmp_path: Path) -> None:
 def test_weights_are_rounded_as_in_the_file(
     digits: Any, tools: Any, tmp_path: Path, bits: int, per_channel: bool
 ) -> None:
-    path, _ = tools.quantized(
-        digits.path, tmp_path, StaticConfig(weight_bits=str(bits), per_channel=per_channel), digits.calibration
-    )
+    # Without SmoothQuant, which changes the weights first, where the net that this machine trained calls for it.
+    config = StaticConfig(weight_bits=str(bits), per_channel=per_channel, smooth="off")
+    path, _ = tools.quantized(digits.path, tmp_path, config, digits.calibration)
     made, source = onnx.load(path), onnx.load(digits.path)
     names = [n.name for n in source.graph.node]
     products, _ = find_products(Editor(LightModel(source, Path())), names)
