@@ -87,7 +87,7 @@ def optimize(
     max_memory_mb: float | None = None,
     max_size_mb: float | None = None,
     devices: Sequence[str | Device] = (),
-    batch: int = 1,
+    batch: int | None = None,
     dims: Mapping[str, int] | None = None,
     contract: Sequence[str] = (),
     schemes: Sequence[str] = (),
@@ -124,7 +124,8 @@ def optimize(
         max_memory_mb: Most memory of a process that serves it, in 10^6 bytes.
         max_size_mb: Most bytes of model and weights, in 10^6.
         devices: By default the CPU of every installed runtime.
-        batch: Samples in a request.
+        batch: Samples in a request; None for 1, or, for the objectives throughput and cost, as many as are found best
+            where the model takes any number.
         dims: Sizes of dynamic dimensions where inputs are made up.
         contract: Runtimes that have to be able to run the result.
         schemes: Names of quantization schemes to try; the usual ones by default.

@@ -36,7 +36,10 @@ from deploykit.cli.quantize_options import target_options
     help="For all of it: 90s, 10m, 1h; only the export takes as long as it takes.",
 )  # fmt: skip
 @common.device_option
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Samples in one request.")
+@click.option(
+    "--batch", type=click.IntRange(1),
+    help="Samples in one request. By default 1; for throughput and cost what is found best, where the model takes any.",
+)  # fmt: skip
 @common.dim_option
 @common.contract_option
 @click.option(

@@ -126,7 +126,7 @@ class Search:
             assert first.path is not None
             signature = Artifact.open(first.path).signature
             check_fit(signature, self.wish.data, self.wish.eval_data)
-            check_batch(signature, self.wish.batch)
+            self.timing.open_batch = check_batch(signature, self.wish.batch)
         spent = self.spent_s()
         if spent > self.wish.budget_s / 2:
             self.told.note(f"the export took {spent:.0f} s of {self.wish.budget_s:g} s: a larger --budget finds more")
@@ -166,6 +166,7 @@ class Search:
                     self._began,
                 )
             )  # fmt: skip
+            self.fleet[-1].timing.open_batch = self.timing.open_batch
             self.fleet[-1].start()
 
     def spent_s(self) -> float:
@@ -311,7 +312,7 @@ class Search:
         for device in self.wish.devices:
             native = bf16 and device == "openvino:cpu" and not variant.quantized
             for precision in ["fp32"] + ["native"] * native:
-                place = first_place(variant.name, device, cores, self.wish.batch, precision)
+                place = first_place(variant.name, device, cores, self.wish.samples, precision)
                 plain = precision == "fp32"
                 seat = Seat(place, exported=exported and plain, lossy=variant.lossy or not plain)
                 found.append(seat)
@@ -386,7 +387,7 @@ class Search:
         """Whether it is worth looking for layers that int8 slows down: the model is large enough to see them."""
         pace_ms = (seat.screening or {}).get("pace_ms") or 0.0
         static = leader.table is not None and leader.table.get("step") == "quantize-static"
-        return static and seat.place.device.startswith("ort:") and pace_ms * self.wish.batch >= SMALLEST_MS
+        return static and seat.place.device.startswith("ort:") and pace_ms * self.wish.samples >= SMALLEST_MS
 
     def _same_file(self, variant: Variant) -> bool:
         """Whether it came out as what it was to improve on."""

@@ -34,15 +34,19 @@ def check_labels(source: str, goal: Goal) -> None:
         raise DataError(f"{source}: labels are {labels.dtype}", expected="integer classes")
 
 
-def check_batch(signature: Signature, batch: int) -> None:
+def check_batch(signature: Signature, batch: int | None) -> bool:
     """Refuse a number of samples in a request that the model does not take; 1 stands for what it takes.
+
+    Returns:
+        Whether that number is to be found out: it was not given, and the model takes any.
 
     Raises:
         DataError: Its batch is another, and fixed.
     """
     fixed = next((s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)), None)
-    if fixed is not None and batch not in (1, fixed):
+    if fixed is not None and batch not in (None, 1, fixed):
         raise DataError(f"batch {batch} for a model whose batch is fixed to {fixed}", hint="leave --batch out")
+    return batch is None and fixed is None
 
 
 def check_fit(signature: Signature, *sources: str | None) -> None:

@@ -57,7 +57,7 @@ class WishEntry(OpenModel):
     objective: Literal["latency", "throughput", "size", "cost"]
     limits: LimitsEntry
     devices: list[str]
-    batch: Annotated[int, Field(ge=1, strict=True)] | list[Annotated[int, Field(ge=1, strict=True)]] = 1
+    batch: Annotated[int, Field(ge=1, strict=True)] | list[Annotated[int, Field(ge=1, strict=True)]] | None = 1
     dims: JsonValue = None
     contract: JsonValue = None
     budget_s: Positive | None = None

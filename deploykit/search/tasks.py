@@ -80,8 +80,10 @@ class Tasks:
         }
         return Job(_DEEDS + "judge", params, inputs, f"judge on {device}", node=self._node)
 
-    def timed(self, deed: str, places: Sequence[Place], effort: Mapping[str, Any], **params: Any) -> Job:
-        """Screening, tuning or the last measurement of places, the reference first."""
+    def timed(
+        self, deed: str, places: Sequence[Place], effort: Mapping[str, Any], *, batch: int | None = None, **params: Any
+    ) -> Job:
+        """Screening, tuning or the last measurement of places, the reference first, in requests of some samples."""
         source = self._wish.data or self._wish.eval_data
         inputs, told = self._given(source, "data") if source is not None else ({}, {})
         for place in places:
@@ -89,7 +91,7 @@ class Tasks:
         told |= {
             **params,
             "seats": [p.as_params(self._wish.objective) for p in places],
-            "settings": self._settings(),
+            "settings": self._settings(batch or self._wish.samples),
             "dims": dict(self._wish.dims) if source is None else {},
             "budget": self._wish.budget_s,
             "effort": dict(effort),
@@ -97,7 +99,7 @@ class Tasks:
         label = f"{deed} {places[0].label}" if len(places) == 1 else f"{deed} {len(places)} candidates"
         return Job(_DEEDS + deed, told, inputs, label, exclusive=True, node=self._node)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, batch: int) -> dict[str, Any]:
         wish = self._wish
         scenario = "offline" if timed_by_wall(wish.objective) else "latency"
         # Where real data tell how accurate something is, the outputs of one request need not, unless that was asked.
@@ -105,7 +107,7 @@ class Tasks:
         cosine = min(wish.min_cosine, _TIMED_COSINE) if usual else wish.min_cosine
         return asdict(
             Settings(
-                batch=wish.batch, scenario=scenario, seed=wish.seed, max_drop=1.0, min_cosine=cosine, confirm=False
+                batch=batch, scenario=scenario, seed=wish.seed, max_drop=1.0, min_cosine=cosine, confirm=False
             )
         )
 

@@ -44,6 +44,8 @@ class Timing:
     Attributes:
         machine: `machine_of` where it is measured.
         cores: Allowed there.
+        open_batch: Whether the samples in a request are to be found out.
+        batch: Samples in a request, as far as that is known.
         trials: Of the tuner.
         report: The document of the last measurement; None where the budget did not reach it.
         verdict: What that measurement says; see `benchmarks.Report.winner`.
@@ -64,6 +66,8 @@ class Timing:
         self.wish = wish
         self.machine = node.machine if node is not None else machine_of()
         self.cores = int(self.machine.get("cores_allowed") or 1)
+        self.open_batch = False
+        self.batch = wish.samples
         self.trials: list[dict[str, Any]] = []
         self.report: dict[str, Any] | None = None
         self.verdict: dict[str, Any] | None = None
@@ -158,24 +162,32 @@ class Timing:
             seat.drop("screen", status)
             return
         pace = None if timed_by_wall(self.wish.objective) else entry.get("pace_ms")
-        latency = pace * self.wish.batch if pace is not None else None
+        latency = pace * self.batch if pace is not None else None
         broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry.get("peak_memory_bytes"))
         if broken:
             seat.drop("limits", broken)
 
     def tune(self, until: float) -> None:
-        """Search the settings of the best seats."""
+        """Search the settings of the best seats.
+
+        Where the samples in a request are to be found out, the best seat tells; all others take as many, so that they
+        can be compared.
+        """
         if self.wish.objective == "size":
             return
         objective = "throughput" if timed_by_wall(self.wish.objective) else "latency"
         chosen = [s for s in self.order() if s.ratio is not None][:_TUNED]
+        by_wall = timed_by_wall(self.wish.objective)
         for number, seat in enumerate(chosen):
             share = (until - self._clock()) / (len(chosen) - number)
             if share < _LEAST_TUNING_S:
                 self._told.note(f"the settings of {seat.place.label} were {NOT_TRIED}")
                 continue
-            # The samples of a request are the user's to choose: the last measurement makes requests of that size.
-            job = self._tasks.timed("tune", [seat.best_place], {"budget_s": share}, objective=objective, batches=False)
+            first = self.open_batch and by_wall and number == 0
+            job = self._tasks.timed(
+                "tune", [self._filled(seat.best_place)], {"budget_s": share}, batch=self.batch, objective=objective,
+                batches=first,
+            )  # fmt: skip
             (outcome,) = self._crew.do([job], self._end())
             if not isinstance(outcome, Done):
                 self._told.note(f"{seat.place.label} was not tuned: {outcome}")
@@ -183,8 +195,24 @@ class Timing:
             for trial in outcome.value["trials"]:
                 self.trials.append({**trial, "device": seat.place.device, "model": seat.place.model})
             config = _config(outcome.value["chosen"])
+            if first:
+                self._take_batch(config.batch, outcome.value["trials"])
             if config != seat.best_place.config:
                 seat.tuned = Place(seat.place.model, seat.place.device, config, tuned=True)
+
+    def _take_batch(self, batch: int, trials: Sequence[Mapping[str, Any]]) -> None:
+        """From here on requests hold so many samples; said with what that gains."""
+        self.batch = batch
+        rates = {t["batch"]: t["throughput_per_s"] for t in trials if t["stage"] == "batch" and t["throughput_per_s"]}
+        if len(rates) < 2 or 1 not in rates:
+            self._told.note(f"batch {batch}: the budget left no time for others")
+            return
+        found = ", ".join(f"{n} {rate / rates[1]:.2f}x" for n, rate in sorted(rates.items()) if n != 1)
+        self._told.note(f"batch {batch} chosen; samples a second against batch 1: {found}")
+
+    def _filled(self, place: Place) -> Place:
+        """With as many samples in a request as were found best."""
+        return replace(place, config=replace(place.config, batch=self.batch))
 
     def decide(self, until: float) -> None:
         """Measure the best well, in fresh processes, beside the exported model."""
@@ -196,11 +224,11 @@ class Timing:
         if rounds == 0:
             self._told.note("the budget did not reach a last measurement: the order is that of the screening")
             return
-        places = [reference, *(s.best_place for s in finalists[:count])]
+        places = [self._filled(p) for p in (reference, *(s.best_place for s in finalists[:count]))]
         effort = {
             "rounds": rounds, "seconds": seconds, "warmup_s": min(0.5, seconds), "budget_s": until - self._clock(),
         }  # fmt: skip
-        (outcome,) = self._crew.do([self._tasks.timed("decide", places, effort)], self._end())
+        (outcome,) = self._crew.do([self._tasks.timed("decide", places, effort, batch=self.batch)], self._end())
         if not isinstance(outcome, Done):
             self._told.note(f"the last measurement failed, and the order is that of the screening: {outcome}")
             return

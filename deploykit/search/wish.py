@@ -64,7 +64,8 @@ class Wish:
             core that a sample takes.
         limits: What no result may exceed.
         devices: Device names.
-        batch: Samples in a request.
+        batch: Samples in a request; None to find out how many are best for the objectives throughput and cost, where
+            the model takes any number, and else 1.
         dims: Sizes of dynamic dimensions where inputs are made up.
         contract: Runtimes that have to be able to run the result.
         schemes: Names of `schemes.SCHEMES`; empty for the usual ones.
@@ -85,7 +86,7 @@ class Wish:
     objective: str = "latency"
     limits: Limits = field(default_factory=Limits)
     devices: tuple[str, ...] = ()
-    batch: int = 1
+    batch: int | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
     contract: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ()
@@ -114,13 +115,19 @@ class Wish:
             )
         if self.shards is not None and self.shards < 1:
             raise SearchError(f"{self.shards} shards", expected="1 or more")
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise SearchError(f"batch {self.batch}", expected="1 or more")
         for name, value in asdict(self.limits).items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise SearchError(f"{name} is {value:g}", expected="a positive number")
 
+    @property
+    def samples(self) -> int:
+        """In a request, before anything was found out."""
+        return self.batch or 1
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready copy."""
         goal = asdict(self.goal)
-        return asdict(self) | {"goal": {k: v for k, v in goal.items()}, "dims": dict(self.dims)}
+        found = asdict(self) | {"goal": {k: v for k, v in goal.items()}, "dims": dict(self.dims)}
+        return found | ({"batch": self.samples} if self.objective in ("latency", "size") else {})

@@ -185,7 +185,7 @@ def asked(document: Mapping[str, Any]) -> str:
         f"objective {wish['objective']}",
         kept or "no accuracy asked for",
         *(f"at most {limits[key]:g} {unit}" for key, unit in _LIMITS if limits.get(key) is not None),
-        f"batch {plain(wish.get('batch', 1))}",
+        "any batch" if (batch := wish.get("batch", 1)) is None else f"batch {plain(batch)}",
         f"devices {plain(wish['devices'])}",
     ]
     return ", ".join(parts)

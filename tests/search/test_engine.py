@@ -175,7 +175,9 @@ class Scripted:
             "threads": seat["threads"], "sessions": 1, "concurrency": 1, "batch": 1, "precision": seat["precision"],
             "optimize": True, "settings": {},
         }  # fmt: skip
-        return {"chosen": config | self.tuned.get(seat["label"], {}), "trials": []}
+        batches = (1, 8) if job.params["batches"] else ()
+        trials = [{"stage": "batch", "batch": n, "throughput_per_s": 100.0 + 10 * n} for n in batches]
+        return {"chosen": config | self.tuned.get(seat["label"], {}), "trials": trials}
 
     def _decide(self, job: Job, folder: Path) -> dict[str, Any]:
         labels = [f"{s['label']} on {s['device']}" for s in job.params["seats"]]
@@ -340,6 +342,31 @@ def test_cost_counts_the_cores_that_are_kept_busy(run: Any) -> None:
     outcome, _, _ = run(wish={"objective": "cost"}, speed={STATIC: 2.0}, tuned={"static": {"threads": 1}})
     assert outcome.winner.place.label == STATIC
     assert outcome.winner.best_place.cores == 1
+
+
+@pytest.mark.parametrize("objective", ["throughput", "cost"])
+def test_the_samples_of_a_request_are_found_out_and_the_same_for_all(run: Any, objective: str) -> None:
+    outcome, executor, search = run(
+        wish={"objective": objective}, speed={STATIC: 2.0, "static tuned on ort:cpu": 3.0, "dynamic on ort:cpu": 1.5},
+        tuned={"static": {"batch": 8}, "dynamic": {"batch": 8}},
+    )  # fmt: skip
+    first, *others = [j for j in executor.asked if j.deed.endswith(":tune")]
+    assert (first.params["batches"], first.params["settings"]["batch"]) == (True, 1)
+    assert others
+    assert {(j.params["batches"], j.params["settings"]["batch"]) for j in others} == {(False, 8)}
+    (decide,) = [j for j in executor.asked if j.deed.endswith(":decide")]
+    assert decide.params["settings"]["batch"] == 8
+    assert outcome.settings_of(outcome.winner).batch == 8
+    assert next(s for s in search.seats if s.reference).best_place.config.batch == 8
+    assert "batch 8 chosen; samples a second against batch 1: 8 1.64x" in search.told.notes
+
+
+@pytest.mark.parametrize("wish", [{"objective": "latency"}, {"objective": "throughput", "batch": 4}])
+def test_the_samples_of_a_request_stay_what_they_are(run: Any, wish: dict[str, Any]) -> None:
+    _, executor, _ = run(wish=wish, speed={STATIC: 2.0})
+    timed = [j for j in executor.asked if "settings" in j.params]
+    assert {j.params["settings"]["batch"] for j in timed} == {wish.get("batch", 1)}
+    assert not any(j.params.get("batches") for j in timed)
 
 
 def test_found_settings_are_measured_in_the_end_and_handed_over(run: Any) -> None:

@@ -52,8 +52,10 @@ def test_labels_that_a_metric_needs(tmp_path: Path) -> None:
 
 def test_requests_of_another_size_than_the_model_takes() -> None:
     fixed = Signature((TensorSpec("x", "float32", (8, 2)),), (Y,))
-    check_batch(fixed, 1)
-    check_batch(fixed, 8)
-    check_batch(Signature((X,), (Y,)), 4)
+    assert not check_batch(fixed, 1)
+    assert not check_batch(fixed, 8)
+    assert not check_batch(fixed, None)
+    assert not check_batch(Signature((X,), (Y,)), 4)
+    assert check_batch(Signature((X,), (Y,)), None)
     with pytest.raises(DataError, match="batch 4 for a model whose batch is fixed to 8; leave --batch out"):
         check_batch(fixed, 4)
