@@ -106,9 +106,7 @@ class Tasks:
         usual = wish.min_cosine == MIN_COSINE and self.judged_on is not None
         cosine = min(wish.min_cosine, _TIMED_COSINE) if usual else wish.min_cosine
         return asdict(
-            Settings(
-                batch=batch, scenario=scenario, seed=wish.seed, max_drop=1.0, min_cosine=cosine, confirm=False
-            )
+            Settings(batch=batch, scenario=scenario, seed=wish.seed, max_drop=1.0, min_cosine=cosine, confirm=False)
         )
 
     def _given(self, source: str, name: str) -> tuple[dict[str, Path], dict[str, Any]]:
