@@ -146,7 +146,7 @@ class Output:
     def _go_on(self) -> None:
         try:
             found = json.loads((self.path / DOCUMENT).read_text(encoding="utf-8"))
-            same, state, run = found["wish"] == self._wish, found["state"], str(found["run"])
+            same, state, run = _same(found["wish"], self._wish), found["state"], str(found["run"])
             self._winner = found.get("winner")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
             raise OutputExistsError(
@@ -155,10 +155,13 @@ class Output:
         if not same:
             raise OutputExistsError(
                 f"{self.path} was left by a search for something else",
-                hint="give the same options, or choose another -o",
+                hint="give the same options (only the budget may be another), or choose another -o",
             )
         if state == "done":
-            raise OutputExistsError(f"{self.path} holds a finished search", hint="choose another -o")
+            raise OutputExistsError(
+                f"{self.path} holds a finished search",
+                hint="choose another -o: what was done here comes from the cache, unless --no-cache was given",
+            )
         self.run, self.resumed = run, True
         self._interims = 1 + max(
             (int(p.name.partition("-")[0]) for p in (self.path / INTERIM).glob("[0-9]*-*")), default=0
@@ -245,3 +248,8 @@ def seal(sealed: Sealed, target: Path) -> Artifact:
             model=made.manifest.model, signature=made.signature,
             lineage=[*made.manifest.lineage, sealed.record], evidence=evidence, ranges=made.ranges,
         )  # fmt: skip
+
+
+def _same(left: Mapping[str, Any], wish: Mapping[str, Any]) -> bool:
+    """Whether two searches look for the same, however long."""
+    return {**left, "budget_s": None} == {**wish, "budget_s": None}

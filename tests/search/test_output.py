@@ -81,6 +81,17 @@ def test_what_a_kill_left_half_written_is_removed_when_the_search_goes_on(tmp_pa
         assert not (tmp_path / "best" / ".optimize.json.tmp-1").exists()
 
 
+def test_more_time_is_no_other_search(tmp_path: Path) -> None:
+    with Output(tmp_path / "best", {**WISH, "budget_s": 60.0}, resume=False) as out:
+        out.write({"state": "interrupted", "winner": None})
+        out.resumed = True  # stays
+    with Output(tmp_path / "best", {**WISH, "budget_s": 600.0}, resume=True) as out:
+        assert out.resumed
+    other = {"objective": "size", "budget_s": 60.0}
+    with pytest.raises(OutputExistsError, match="something else"), Output(tmp_path / "best", other, resume=True):
+        pass
+
+
 def test_a_document_that_nests_too_deeply_was_not_left_by_a_search(tmp_path: Path) -> None:
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "optimize.json").write_text("[" * 100_000)
