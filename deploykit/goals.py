@@ -121,7 +121,7 @@ class Score:
         parts = []
         if self.value is not None and goal.metric is not None:
             parts.append(f"{goal.metric} {self.value:.4f} (parent {self.reference:.4f})")
-        parts.append(f"SQNR {self.sqnr_db:.1f} dB")
+        parts.append(f"SQNR {self.sqnr_db:.1f} dB" if math.isfinite(self.sqnr_db) else "no error")
         if self.agreement is not None:
             parts.append(f"agreement {self.agreement:.4f}")
         return ", ".join([*parts, *([self.collapsed] if self.collapsed else [])])
