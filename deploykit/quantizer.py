@@ -46,7 +46,7 @@ from deploykit.weights import WHOLE_LIMIT_BYTES
 
 Config = DynamicConfig | StaticConfig | WeightsConfig | HalfConfig
 # Rows that rank layers, and rows that show whether a model collapsed where no target was given.
-_RANKED_ROWS, _CHECKED_ROWS = 64, 256
+_RANKED_ROWS, CHECKED_ROWS = 64, 256
 _SLOW_ROUNDS = 2
 _FINE_BLOCK = 32
 ENGINES = ("deploykit", "nncf")  # of "both"
@@ -83,6 +83,7 @@ class Quantizer:
         eval_data: What that is judged on; the step's own data where it is None.
         gate: What its speed is held to.
         min_cosine: What the comparison at the end asks for; a choice between engines has to know.
+        check_rows: Rows of real data that a result without a target is judged on; 0 for none.
         reasons: Why layers stay in float, by node or operator type.
         judge: Holds the parent's outputs, where there are real data.
         score: Of the model of this digest.
@@ -94,6 +95,7 @@ class Quantizer:
     eval_data: str | Path | None
     gate: Gate
     min_cosine: float = -1.0
+    check_rows: int = CHECKED_ROWS
     reasons: dict[str, str] = field(default_factory=dict)
     judge: Judge | None = None
     score: tuple[str, Score] | None = None
@@ -177,6 +179,9 @@ class Quantizer:
         return place, replace(result, notes=(*result.notes, *notes), params=params)
 
     def _open_judge(self, work: Work) -> None:
+        contest = isinstance(self.config, StaticConfig) and self.config.engine == "both"
+        if not self.check_rows and not self.goal.asked and not contest:
+            return
         data = Dataset.open(self.eval_data) if self.eval_data is not None else work.data
         if data is None:
             if self.goal.asked:
@@ -191,7 +196,7 @@ class Quantizer:
             work.told.note("judged on the calibration data, which flatters the result; give others with --eval")
         folder = work.folder / "parent"
         folder.mkdir()
-        limit = None if self.goal.asked else _CHECKED_ROWS
+        limit = None if self.goal.asked else self.check_rows or CHECKED_ROWS
         with work.told.step(f"run the parent on {data.source}"):
             self.judge = Judge(
                 work.parent.path, work.parent.signature, work.device, data, self.goal, folder, limit=limit
@@ -286,6 +291,7 @@ class Quantizer:
         if self.judge is None:
             made_up = work.origin == "generated"
             reason = NOT_CERTIFIED if made_up else "not certified: no evaluation data"
+            reason = reason if self.check_rows else "not certified: not judged"
             return [{"certified": False, "summary": reason}]
         _, score = self._scored(target, self.judge)
         if not score.met:

@@ -14,7 +14,7 @@ from deploykit.gating import DEFAULT_SECONDS, Gate
 from deploykit.goals import DEFAULT_DROP, Goal, read_drop
 from deploykit.optimizers import DynamicConfig, StaticConfig, check_engine, require_nncf
 from deploykit.progress import Progress
-from deploykit.quantizer import Quantizer
+from deploykit.quantizer import CHECKED_ROWS, Quantizer
 from deploykit.runtimes import Device
 
 
@@ -33,6 +33,7 @@ def quantize_dynamic(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     output_name: str | None = None,
+    check_rows: int = CHECKED_ROWS,
     escalate: bool = True,
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
@@ -55,6 +56,8 @@ def quantize_dynamic(
         min_sqnr: Smallest ratio of signal to error power of the judged output, in dB.
         min_agreement: Smallest share of rows whose class is the parent's.
         output_name: The output that is judged; the first [batch, classes] by default.
+        check_rows: Without a target, rows of the real data that it is compared with its parent on; 0 for none, where
+            something else judges it.
         escalate: Where the target is missed, try settings that keep more (see `optimizers.escalation`) before layers
             stay in float.
         devices: Where it has to be faster, all of them; by default on the CPU of the first installed runtime (ONNX
@@ -73,7 +76,7 @@ def quantize_dynamic(
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
     # OpenVINO turns dynamic quantization back into floating point, whatever the model: it cannot be held to gain.
     gate = make_gate(devices, allow_slower, gate_seconds, first_only=True)
-    maker = Quantizer(config or DynamicConfig(), goal, escalate, eval_data, gate)
+    maker = Quantizer(config or DynamicConfig(), goal, escalate, eval_data, gate, check_rows=check_rows)
     return derive(
         "quantize-dynamic", model, output, maker, data=data, dims=dims, min_cosine=min_cosine, contract=contract,
         progress=progress,
@@ -94,6 +97,7 @@ def quantize_static(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     output_name: str | None = None,
+    check_rows: int = CHECKED_ROWS,
     escalate: bool = True,
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
@@ -115,6 +119,7 @@ def quantize_static(
         min_sqnr: See there.
         min_agreement: See there.
         output_name: See there.
+        check_rows: See there.
         escalate: See there.
         devices: Where it may not be slower, and has to be faster in one at least; by default the CPU of every installed
             runtime.
@@ -136,7 +141,7 @@ def quantize_static(
     if config.engine != "deploykit":
         require_nncf()  # before anything is run
     gate = make_gate(devices, allow_slower, gate_seconds)
-    maker = Quantizer(config, goal, escalate, eval_data, gate, min_cosine)
+    maker = Quantizer(config, goal, escalate, eval_data, gate, min_cosine, check_rows=check_rows)
     return derive(
         "quantize-static", model, output, maker, data=data, dims=None, min_cosine=min_cosine, contract=contract,
         progress=progress,

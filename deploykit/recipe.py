@@ -92,6 +92,7 @@ class _GoalStep(_Step):
     min_sqnr: float | None = Field(default=None, allow_inf_nan=False)
     min_agreement: float | None = Field(default=None, ge=0, le=1)
     output_name: str | None = None
+    check_rows: int = Field(default=256, ge=0)
     devices: list[str] = []
     allow_slower: bool = False
     gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)

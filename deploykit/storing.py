@@ -12,7 +12,7 @@ from deploykit.deriving import derive
 from deploykit.gating import DEFAULT_SECONDS
 from deploykit.optimizers import HalfConfig, WeightsConfig
 from deploykit.progress import Progress
-from deploykit.quantizer import Quantizer
+from deploykit.quantizer import CHECKED_ROWS, Quantizer
 from deploykit.quantizing import make_gate, make_goal
 from deploykit.runtimes import Device
 
@@ -37,6 +37,7 @@ def quantize_weights(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     output_name: str | None = None,
+    check_rows: int = CHECKED_ROWS,
     escalate: bool = True,
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
@@ -59,6 +60,7 @@ def quantize_weights(
         min_sqnr: See there.
         min_agreement: See there.
         output_name: See there.
+        check_rows: See there.
         escalate: Where the target is missed, try smaller blocks and 8 bits before layers stay in float.
         devices: Where it may not be slower; by default the CPU of every installed runtime. It is accepted where it is
             as fast, because it is smaller.
@@ -75,7 +77,7 @@ def quantize_weights(
     """
     goal = make_goal(eval_data, metric, max_drop, min_sqnr, min_agreement, output_name)
     gate = replace(make_gate(devices, allow_slower, gate_seconds), tie_allowed=True)
-    maker = Quantizer(config or WeightsConfig(), goal, escalate, eval_data, gate)
+    maker = Quantizer(config or WeightsConfig(), goal, escalate, eval_data, gate, check_rows=check_rows)
     return derive(
         "quantize-weights", model, output, maker, data=data, dims=dims, min_cosine=min_cosine, contract=contract,
         progress=progress,
@@ -97,6 +99,7 @@ def quantize_half(
     min_sqnr: float | None = None,
     min_agreement: float | None = None,
     output_name: str | None = None,
+    check_rows: int = CHECKED_ROWS,
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
     gate_seconds: float = DEFAULT_SECONDS,
@@ -118,6 +121,7 @@ def quantize_half(
         min_sqnr: See there.
         min_agreement: See there.
         output_name: See there.
+        check_rows: See there.
         devices: See there.
         allow_slower: See there.
         gate_seconds: See there.
@@ -136,7 +140,7 @@ def quantize_half(
     if asked.compute == "auto":
         native = asked.precision == "fp16" and gate.named and any(_computes_in_half(d) for d in gate.devices)
         asked = replace(asked, compute="native" if native else "storage")
-    maker = Quantizer(asked, goal, False, eval_data, gate)
+    maker = Quantizer(asked, goal, False, eval_data, gate, check_rows=check_rows)
     return derive(
         "quantize-half", model, output, maker, data=data, dims=dims, min_cosine=min_cosine, contract=contract,
         progress=progress,

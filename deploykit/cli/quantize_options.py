@@ -62,6 +62,12 @@ _ESCALATION_OPTIONS: tuple[common.Decorator, ...] = (
         help="Where a target is missed, leave layers in float at once, without trying other settings before.",
     ),
 )  # fmt: skip
+_CHECK_OPTIONS: tuple[common.Decorator, ...] = (
+    click.option(
+        "--check-rows", type=click.IntRange(0), default=256, show_default=True,
+        help="Without a target: rows of the real data that the result is compared with its parent on; 0: none.",
+    ),
+)  # fmt: skip
 _SPEED_OPTIONS: tuple[common.Decorator, ...] = (
     common.device_option,
     click.option("--allow-slower", is_flag=True, help="Accept a model that is not faster than its parent."),
@@ -74,12 +80,12 @@ _SPEED_OPTIONS: tuple[common.Decorator, ...] = (
 
 def goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for accuracy and speed to a command, which gets them as keyword arguments."""
-    return _with(command, *_TARGET_OPTIONS, *_ESCALATION_OPTIONS, *_SPEED_OPTIONS)
+    return _with(command, *_TARGET_OPTIONS, *_CHECK_OPTIONS, *_ESCALATION_OPTIONS, *_SPEED_OPTIONS)
 
 
 def plain_goal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """As `goal_options`, where there are no other settings to try."""
-    return _with(command, *_TARGET_OPTIONS, *_SPEED_OPTIONS)
+    return _with(command, *_TARGET_OPTIONS, *_CHECK_OPTIONS, *_SPEED_OPTIONS)
 
 
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:

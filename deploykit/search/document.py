@@ -322,7 +322,7 @@ def recipe_of(name: str, search: Search) -> dict[str, dict[str, Any]]:
     for variant in steps_to(name, list(search.variants.values())):
         if variant.table is None:
             continue
-        table = {k: v for k, v in variant.table.items() if k != "merge_only"}
+        table = {k: v for k, v in variant.table.items() if k not in ("merge_only", "check_rows")}
         if variant.parent is not None:
             parent = search.variants[variant.parent]
             table["model"] = parent.name if parent.table is not None else str(Path(str(parent.path)).absolute())

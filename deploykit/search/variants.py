@@ -87,7 +87,7 @@ def _scheme_table(wish: Wish, name: str) -> dict[str, Any]:
     scheme = SCHEMES[name]
     table: dict[str, Any] = {
         **scheme.table, "contract": list(wish.contract), "allow_slower": True, "gate_seconds": 0.0,
-        "devices": list(wish.devices),
+        "devices": list(wish.devices), "check_rows": 0,  # the search judges all of them itself
     }  # fmt: skip
     if wish.min_cosine != MIN_COSINE:  # else the step's own, which is stricter for halves
         table["min_cosine"] = wish.min_cosine

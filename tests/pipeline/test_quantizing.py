@@ -240,6 +240,17 @@ def test_small_models_and_no_seconds_are_not_timed(
     assert all("--gate-seconds 0" in r["summary"] for r in made.manifest.evidence.benchmark)
 
 
+def test_what_something_else_judges_is_not_judged(digits: Any, tmp_path: Path) -> None:
+    digits.write(tmp_path)
+    given: dict[str, Any] = {"data": tmp_path / "calib.npz", "gate_seconds": 0}
+    judged = pipeline.quantize_static(tmp_path / "net.onnx", tmp_path / "judged", **given, check_rows=16)
+    assert judged.manifest.evidence.accuracy[0]["samples"] == 16
+    left = pipeline.quantize_static(tmp_path / "net.onnx", tmp_path / "left", **given, check_rows=0)
+    assert left.manifest.evidence.accuracy == [{"certified": False, "summary": "not certified: not judged"}]
+    held = pipeline.quantize_static(tmp_path / "net.onnx", tmp_path / "held", **given, check_rows=0, min_sqnr=5.0)
+    assert held.manifest.evidence.accuracy[0]["certified"]
+
+
 def test_a_device_that_cannot_run_it_counts_where_it_was_named() -> None:
     records = [
         {"device": "ort:cpu", "verdict": "faster", "ratio": 2.0, "summary": "faster"},
