@@ -59,8 +59,8 @@ def test_benchmark_report(cli, conv_model, tmp_path):
     openvino.save_model(openvino.convert_model(str(conv_model)), str(tmp_path / "ir.xml"), compress_to_fp16=False)
     assert cli("quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o", "q").returncode == 0
     done = cli(
-        "benchmark", "-m", "ir.xml", "-m", conv_model, "-m", "q", "--data", "labelled.npz", "--rounds", 3, "--seconds", 0.1,
-        "--warmup", 0, "-o", "report.json", "--json", "--batch", 2, "--threads", 1, "--no-confirm",
+        "benchmark", "-m", "ir.xml", "-m", conv_model, "-m", "q", "--data", "labelled.npz", "--rounds", 3,
+        "--seconds", 0.1, "--warmup", 0, "-o", "report.json", "--json", "--batch", 2, "--threads", 1, "--no-confirm",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
