@@ -1,13 +1,19 @@
+import signal
 import subprocess
 import sys
+import traceback
+import warnings
 from types import SimpleNamespace
 
 import pytest
 
+# What an interpreter keeps to itself by default.
+UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+
 
 @pytest.fixture
 def run_cli(tmp_path):
-    """Run `python -m deploykit ...` in an empty folder."""
+    """Run `python -m deploykit ...` in an empty folder, in a process of its own."""
 
     def run(*args, preexec=None, timeout=300):
         done = subprocess.run(
@@ -20,8 +26,74 @@ def run_cli(tmp_path):
 
 
 @pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """Run `deploykit ...` in this process, in the same empty folder: what `run_cli` does, without seconds of imports.
+
+    A bug is a traceback and exit code 1, and warnings stand on standard error, as they do in a process. What depends on
+    a fresh process (signals, limits, the first import of something) needs `run_cli`.
+    """
+    from deploykit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    def run(*args):
+        capfd.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            for category in UNSHOWN:
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = show
+            try:
+                code = main([str(a) for a in args])
+            except SystemExit as exc:
+                code = exc.code
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        stdout, stderr = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+    return run
+
+
+@pytest.fixture
 def conv_model(tmp_path):
     """A small residual convolutional net with a dynamic batch, and calibration data that fits it."""
+    return write_conv_model(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """A folder in which `deploykit benchmark` measured that net and one that is wrong, with all that it writes.
+
+    As its attributes: the folder as `path`, and what the process gave back.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    path = tmp_path_factory.mktemp("measured")
+    model = onnx.load(str(write_conv_model(path)))
+    for weight in model.graph.initializer:
+        values = np.random.default_rng(7).standard_normal(tuple(weight.dims)).astype(np.float32)
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, str(path / "wrong.onnx"))
+    done = subprocess.run(
+        [sys.executable, "-m", "deploykit", "benchmark", "-m", "net.onnx", "-m", "wrong.onnx", "--device", "ort:cpu",
+         "--rounds", "3", "--seconds", "0.05", "--warmup", "0", "--data", "labelled.npz",
+         "-o", "r.json", "--html", "r.html", "--markdown", "r.md"],
+        capture_output=True, text=True, check=False, cwd=path, timeout=300,
+    )  # fmt: skip
+    return SimpleNamespace(path=path, returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+
+def write_conv_model(folder):
     import numpy as np
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -50,9 +122,9 @@ def conv_model(tmp_path):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 10])],
         [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()],
     )
-    path = tmp_path / "net.onnx"
+    path = folder / "net.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
     images = rng.standard_normal((40, 3, 12, 12)).astype(np.float32)
-    np.savez(tmp_path / "calib.npz", x=images)
-    np.savez(tmp_path / "labelled.npz", x=images, labels=rng.integers(0, 10, 40))
+    np.savez(folder / "calib.npz", x=images)
+    np.savez(folder / "labelled.npz", x=images, labels=rng.integers(0, 10, 40))
     return path

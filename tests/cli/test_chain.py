@@ -7,7 +7,7 @@ import pytest
 from deploykit.artifact import Artifact
 
 
-def test_chain(run_cli, conv_model, tmp_path):
+def test_chain(cli, conv_model, tmp_path):
     for args in (
         ["export", conv_model, "-o", "a"],
         ["simplify", "-m", "a", "-o", "b"],
@@ -15,7 +15,7 @@ def test_chain(run_cli, conv_model, tmp_path):
         ["verify", "-m", "a"],
         ["verify", "-m", "c", "--against", "a", "--min-cosine", "0.98", "--data", "calib.npz"],
     ):
-        done = run_cli(*args)
+        done = cli(*args)
         assert done.returncode == 0, (args, done.stderr)
     steps = [s.step for s in Artifact.open(tmp_path / "c").manifest.lineage]
     assert steps == ["export", "simplify", "quantize-static"]
@@ -23,14 +23,14 @@ def test_chain(run_cli, conv_model, tmp_path):
     assert lineage[1].parent == Artifact.open(tmp_path / "a").digest
     assert lineage[2].parent == Artifact.open(tmp_path / "b").digest
     assert lineage[1].params["nodes_after"] < lineage[1].params["nodes_before"]
-    shown = run_cli("inspect", "c").stdout
+    shown = cli("inspect", "c").stdout
     assert "QuantizeLinear" in shown and "quantize-static" in shown
-    strict = run_cli("verify", "-m", "c", "--against", "a", "--data", "calib.npz")
+    strict = cli("verify", "-m", "c", "--against", "a", "--data", "calib.npz")
     assert strict.returncode == 1
     assert "failed" in strict.stderr and "--min-cosine" in strict.stderr
 
 
-def test_verify_finds_a_different_model(run_cli, conv_model, tmp_path):
+def test_verify_finds_a_different_model(cli, conv_model, tmp_path):
     import numpy as np
     import onnx
     from onnx import numpy_helper
@@ -41,28 +41,36 @@ def test_verify_finds_a_different_model(run_cli, conv_model, tmp_path):
     changed[0, 0] += 0.5
     weight.CopyFrom(numpy_helper.from_array(changed.astype(np.float32), weight.name))
     onnx.save(model, str(tmp_path / "other.onnx"))
-    done = run_cli("verify", "-m", "other.onnx", "--against", conv_model)
+    done = cli("verify", "-m", "other.onnx", "--against", conv_model)
     assert done.returncode == 1
     assert "failed on ort:cpu" in done.stdout
 
 
-def test_dynamic_int8(run_cli, tmp_path, conv_model):
-    done = run_cli("quantize", "dynamic", "-m", conv_model, "-o", "d", "--data", "calib.npz")
+def test_dynamic_int8(cli, tmp_path, conv_model):
+    done = cli("quantize", "dynamic", "-m", conv_model, "-o", "d", "--data", "calib.npz")
     assert done.returncode == 0, done.stderr
     assert Artifact.open(tmp_path / "d").manifest.lineage[-1].params["integer_nodes"] == 1
 
 
-def test_benchmark_report(run_cli, conv_model, tmp_path):
-    assert run_cli("quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o", "q").returncode == 0
-    done = run_cli(
-        "benchmark", "-m", conv_model, "-m", "q", "--data", "labelled.npz", "--rounds", 3, "--seconds", 0.1,
-        "--warmup", 0, "-o", "report.json", "--json", "--batch", 2, "--threads", 1,
+def test_benchmark_report(cli, conv_model, tmp_path):
+    """Of three kinds of model; the first, OpenVINO's own, runs in OpenVINO only."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(str(conv_model)), str(tmp_path / "ir.xml"), compress_to_fp16=False)
+    assert cli("quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o", "q").returncode == 0
+    done = cli(
+        "benchmark", "-m", "ir.xml", "-m", conv_model, "-m", "q", "--data", "labelled.npz", "--rounds", 3,
+        "--seconds", 0.1, "--warmup", 0, "-o", "report.json", "--json", "--batch", 2, "--threads", 1, "--no-confirm",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert report["winner"]["verdict"] in ("winner", "tie")
-    assert len(report["candidates"]) == 4
+    both = ("ort:cpu", "openvino:cpu")
+    assert [(c["name"], c["device"]) for c in report["candidates"]] == [
+        ("ir.xml", "openvino:cpu"), *(("net.onnx", d) for d in both), *(("q", d) for d in both),
+    ]  # fmt: skip
+    assert not report["settings"]["confirm"]
     reference = report["candidates"][0]
     assert reference["outputs"] is None
     for candidate in report["candidates"]:
@@ -78,32 +86,11 @@ def test_benchmark_report(run_cli, conv_model, tmp_path):
             ]
             == "1"
         )
-    assert sorted(r["position"] for c in report["candidates"] for r in c["rounds"][:1]) != [0, 0, 0, 0]
+    assert sorted(r["position"] for c in report["candidates"] for r in c["rounds"][:1]) != [0, 0, 0, 0, 0]
     int8 = [c for c in report["candidates"] if c["name"] == "q"]
     assert all(c["placement"]["compute_precisions"].get("int8", 0) >= 2 for c in int8)
-    again = run_cli("benchmark", "-m", conv_model, "-o", "report.json")
+    again = cli("benchmark", "-m", conv_model, "-o", "report.json")
     assert again.returncode == 1 and "exists" in again.stderr
-
-
-def test_benchmark_leaves_wrong_candidates_out(run_cli, conv_model, tmp_path):
-    import numpy as np
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(str(conv_model))
-    for weight in model.graph.initializer:
-        values = np.random.default_rng(7).standard_normal(tuple(weight.dims)).astype(np.float32)
-        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    onnx.save(model, str(tmp_path / "wrong.onnx"))
-    done = run_cli(
-        "benchmark", "-m", conv_model, "-m", "wrong.onnx", "--device", "ort:cpu", "--rounds", 3, "--seconds", 0.05,
-        "--warmup", 0, "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["candidates"][1]["status"].startswith("wrong outputs")
-    assert "rounds" not in report["candidates"][1]
-    assert report["winner"]["candidates"] == ["net.onnx on ort:cpu"]
 
 
 RECIPE = """
@@ -125,22 +112,23 @@ warmup_s = 0.0
 """
 
 
-def test_recipe(run_cli, conv_model, tmp_path):
+def test_recipe(cli, conv_model, tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    dry = run_cli("run", "recipe.toml", "--dry-run")
+    dry = cli("run", "recipe.toml", "--dry-run")
     assert dry.returncode == 0
     assert not (tmp_path / "out").exists()
     (tmp_path / "full.toml").write_text(dry.stdout)
-    assert run_cli("run", "full.toml", "--dry-run").stdout == dry.stdout
-    done = run_cli("run", "recipe.toml", "-o", "out")
+    assert cli("run", "full.toml", "--dry-run").stdout == dry.stdout
+    done = cli("run", "recipe.toml", "-o", "out")
     assert done.returncode == 0, done.stderr
     assert "tie" in done.stdout or "winner" in done.stdout
     for name in ("import", "simplify", "int8"):
         Artifact.open(tmp_path / "out" / name)
     report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert [c["name"] for c in report["candidates"]] == ["import", "simplify", "int8"]
-    assert run_cli("run", "recipe.toml", "-o", "out").returncode == 1
-    resumed = run_cli("run", "recipe.toml", "-o", "out", "--resume")
+    assert report["settings"]["confirm"]
+    assert cli("run", "recipe.toml", "-o", "out").returncode == 1
+    resumed = cli("run", "recipe.toml", "-o", "out", "--resume")
     assert resumed.returncode == 0
     assert resumed.stderr.count("is kept") == 4
 
@@ -164,23 +152,23 @@ def test_recipe(run_cli, conv_model, tmp_path):
     ],
     ids=lambda a: "-".join(a[:2] + a[-1:]),
 )
-def test_dry_run_prints_a_recipe_that_loads(run_cli, args, tmp_path):
+def test_dry_run_prints_a_recipe_that_loads(cli, args, tmp_path):
     from deploykit.recipe import Recipe
 
-    done = run_cli(*args, "--dry-run")
+    done = cli(*args, "--dry-run")
     assert done.returncode == 0, done.stderr
     (tmp_path / "r.toml").write_text(done.stdout)
     assert len(Recipe.load(tmp_path / "r.toml").steps) == 1
 
 
-def test_resume_makes_again_what_followed_from_something_else(run_cli, conv_model, tmp_path):
+def test_resume_makes_again_what_followed_from_something_else(cli, conv_model, tmp_path):
     import shutil
 
     (tmp_path / "recipe.toml").write_text(RECIPE.split("[benchmark]")[0])
-    assert run_cli("run", "recipe.toml", "-o", "out").returncode == 0
+    assert cli("run", "recipe.toml", "-o", "out").returncode == 0
     before = {n: Artifact.open(tmp_path / "out" / n).digest for n in ("import", "simplify", "int8")}
     shutil.rmtree(tmp_path / "out" / "import")
-    done = run_cli("run", "recipe.toml", "-o", "out", "--resume")
+    done = cli("run", "recipe.toml", "-o", "out", "--resume")
     assert done.returncode == 0, done.stderr
     lineage = Artifact.open(tmp_path / "out" / "int8").manifest.lineage
     assert lineage[-1].parent == Artifact.open(tmp_path / "out" / "simplify").digest
@@ -188,9 +176,9 @@ def test_resume_makes_again_what_followed_from_something_else(run_cli, conv_mode
     assert before != {n: Artifact.open(tmp_path / "out" / n).digest for n in before}
 
 
-def test_a_recipe_whose_first_step_fails_leaves_nothing(run_cli, tmp_path):
+def test_a_recipe_whose_first_step_fails_leaves_nothing(cli, tmp_path):
     (tmp_path / "recipe.toml").write_text('[export]\nsource = "nope.onnx"\n')
-    assert run_cli("run", "recipe.toml", "-o", "out").returncode == 1
+    assert cli("run", "recipe.toml", "-o", "out").returncode == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -207,10 +195,10 @@ def fixed_batch(path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(path))
 
 
-def test_throughput_counts_the_samples_of_a_fixed_batch(run_cli, conv_model, tmp_path):
+def test_throughput_counts_the_samples_of_a_fixed_batch(cli, conv_model, tmp_path):
     fixed_batch(tmp_path / "four.onnx")
     quick = ["--device", "ort:cpu", "--rounds", 3, "--seconds", 0.05, "--warmup", 0]
-    done = run_cli("benchmark", "-m", "four.onnx", *quick, "--json")
+    done = cli("benchmark", "-m", "four.onnx", *quick, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["settings"]["batch"] == 4
@@ -218,30 +206,20 @@ def test_throughput_counts_the_samples_of_a_fixed_batch(run_cli, conv_model, tmp
     wall = sum(r["wall_ns"] for r in found["rounds"]) / 1e9
     assert found["throughput_per_s"] == pytest.approx(4 * found["samples"] / wall)
     for wrong in (["--dim", "batch=512"], ["--dim", "bogus=3"], ["--dim", "batch=²"], ["--seconds", "inf"]):
-        done = run_cli("benchmark", "-m", conv_model, *quick, *wrong)
+        done = cli("benchmark", "-m", conv_model, *quick, *wrong)
         assert done.returncode == 1 and "Traceback" not in done.stderr, (wrong, done.stderr)
 
 
-def test_a_failing_reference_is_one_line(run_cli, conv_model, tmp_path):
+def test_a_failing_reference_is_one_line(cli, conv_model, tmp_path):
     import numpy as np
 
     np.savez(tmp_path / "long.npz", x=np.zeros((8, 3, 12, 12), np.float32), labels=np.zeros((8, 2), np.int64))
-    done = run_cli("benchmark", "-m", conv_model, "-m", conv_model, "--data", "long.npz")
+    done = cli("benchmark", "-m", conv_model, "-m", conv_model, "--data", "long.npz")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "the reference" in done.stderr
 
 
-def test_openvino_ir_runs_on_openvino_only(run_cli, conv_model, tmp_path):
-    import openvino
-
-    openvino.save_model(openvino.convert_model(str(conv_model)), str(tmp_path / "ir.xml"), compress_to_fp16=False)
-    quick = ["--rounds", 3, "--seconds", 0.05, "--warmup", 0, "--json"]
-    done = run_cli("benchmark", "-m", "ir.xml", "-m", conv_model, *quick)
-    assert done.returncode == 0, done.stderr
-    assert [c["device"] for c in json.loads(done.stdout)["candidates"]] == ["openvino:cpu", "ort:cpu", "openvino:cpu"]
-
-
-def test_an_accepted_unverifiable_model_stays_unverifiable(run_cli, conv_model, tmp_path):
+def test_an_accepted_unverifiable_model_stays_unverifiable(cli, conv_model, tmp_path):
     import numpy as np
     import onnx
     from onnx import numpy_helper
@@ -250,13 +228,13 @@ def test_an_accepted_unverifiable_model_stays_unverifiable(run_cli, conv_model, 
     for weight in model.graph.initializer:
         weight.CopyFrom(numpy_helper.from_array(np.zeros(tuple(weight.dims), np.float32), weight.name))
     onnx.save(model, str(tmp_path / "zero.onnx"))
-    refused = run_cli("simplify", "-m", "zero.onnx", "-o", "out")
+    refused = cli("simplify", "-m", "zero.onnx", "-o", "out")
     assert refused.returncode == 1 and "--allow-unverified" in refused.stderr
-    assert run_cli("export", "zero.onnx", "-o", "a", "--allow-unverified").returncode == 0
-    assert run_cli("simplify", "-m", "a", "-o", "b").returncode == 0
+    assert cli("export", "zero.onnx", "-o", "a", "--allow-unverified").returncode == 0
+    assert cli("simplify", "-m", "a", "-o", "b").returncode == 0
     verdicts = {r["verdict"] for r in Artifact.open(tmp_path / "b").manifest.evidence.parity}
     assert verdicts == {"unverifiable"}
-    replayed = run_cli("verify", "-m", "b")
+    replayed = cli("verify", "-m", "b")
     assert replayed.returncode == 1 and "unverifiable" in replayed.stdout
 
 
@@ -271,7 +249,10 @@ def test_an_interrupt_keeps_the_rounds_and_says_so(conv_model, tmp_path):
         "--seconds", "0.01", "--warmup", "0", "-o", "report.json",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(25)  # three rounds take five seconds; a busy machine gets more
+    journal, end = tmp_path / "report.json.partial", time.monotonic() + 120
+    # Three rounds are the fewest that become a report.
+    while time.monotonic() < end and process.poll() is None and (not journal.exists() or kept_rounds(journal) < 3):
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -279,3 +260,7 @@ def test_an_interrupt_keeps_the_rounds_and_says_so(conv_model, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["interrupted"] and 3 <= len(report["candidates"][0]["rounds"]) < 500
     assert "interrupted:" in errors and "rounds of" in out
+
+
+def kept_rounds(journal):
+    return len(json.loads(journal.read_text())["entries"][0]["rounds"])

@@ -75,10 +75,10 @@ def factory(tmp_path):
         ("pickled.pt", ["factory"]),
     ],
 )
-def test_export_refuses(run_cli, factory, tmp_path, source, words):
+def test_export_refuses(cli, factory, tmp_path, source, words):
     (tmp_path / "corrupt.onnx").write_bytes(b"\x08\x09 no model at all")
     (tmp_path / "pickled.pt").write_bytes(b"PK")
-    assert_refused(run_cli("export", source, "-o", "out"), tmp_path, *words)
+    assert_refused(cli("export", source, "-o", "out"), tmp_path, *words)
 
 
 @pytest.mark.parametrize(
@@ -93,26 +93,26 @@ def test_export_refuses(run_cli, factory, tmp_path, source, words):
         (["--dynamic", "none", "--dim", "batch=3"], ["'batch'", "all dimensions are fixed"]),
     ],
 )
-def test_options_that_do_not_fit(run_cli, factory, tmp_path, options, words):
+def test_options_that_do_not_fit(cli, factory, tmp_path, options, words):
     """The error alone: no log of the frameworks is kept for a slip of the user's."""
-    done = run_cli("export", "net.py:make", "-o", "out", *options)
+    done = cli("export", "net.py:make", "-o", "out", *options)
     assert_refused(done, tmp_path, *words)
     assert "what the frameworks printed" not in done.stderr
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "soon"])
 @pytest.mark.parametrize("command", [["export", "net.py:make"], ["simplify", "-m", "model"]])
-def test_times_that_are_none(run_cli, tmp_path, command, seconds):
-    done = run_cli(*command, "-o", "out", "--timeout", seconds)
+def test_times_that_are_none(cli, tmp_path, command, seconds):
+    done = cli(*command, "-o", "out", "--timeout", seconds)
     assert done.returncode == 2
     assert "positive number of seconds" in done.stderr
 
 
-def test_existing_output_is_left_alone(run_cli, conv_model, tmp_path):
+def test_existing_output_is_left_alone(cli, conv_model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("keep")
     for command in (["export", conv_model], ["simplify", "-m", conv_model], ["quantize", "dynamic", "-m", conv_model]):
-        done = run_cli(*command, "-o", "out")
+        done = cli(*command, "-o", "out")
         assert done.returncode == 1
         assert "exists" in done.stderr
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
@@ -129,36 +129,36 @@ def test_full_disk(run_cli, conv_model, tmp_path):
     assert_refused(done, tmp_path, "cannot write", "nothing was left behind")
 
 
-def test_allow_unverified_says_so_in_the_manifest(run_cli, factory, tmp_path):
+def test_allow_unverified_says_so_in_the_manifest(cli, factory, tmp_path):
     import json
 
-    done = run_cli("export", "net.py:constant", "-o", "out", "--allow-unverified", "--json")
+    done = cli("export", "net.py:constant", "-o", "out", "--allow-unverified", "--json")
     assert done.returncode == 0, done.stderr
     verdicts = {r["verdict"] for r in json.loads(done.stdout)["manifest"]["evidence"]["parity"]}
     assert verdicts == {"unverifiable"}
 
 
-def test_data_that_do_not_fit(run_cli, conv_model, tmp_path):
+def test_data_that_do_not_fit(cli, conv_model, tmp_path):
     import numpy as np
 
     np.savez(tmp_path / "wrong.npz", x=np.zeros((8, 3, 5, 5), np.float32))
     images = np.zeros((8, 3, 12, 12), np.float32)
     np.savez(tmp_path / "nameless.npz", z=images, w=images)
     static = ["quantize", "static", "-m", conv_model, "-o", "out", "--data"]
-    assert_refused(run_cli(*static, "wrong.npz"), tmp_path, "x: float32[batch, 3, 12, 12]")
-    assert_refused(run_cli(*static, "nameless.npz"), tmp_path, "'x'")
-    assert_refused(run_cli(*static, "missing.npz"), tmp_path, "missing.npz")
+    assert_refused(cli(*static, "wrong.npz"), tmp_path, "x: float32[batch, 3, 12, 12]")
+    assert_refused(cli(*static, "nameless.npz"), tmp_path, "'x'")
+    assert_refused(cli(*static, "missing.npz"), tmp_path, "missing.npz")
 
 
-def test_a_quantizer_with_nothing_to_do_is_an_error(run_cli, conv_model, tmp_path):
-    quantized = run_cli("quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o", "q")
+def test_a_quantizer_with_nothing_to_do_is_an_error(cli, conv_model, tmp_path):
+    quantized = cli("quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o", "q")
     assert quantized.returncode == 0, quantized.stderr
-    again = run_cli("quantize", "static", "-m", "q", "--data", "calib.npz", "-o", "out")
+    again = cli("quantize", "static", "-m", "q", "--data", "calib.npz", "-o", "out")
     assert_refused(again, tmp_path, "quantized already")
 
 
-def test_a_tampered_artifact_is_refused_by_every_command(run_cli, conv_model, tmp_path):
-    assert run_cli("export", conv_model, "-o", "a").returncode == 0
+def test_a_tampered_artifact_is_refused_by_every_command(cli, conv_model, tmp_path):
+    assert cli("export", conv_model, "-o", "a").returncode == 0
     model = tmp_path / "a" / "model.onnx"
     data = bytearray(model.read_bytes())
     data[-1] ^= 1
@@ -169,27 +169,27 @@ def test_a_tampered_artifact_is_refused_by_every_command(run_cli, conv_model, tm
         ["verify", "-m", "a"],
         ["benchmark", "-m", "a"],
     ):
-        assert_refused(run_cli(*command), tmp_path, "sha256")
+        assert_refused(cli(*command), tmp_path, "sha256")
 
 
-def test_devices_never_fall_back(run_cli, conv_model, tmp_path):
+def test_devices_never_fall_back(cli, conv_model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     missing = next(
         p for p in ("ROCMExecutionProvider", "DmlExecutionProvider") if p not in onnxruntime.get_available_providers()
     )
-    assert_refused(run_cli("benchmark", "-m", conv_model, "--device", missing), tmp_path, missing)
-    assert_refused(run_cli("export", conv_model, "-o", "out", "--device", missing), tmp_path, missing)
-    assert_refused(run_cli("export", conv_model, "-o", "out", "--device", "nosuch:gpu"), tmp_path, "doctor")
+    assert_refused(cli("benchmark", "-m", conv_model, "--device", missing), tmp_path, missing)
+    assert_refused(cli("export", conv_model, "-o", "out", "--device", missing), tmp_path, missing)
+    assert_refused(cli("export", conv_model, "-o", "out", "--device", "nosuch:gpu"), tmp_path, "doctor")
 
 
-def test_exclude_takes_types_and_refuses_unknown_names(run_cli, conv_model, tmp_path):
+def test_exclude_takes_types_and_refuses_unknown_names(cli, conv_model, tmp_path):
     import json
 
     static = ["quantize", "static", "-m", conv_model, "--data", "calib.npz", "-o"]
-    assert_refused(run_cli(*static, "out", "--exclude", "nosuch"), tmp_path, "nosuch")
-    assert_refused(run_cli("quantize", "dynamic", "-m", conv_model, "-o", "out", "--exclude", "typo"), tmp_path, "typo")
-    only_gemm = run_cli(*static, "kept", "--exclude", "Conv", "--json")
+    assert_refused(cli(*static, "out", "--exclude", "nosuch"), tmp_path, "nosuch")
+    assert_refused(cli("quantize", "dynamic", "-m", conv_model, "-o", "out", "--exclude", "typo"), tmp_path, "typo")
+    only_gemm = cli(*static, "kept", "--exclude", "Conv", "--json")
     assert only_gemm.returncode == 0, only_gemm.stderr
     assert json.loads(only_gemm.stdout)["manifest"]["lineage"][-1]["params"]["quantized_nodes"] == 1
     # Without its one matrix product nothing is left for dynamic quantization.
-    assert_refused(run_cli("quantize", "dynamic", "-m", conv_model, "-o", "out", "--exclude", "Gemm"), tmp_path)
+    assert_refused(cli("quantize", "dynamic", "-m", conv_model, "-o", "out", "--exclude", "Gemm"), tmp_path)

@@ -12,24 +12,24 @@ def report(report_data, tmp_path):
     return path
 
 
-def test_a_report_is_shown_again(run_cli, report):
-    done = run_cli("report", "report.json")
+def test_a_report_is_shown_again(cli, report):
+    done = cli("report", "report.json")
     assert done.returncode == 0, done.stderr
     assert "winner: int8 on ort:cpu" in done.stdout
     assert "wrong outputs: cosine 0.3100" in done.stdout
 
 
-def test_views_are_written_and_never_overwritten(run_cli, report, tmp_path):
-    done = run_cli("report", "report.json", "--html", "page.html", "--markdown", "table.md")
+def test_views_are_written_and_never_overwritten(cli, report, tmp_path):
+    done = cli("report", "report.json", "--html", "page.html", "--markdown", "table.md")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "int8 on ort:cpu" in page
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.startswith("**winner: int8")
-    assert run_cli("report", "report.json", "--markdown", "-").stdout == table
+    assert cli("report", "report.json", "--markdown", "-").stdout == table
     (tmp_path / "page.html").write_text("mine", encoding="utf-8")
-    done = run_cli("report", "report.json", "--html", "page.html", "--markdown", "other.md")
+    done = cli("report", "report.json", "--html", "page.html", "--markdown", "other.md")
     assert done.returncode == 1
     assert "page.html exists" in done.stderr
     assert "--html" in done.stderr
@@ -41,10 +41,10 @@ def test_views_are_written_and_never_overwritten(run_cli, report, tmp_path):
     ("content", "words"),
     [(None, "does not exist"), ("{", "only part of it"), ('{"schema_version": 9, "candidates": []}', "version 9")],
 )
-def test_other_files_are_refused_in_one_line(run_cli, tmp_path, content, words):
+def test_other_files_are_refused_in_one_line(cli, tmp_path, content, words):
     if content is not None:
         (tmp_path / "x.json").write_text(content, encoding="utf-8")
-    done = run_cli("report", "x.json", "--html", "page.html")
+    done = cli("report", "x.json", "--html", "page.html")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
@@ -62,16 +62,16 @@ def best(report_data, search_data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["best", "best/optimize.json"])
-def test_a_search_is_shown_again(run_cli, best, name):
-    done = run_cli("report", name)
+def test_a_search_is_shown_again(cli, best, name):
+    done = cli("report", name)
     assert done.returncode == 0, done.stderr
     assert "dropped in making: no pattern of a transformer" in done.stdout
     assert "static on openvino:cpu, 2.43x" in done.stdout
     assert "took 171 s of 180 s" in done.stdout
 
 
-def test_views_of_a_search_are_written_and_never_overwritten(run_cli, best, tmp_path):
-    done = run_cli("report", "best", "--html", "page.html", "--markdown", "table.md")
+def test_views_of_a_search_are_written_and_never_overwritten(cli, best, tmp_path):
+    done = cli("report", "best", "--html", "page.html", "--markdown", "table.md")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
@@ -79,14 +79,14 @@ def test_views_of_a_search_are_written_and_never_overwritten(run_cli, best, tmp_
         assert f'id="{section}"' in page
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.startswith("**static on openvino:cpu")
-    assert run_cli("report", "best", "--markdown", "-").stdout == table
-    done = run_cli("report", "best", "--html", "page.html")
+    assert cli("report", "best", "--markdown", "-").stdout == table
+    done = cli("report", "best", "--html", "page.html")
     assert done.returncode == 1
     assert "page.html exists" in done.stderr
 
 
-def test_a_benchmark_of_a_search_is_a_report(run_cli, best):
-    assert "winner: int8 on ort:cpu" in run_cli("report", "best/benchmark.json").stdout
+def test_a_benchmark_of_a_search_is_a_report(cli, best):
+    assert "winner: int8 on ort:cpu" in cli("report", "best/benchmark.json").stdout
 
 
 @pytest.mark.parametrize(
@@ -98,57 +98,40 @@ def test_a_benchmark_of_a_search_is_a_report(run_cli, best):
         (lambda best: (best / "benchmark.json").write_text("{"), "benchmark.json is no JSON"),
     ],
 )
-def test_damaged_searches_are_refused_in_one_line(run_cli, best, change, words):
+def test_damaged_searches_are_refused_in_one_line(cli, best, change, words):
     change(best)
-    done = run_cli("report", "best")
+    done = cli("report", "best")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
 
 
-def test_usage(run_cli, report):
-    assert run_cli("report").returncode == 2
-    assert run_cli("report", "report.json", "--html", "x", "--markdown", "./x").returncode == 2
-    assert run_cli("report", "report.json", "--html", "-").returncode == 2
-    assert run_cli("report", "report.json", "--html", "no/such/folder.html").returncode == 1
+def test_usage(cli, report):
+    assert cli("report").returncode == 2
+    assert cli("report", "report.json", "--html", "x", "--markdown", "./x").returncode == 2
+    assert cli("report", "report.json", "--html", "-").returncode == 2
+    assert cli("report", "report.json", "--html", "no/such/folder.html").returncode == 1
 
 
-def test_the_schema_is_printed(run_cli):
-    done = run_cli("report", "--schema")
+def test_the_schema_is_printed(cli):
+    done = cli("report", "--schema")
     assert done.returncode == 0
     assert json.loads(done.stdout)["properties"]["schema_version"]["enum"] == [1, 2]
-    assert run_cli("report", "--schema", "benchmark").stdout == done.stdout
-    assert "tried" in json.loads(run_cli("report", "--schema", "optimize").stdout)["properties"]
-    assert run_cli("report", "--schema", "report.json").returncode == 2
-    assert run_cli("report", "report.json", "--schema").returncode == 2
+    assert cli("report", "--schema", "benchmark").stdout == done.stdout
+    assert "tried" in json.loads(cli("report", "--schema", "optimize").stdout)["properties"]
+    assert cli("report", "--schema", "report.json").returncode == 2
+    assert cli("report", "report.json", "--schema").returncode == 2
 
 
-def test_benchmark_writes_all_views_of_one_measurement(run_cli, conv_model, tmp_path):
-    pytest.importorskip("onnxruntime")
-    short = ["--rounds", "3", "--seconds", "0.05", "--warmup", "0", "--device", "ort:cpu", "--data", "labelled.npz"]
-    done = run_cli(
-        "benchmark", "-m", conv_model, *short, "-o", "r.json", "--html", "r.html", "--markdown", "r.md"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    again = run_cli("report", "r.json", "--html", "again.html", "--markdown", "again.md")
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "again.md").read_bytes() == (tmp_path / "r.md").read_bytes()
-    # Up to the embedded copy, in which the reader may fill in what an older version did not write.
-    pages = [(tmp_path / f"{n}.html").read_text(encoding="utf-8").split('<script type="application/json"') for n in
-             ("again", "r")]  # fmt: skip
-    assert pages[0][0] == pages[1][0]
-    assert len(pages[0]) == 2
-
-
-def test_benchmark_looks_at_the_places_before_it_measures(run_cli, conv_model, tmp_path):
+def test_benchmark_looks_at_the_places_before_it_measures(cli, conv_model, tmp_path):
     (tmp_path / "taken.md").write_text("mine", encoding="utf-8")
     for options, words in (
         (["--markdown", "taken.md"], "taken.md exists"),
         (["--html", "no/folder.html"], "cannot write to no"),
     ):
-        done = run_cli("benchmark", "-m", conv_model, *options, "-o", "r.json")
+        done = cli("benchmark", "-m", conv_model, *options, "-o", "r.json")
         assert done.returncode == 1
         assert words in done.stderr
         assert "measure" not in done.stderr
-    assert run_cli("benchmark", "-m", conv_model, "-o", "same", "--html", "same").returncode == 2
+    assert cli("benchmark", "-m", conv_model, "-o", "same", "--html", "same").returncode == 2
     assert not (tmp_path / "r.json").exists()
