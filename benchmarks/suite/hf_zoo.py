@@ -1,4 +1,8 @@
-"""Hugging Face architectures, small, from configs, with random weights under which outputs react to inputs."""
+"""Hugging Face architectures, small, from configs, with random weights under which outputs react to inputs.
+
+Where layers are alike, there is one: a second one stays only where layers share something (ALBERT's weights, T5's table
+of positions, Swin's shifted windows) or have a cache each (GPT-2, Whisper).
+"""
 
 from __future__ import annotations
 
@@ -90,7 +94,10 @@ def roberta() -> Any:
 
 
 def albert() -> Any:
-    return tf.AlbertForQuestionAnswering(tf.AlbertConfig(**TEXT | {"num_hidden_layers": 2}, embedding_size=16, max_position_embeddings=64))
+    config = tf.AlbertConfig(
+        **TEXT | {"num_hidden_layers": 2}, embedding_size=16, max_position_embeddings=64
+    )  # one layer, twice
+    return tf.AlbertForQuestionAnswering(config)
 
 
 def deberta_v2() -> Any:
