@@ -13,7 +13,7 @@ import pytest
 from onnx import helper
 
 from deploykit import explaining
-from deploykit.benchmarks import experiments
+from deploykit.benchmarks import experiments, trials
 from deploykit.benchmarks.experiments import Setup
 from deploykit.benchmarks.roofline import Peaks
 from deploykit.benchmarks.trials import Trial
@@ -44,6 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     tried: dict[str, list[Any]] = {"turns": [], "threads": [], "processes": []}
     monkeypatch.setattr(explaining, "measure_peaks", lambda d, threads, p: Peaks(1.0, 4.0, None, 1e9, threads, "made"))
     monkeypatch.setattr(explaining, "_PROFILED_US", 2000.0)
+    monkeypatch.setattr(trials, "_TOTAL_S", 0.02)
     monkeypatch.setattr(explaining.LoadMeter, "others", lambda self: 0.0)
 
     def turns(first: Any, second: Any, *, quick: bool = True) -> Trial:
