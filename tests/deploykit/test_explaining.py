@@ -257,10 +257,10 @@ def test_a_part_of_the_nodes_elsewhere_is_named(net: Any, monkeypatch: pytest.Mo
 
 def test_more_threads_than_cores_are_tried_against_those_allowed(net: Any, quick: dict[str, list[Any]]) -> None:
     machine = replace(inspect_machine(), cores_allowed=2)
-    found = explain_model(net(), "ort:cpu", IMAGE, threads=16, machine=machine)
-    assert quick["threads"] == [16, 2]
+    found = explain_model(net(), "ort:cpu", IMAGE, threads=4, machine=machine)
+    assert quick["threads"] == [4, 2]
     finding = only(found, "oversubscribed-threads")
-    assert "16 threads share the 2 cores" in finding["what"]
+    assert "4 threads share the 2 cores" in finding["what"]
     assert finding["cure"].startswith("--threads 2")
     assert finding["severity"] == "high"
     assert found["peak"]["threads"] == 2

@@ -442,6 +442,7 @@ def test_weights_on_disk_become_the_same(tools: Any, tmp_path: Path, monkeypatch
     data = {"x": normal(64, 300)}
     whole, notes = tools.quantized(source, tmp_path, ALL, data)
     monkeypatch.setattr(deploykit.weights, "WHOLE_LIMIT_BYTES", 0)
+    monkeypatch.setattr(deploykit.weights, "LARGE_BYTES", 1 << 17)
     light, lighter_notes = tools.quantized(source, tmp_path, ALL, data)
     assert notes.notes == lighter_notes.notes
     assert "2 smoothed for nothing" in " ".join(notes.notes)
