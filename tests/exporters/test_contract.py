@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,16 @@ def _copy_zoo(build: Any, folder: Path) -> Path:
 def _onnx(build: Any, folder: Path) -> str:
     onnx.save(build.text_model(), folder / "text.onnx")
     return str(folder / "text.onnx")
+
+
+def _shallow(minilm: Path, folder: Path) -> str:
+    """The first layer of a real model, with its tokenizer; tests/pipeline/test_minilm.py exports the whole."""
+    import transformers
+
+    weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(minilm, folder, ignore=weights)
+    transformers.AutoModel.from_pretrained(minilm, num_hidden_layers=1).save_pretrained(folder)
+    return str(folder)
 
 
 STATE = ("x:0=batch,1=steps", "state_0:1=batch", "state_1:1=batch")
@@ -134,7 +145,10 @@ KINDS = {
     ),
     "pt2": Kind(lambda b, d, _: (str(b.pt2(d / "program.pt2")), {}), ("x", "bias"), ("output",)),
     "huggingface-minilm": Kind(
-        lambda b, d, minilm: (str(minilm), {}), TEXT, ("last_hidden_state", "pooler_output"), SEQUENCE
+        lambda b, d, minilm: (_shallow(minilm, d / "minilm"), {}),
+        TEXT,
+        ("last_hidden_state", "pooler_output"),
+        SEQUENCE,
     ),
     "huggingface-text": Kind(lambda b, d, _: (str(b.text(d / "text", num_labels=4)), {}), TEXT, ("logits",), SEQUENCE),
     "huggingface-vit": Kind(lambda b, d, _: (str(b.image(d / "vit", "vit")), {}), PIXELS, ("logits",)),

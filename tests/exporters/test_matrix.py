@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,15 @@ def test_red_cells_have_reasons() -> None:
     assert matrix.Cell("T5", "", "torch.export", ("no operator", "")).marks == ("no", "yes")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder a model: what is saved for one path serves the other."""
+    return functools.cache(tmp_path_factory.mktemp)
+
+
 @pytest.mark.parametrize("path", matrix.PATHS)
 @pytest.mark.parametrize("model", zoo.ARCHITECTURES)
-def test_cell(model: str, path: str, tmp_path: Path) -> None:
-    for cell in matrix.measure(model, path, tmp_path):
+def test_cell(model: str, path: str, folder: Callable[[str], Path]) -> None:
+    for cell in matrix.measure(model, path, folder(model)):
         documented = DOCUMENTED[model, cell.part, path]
         assert cell.marks == documented, f"{cell}; if this is right: {WRITE}"

@@ -430,22 +430,23 @@ ALL = StaticConfig(weight_bits="8", smooth="auto", equalize=True, bias_correctio
 
 def test_weights_on_disk_become_the_same(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is too large to be held is rewritten in a copy of its weights; its own file is not touched."""
-    text = """g (float[n,600] x) => (float[n,8] y) {
+    text = """g (float[n,300] x) => (float[n,8] y) {
         h = LayerNormalization<axis=-1>(x, gamma, beta) a = MatMul(h, w) b = Add(a, c) r = Relu(b) y = Gemm(r, v, d)
     }"""
     weights = {
-        "gamma": np.where(np.arange(600) % 50, 1, 30).astype(np.float32),
-        "beta": normal(600),
-        "w": normal(600, 500, scale=0.05),
-        "c": normal(500),
-        "v": normal(500, 8, scale=0.1),
+        "gamma": np.where(np.arange(300) % 25, 1, 30).astype(np.float32),
+        "beta": normal(300),
+        "w": normal(300, 260, scale=0.07),
+        "c": normal(260),
+        "v": normal(260, 8, scale=0.14),
         "d": normal(8),
     }
     source = save(light_of(text, weights, tmp_path), tmp_path / "source.onnx")
     content = source.read_bytes()
-    data = {"x": normal(64, 600)}
+    data = {"x": normal(64, 300)}
     whole, notes = tools.quantized(source, tmp_path, ALL, data)
     monkeypatch.setattr(deploykit.weights, "WHOLE_LIMIT_BYTES", 0)
+    monkeypatch.setattr(deploykit.weights, "LARGE_BYTES", 1 << 17)
     light, lighter_notes = tools.quantized(source, tmp_path, ALL, data)
     assert notes.notes == lighter_notes.notes
     assert "2 smoothed for nothing" in " ".join(notes.notes)
