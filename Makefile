@@ -22,8 +22,9 @@ unexport MYPYPATH
 demo: $(DEV)
 	@$(BIN)/python examples/digits/demo.py
 
+# Two processes share the cores: threads of torch that wait for work by spinning would take them from the other.
 test: $(DEV) $(WEIGHTS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: lint types imports
 
