@@ -44,6 +44,8 @@ SCHEMA_VERSION = 1
 _RECORD = ".sweep.json"
 # What is further from the parent than this is not worth timing.
 _TIMED_COSINE = 0.9
+# Warming up is no longer than what is timed after it.
+_WARMUP_S = 1.0
 # Without labels, rows that a model is compared with its parent on.
 _ROWS = 256
 # What of a judge's record goes into a row.
@@ -117,7 +119,7 @@ def quantize_sweep(
         contract: Runtimes that have to be able to run each result.
         batch: Samples in one timed request.
         rounds: At least 3; the confidence intervals are over rounds.
-        seconds: Timed seconds a model, device and round.
+        seconds: Timed seconds a model, device and round, after a warm-up as long, of one second at most.
         resume: Go on in a directory that an interrupted sweep of the same model and data left.
         progress: Told about steps and notes.
 
@@ -139,6 +141,7 @@ def quantize_sweep(
     settings = Settings(
         rounds=rounds,
         seconds=seconds,
+        warmup_s=min(_WARMUP_S, seconds),
         batch=size,
         min_cosine=min(min_cosine, _TIMED_COSINE),
         max_drop=1.0,

@@ -21,6 +21,12 @@ from deploykit.runtimes import require_device
 NNCF, BOTH = StaticConfig(engine="nncf"), StaticConfig(engine="both")
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How large a model is, is seen sooner than a real one's time would be."""
+    monkeypatch.setattr(gating, "_QUICK_S", 0.01)
+
+
 def static(folder: Path, config: StaticConfig, **options: Any) -> Any:
     plain = {"min_cosine": 0.5, "gate_seconds": 0, "escalate": False}
     return pipeline.quantize_static(
@@ -128,8 +134,7 @@ def test_the_faster_one_is_kept_and_the_other_one_is_told(
     assert ("nncf" in last(made).tools) == (kept == "nncf")
 
 
-def test_quick_times_leave_out_what_does_not_run(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gating, "_QUICK_S", 0.01)
+def test_quick_times_leave_out_what_does_not_run(digits: Any, tmp_path: Path) -> None:
     digits.write(tmp_path)
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     feeds = [Dataset.open(tmp_path / "calib.npz").head(1)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,29 @@ from deploykit.optimizers import DynamicConfig, StaticConfig
 
 # Smoothing and rounding rescue some of the spoiled layers; tests of the choice of layers go without.
 OLD = {"min_cosine": 0.5, "escalate": False}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How large a model is, is seen sooner than a real one's time would be."""
+    monkeypatch.setattr(gating, "_QUICK_S", 0.01)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """The command line in this process, in the folder of the test."""
+    from deploykit.cli import main
+
+    def run(*args: str) -> Any:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(list(args))
+        printed = capfd.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 def static(folder: Path, **options: Any) -> Any:
@@ -134,14 +157,12 @@ def test_a_collapsed_model_does_not_pass_without_any_target(digits: Any, tmp_pat
         static(tmp_path, min_cosine=0.95)
 
 
-def test_made_up_inputs_certify_nothing(digits: Any, tmp_path: Path) -> None:
+def test_made_up_inputs_certify_nothing(digits: Any, tmp_path: Path, cli: Any) -> None:
     model = digits.write(tmp_path)
     made = pipeline.quantize_dynamic(model, tmp_path / "out")
     assert made.manifest.evidence.accuracy == [{"certified": False, "summary": "not certified: made-up inputs"}]
     assert any("not certified: made-up inputs" in note for note in last(made).notes)
-    shown = subprocess.run(
-        [sys.executable, "-m", "deploykit", "inspect", "-m", str(made.path)], capture_output=True, text=True, check=True
-    ).stdout
+    shown = cli("inspect", "-m", str(made.path)).stdout
     assert "not certified: made-up inputs" in shown and "Gemm int8" in shown
     with pytest.raises(DataError, match="real data"):
         pipeline.quantize_dynamic(model, tmp_path / "second", min_sqnr=10.0)
@@ -318,13 +339,8 @@ def test_slow_means_much_slower_and_of_weight(digits: Any, tmp_path: Path, monke
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_and_its_recipe(digits: Any, tmp_path: Path) -> None:
+def test_the_command_line_and_its_recipe(digits: Any, tmp_path: Path, cli: Any) -> None:
     digits.write(tmp_path, 3, "weight")
-
-    def cli(*args: str) -> Any:
-        command = [sys.executable, "-m", "deploykit", *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-
     command = [
         "quantize", "static", "-m", "net.onnx", "--data", "calib.npz", "--eval", "eval.npz", "--metric", "f1",
         "--max-drop", "1%", "--min-cosine", "0.5", "--device", "ort:cpu", "--gate-seconds", "0", "--no-escalation",

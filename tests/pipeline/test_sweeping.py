@@ -12,6 +12,7 @@ import pytest
 
 import deploykit
 from deploykit import gating, pipeline, storing, sweeping
+from deploykit.benchmarks import Report
 from deploykit.errors import AccuracyError, DataError, InferenceError, OptimizationError, OutputExistsError
 from deploykit.optimizers import HalfConfig, WeightsConfig
 from deploykit.runtimes.base import parse_device
@@ -125,28 +126,50 @@ def test_a_tie_is_enough_for_what_is_smaller() -> None:
 QUICK: Any = {"rounds": 3, "seconds": 0.02, "devices": ["ort:cpu"]}
 
 
-def test_a_sweep_measures_every_scheme_side_by_side(digits: Any, tmp_path: Path) -> None:
-    digits.write(tmp_path)
+@pytest.fixture(scope="module")
+def swept(digits: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sweeping.Sweep]:
+    """A whole sweep, and where it is."""
+    folder = tmp_path_factory.mktemp("swept")
+    digits.write(folder)
     found = pipeline.quantize_sweep(
-        tmp_path / "net.onnx", tmp_path / "out", data=tmp_path / "calib.npz", eval_data=tmp_path / "eval.npz",
+        folder / "net.onnx", folder / "out", data=folder / "calib.npz", eval_data=folder / "eval.npz",
         metric="accuracy", schemes=["fp16", "weights4", "dynamic", "static"], rounds=3, seconds=0.02,
     )  # fmt: skip
+    return folder / "out", found
+
+
+@pytest.fixture
+def measured_once(swept: tuple[Path, sweeping.Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of another measurement, where it does not matter how fast anything is."""
+    report = swept[1].data["benchmark"]
+    first, other = (dict(entry) for entry in report["candidates"][:2])
+
+    def measure(candidates: Any, *_: Any, **__: Any) -> Report:
+        entries = [(first if c is candidates[0] else other) | {"name": c.name, "device": c.device} for c in candidates]
+        return Report({**report, "candidates": entries})
+
+    monkeypatch.setattr(sweeping, "measure", measure)
+
+
+def test_a_sweep_measures_every_scheme_side_by_side(digits: Any, swept: tuple[Path, sweeping.Sweep]) -> None:
+    out, found = swept
     rows = {row["scheme"]: row for row in found.rows}
     assert [*rows][:5] == ["parent", "fp16", "weights4", "dynamic", "static"]
     for name in ("fp16", "weights4", "dynamic", "static"):
         row = rows[name]
         assert row["status"] == "ok" and row["size_bytes"] < 1.2 * rows["parent"]["size_bytes"]
-        assert (tmp_path / "out" / name / "manifest.json").is_file()
+        assert (out / name / "manifest.json").is_file()
         for device in ("ort:cpu", "openvino:cpu"):
             assert row["quality"][device]["value"] > 0.8 and row["speed"][device]["ratio"] > 0
     assert rows["static"]["placement"]["ort:cpu"]["layers"]["Gemm"]["int8"] >= digits.LAYERS - 1
     assert rows["parent"]["speed"]["ort:cpu"]["verdict"] == "reference"
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"] == found.rows
+    assert json.loads((out / "sweep.json").read_text())["rows"] == found.rows
     assert all(any(note.startswith(device) for note in found.data["notes"]) for device in ("ort:cpu", "openvino:cpu"))
     header, body = sweeping.table(found)
     assert len(body) == len(found.rows) and {len(line) for line in body} == {len(header)}
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_what_fails_is_a_row_with_its_reason(digits: Any, tmp_path: Path) -> None:
     digits.write(tmp_path, 3, "weight")
     found = pipeline.quantize_sweep(
@@ -158,6 +181,7 @@ def test_what_fails_is_a_row_with_its_reason(digits: Any, tmp_path: Path) -> Non
     assert sweeping.table(found)[1][-1][2] == row["status"]
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_without_data_static_schemes_are_left_out_and_said(digits: Any, tmp_path: Path) -> None:
     digits.write(tmp_path)
     found = pipeline.quantize_sweep(tmp_path / "net.onnx", tmp_path / "out", **QUICK)
@@ -166,6 +190,7 @@ def test_without_data_static_schemes_are_left_out_and_said(digits: Any, tmp_path
     assert "quality" not in found.rows[1]
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_an_interrupted_sweep_goes_on(digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits.write(tmp_path)
     source, out = tmp_path / "net.onnx", tmp_path / "out"
@@ -233,6 +258,7 @@ def test_a_model_that_no_scheme_fits_leaves_nothing_behind(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_runtime_that_cannot_run_the_parent_is_a_note(digits: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """The figures of the other runtime are kept."""
     digits.write(tmp_path)

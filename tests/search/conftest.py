@@ -64,6 +64,20 @@ def deeds_can_be_found():
 
 
 @pytest.fixture
+def brief(monkeypatch):
+    """Searches that measure as little as they can: their budget is for slow machines, and need not be spent."""
+    from deploykit.benchmarks.plan import MIN_ROUNDS
+    from deploykit.search import engine, tasks, timing
+
+    monkeypatch.setattr(tasks, "_DEEDS", "brief:")
+    monkeypatch.setitem(engine.SHARES, "tune", 0.08)
+    for name, value in {
+        "_ROUNDS": MIN_ROUNDS, "_LEAST_ROUNDS": MIN_ROUNDS, "_MOST_SECONDS": 0.1, "_LEAST_SECONDS": 0.1, "_TUNED": 1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(timing, name, value)
+
+
+@pytest.fixture
 def folders(tmp_path):
     """Empty folders for results, one a call."""
 
