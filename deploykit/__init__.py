@@ -6,10 +6,15 @@ The public names are loaded on first use: ``import deploykit`` reads nothing but
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# From version 1.29 on ONNX Runtime tells its maker about models and machines, on Linux too, unless this stood in the
+# environment before it was loaded. Whoever wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # In a checkout the sub-packages stand beside this folder (exporters/, runtimes/, ...), not inside it. Python finds
 # this folder first when it runs from the checkout's root, even with a wheel installed, so both places are searched.

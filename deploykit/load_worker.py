@@ -4,12 +4,14 @@ Run by path and importing nothing of DeployKit, so that a runtime that crashes o
 """
 
 import json
+import os
 import sys
 
 
 def main(runtime: str, path: str) -> None:
     """Load a model on the CPU and say how that went."""
     if runtime == "ort":
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         import onnxruntime
 
         version = onnxruntime.__version__

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LOAD_WORKER = ROOT / "deploykit" / "load_worker.py"
 
 _SEEN = """
 import importlib.util, json, sys, threading
@@ -46,6 +48,21 @@ def test_openvino_reports_nothing(load: str) -> None:
         check=True,
     )
     assert ran.stdout.strip() == '{"sends": [], "forks": false, "threads": 1, "there": true}'
+
+
+def test_onnxruntime_reports_nothing(tmp_path: Path) -> None:
+    """From 1.29 on it would keep what it reports below the home directory until it is sent."""
+    text = '<ir_version: 9, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Abs(x) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    code = "from deploykit import open_session; print(open_session('m.onnx', 'ort:cpu').signature)"
+    for words in (["-c", code], [str(LOAD_WORKER), "ort", "m.onnx"]):
+        ran = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+            # Without CI=true, which turns the reports off.
+            env={"PATH": "", "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert ran.stdout
+        assert not (tmp_path / "home").exists()
 
 
 def test_inspect_reports_nothing(tmp_path: Path) -> None:
