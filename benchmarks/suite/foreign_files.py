@@ -203,7 +203,7 @@ def make_one(label: str, model: Path, data: Path, folder: Path) -> None:
 def reason(told: str) -> str:
     """Of a child's stderr, the line of the exception."""
     lines = [line.strip() for line in told.splitlines() if line.strip()]
-    ends = ("Error", "Exception", "Fail", "NotImplemented")
+    ends = ("Error", "Exception", "Fail", "NotImplemented", "InvalidGraph", "InvalidProtobuf", "InvalidArgument")
     named = [line for line in lines if line.partition(":")[0].endswith(ends)]
     return (named or lines or ["it told nothing"])[-1][:200]
 
@@ -239,10 +239,14 @@ def make_all(model: Path, data: Path, folder: Path, timeout: float) -> dict[str,
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter here."""
-    from importlib.metadata import version
+    """Of those of the packages that this environment has."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in (p.partition("==")[0] for p in PACKAGES)}
+    found = {}
+    for name in (p.partition("==")[0] for p in PACKAGES):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def made_by(python: str, model: Path, data: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
