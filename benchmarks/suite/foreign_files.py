@@ -6,9 +6,10 @@ PYTHON is that of an environment of its own, since both tools bring their own ve
     peers/bin/pip install torch==2.13.0 onnxruntime==1.32.0 olive-ai==0.13.0 optimum-onnx==0.1.0 datasets==5.0.1
 
 MODEL is an ONNX file, DATA an .npz whose arrays have a row a sample and the names of the model's inputs. Each recipe is
-what its tool's own documentation or examples give for int8 on a CPU, and runs in a child process with a time limit.
-What came of it has to run in onnxruntime. FOLDER gets a folder a recipe and `report.json`: the file or the reason why
-there is none, the seconds, and the versions of the packages. Nothing is fetched, and telemetry is off.
+what its tool's own documentation or examples give for int8 on a CPU, and runs in a child process with a time limit. It
+starts from MODEL, not from an export of the tool's own. What came of it has to run in onnxruntime. FOLDER gets a folder
+a recipe and `report.json`: the file or the reason why there is none, the seconds, and the versions of the packages.
+Nothing is fetched, and telemetry is off.
 
 `optimize_peers.py --foreign PYTHON` calls this and compares the files.
 """
