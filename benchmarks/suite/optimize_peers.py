@@ -1,11 +1,12 @@
 """What `optimize` finds against the best file of each peer: python benchmarks/suite/optimize_peers.py [NAME ...]
 
 ResNet-50, MobileNetV2 and ViT-tiny with random weights, which serve for speed only, and MiniLM with its own. The
-peers' files are those of `quantized_shapes.py` and onnxruntime's dynamic quantization by channel. `deploykit.optimize`
-gets the exported model, 64 samples and a target that the best peer keeps as well. Then all of it is timed in one
-interleaved run, each file in each runtime with the runtime's defaults, and the winner as it is to be served. Printed is
-the speed as a ratio to float32 in ONNX Runtime, the cosine to float32's outputs, and the winner against the best peer
-that is right.
+peers' files are those of `quantized_shapes.py`, onnxruntime's dynamic quantization by channel, and with
+`--foreign PYTHON` those of Microsoft Olive and Hugging Face Optimum (see `foreign_files.py` for that Python's
+environment). `deploykit.optimize` gets the exported model, 64 samples and a target that the best peer keeps as well.
+Then all of it is timed in one interleaved run, each file in each runtime with the runtime's defaults, and the winner as
+it is to be served. Printed is the speed as a ratio to float32 in ONNX Runtime, the cosine to float32's outputs, and the
+winner against the best peer that is right.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import foreign_files
 from quantized_shapes import DEVICES, NAMES, cosine, make
 
 import deploykit
@@ -38,7 +40,7 @@ OURS, DYNAMIC = "deploykit optimize", "onnxruntime dynamic"
 
 
 def add_dynamic(files: dict[str, Path], missing: dict[str, str], folder: Path) -> None:
-    """onnxruntime's dynamic quantization by channel, as Optimum does it."""
+    """onnxruntime's dynamic quantization by channel."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = folder / "dynamic.onnx"
@@ -47,6 +49,26 @@ def add_dynamic(files: dict[str, Path], missing: dict[str, str], folder: Path) -
         files[DYNAMIC] = target
     except Exception as exc:
         missing[DYNAMIC] = f"{type(exc).__name__}: {str(exc)[:150]}"
+
+
+def add_foreign(files: dict[str, Path], missing: dict[str, str], folder: Path, python: str | None) -> None:
+    """What Olive and Optimum make of the float32 model."""
+    if python is None:
+        missing["Olive and Optimum"] = f"not made; how to: {foreign_files.HOW}"
+        return
+    made, failed = foreign_files.made_by(python, files["fp32"], folder / "data.npz", folder / "foreign")
+    missing |= failed
+    for label, file in made.items():
+        try:
+            load_model(file)
+            files[label] = file
+        except deploykit.DeploykitError as exc:
+            missing[label] = str(exc)[:150]
+
+
+def near(files: dict[str, Path], entry: Any, data: Any) -> float | None:
+    """The cosine of a candidate's outputs to float32's; None where the runtime does not run the file."""
+    return cosine(files, entry["name"], data, entry["device"]) if "median_ms" in entry else None
 
 
 def compare(name: str, batch: int, folder: Path, options: argparse.Namespace, made: Any) -> dict[str, Any]:
@@ -89,14 +111,17 @@ def compare(name: str, batch: int, folder: Path, options: argparse.Namespace, ma
     report = measure(candidates, feeds, settings, progress=told)
     files = {**files, OURS: artifact.model_path}
     rows = [
-        {"file": e["name"], "device": e["device"], "cosine": cosine(files, e["name"], data, e["device"]),
-         **(e.get("against_reference") or {"ratio": 1.0, "low": 1.0, "high": 1.0}), "timed": "median_ms" in e}
+        {"file": e["name"], "device": e["device"], "cosine": near(files, e, data), "timed": "median_ms" in e,
+         "status": e["status"], **(e.get("against_reference") or {"ratio": 1.0, "low": 1.0, "high": 1.0})}
         for e in report.candidates
     ]  # fmt: skip
     least = LEAST[name]
     floor = report.data["noise_floor"]
     print(f"\n{name}, batch {batch}; noise floor {floor:.1%}; searched {spent:.0f} s of {options.budget:g}")
     for row in rows:
+        if not row["timed"]:
+            print(f"{row['file']:22} {row['device']:13} {row['status']}")
+            continue
         wrong = "" if row["cosine"] >= least else "  (too inaccurate)"
         print(
             f"{row['file']:22} {row['device']:13} {row['ratio']:5.2f} [{row['low']:.2f}, {row['high']:.2f}]"
@@ -123,6 +148,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for a search")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--foreign", metavar="PYTHON", help="of the environment with Olive and Optimum")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     print(inspect_machine())
@@ -132,6 +158,7 @@ def main() -> int:
             folder = Path(scratch)
             made = make(name, folder)
             add_dynamic(made[0], made[1], folder)
+            add_foreign(made[0], made[1], folder, options.foreign)
             Artifact.open(folder / "raw")
             figures += [compare(name, batch, folder, options, made) for batch in options.batch]
     mean = math.exp(sum(math.log(f["ahead"]) for f in figures) / len(figures))
