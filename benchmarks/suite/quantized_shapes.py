@@ -181,7 +181,7 @@ def make(name: str, folder: Path) -> tuple[dict[str, Path], dict[str, str], dict
 
 
 def cosine(files: dict[str, Path], label: str, data: dict[str, np.ndarray], device: str) -> float:
-    """Of the first output to float32's, the smallest of 8 samples."""
+    """Of the first output to float32's, the mean over 8 samples."""
     feeds = {n: a[:8] for n, a in data.items()}
     found = []
     for file in (files["fp32"], files[label]):
