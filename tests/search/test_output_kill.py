@@ -77,7 +77,7 @@ def test_an_output_is_never_overwritten_and_resumed_for_the_same_wish_only(tmp_p
     with pytest.raises(OutputExistsError, match="--resume"), Output(tmp_path / "best", WISH, resume=False):
         pass
     with pytest.raises(OutputExistsError, match="something else"), Output(
-        tmp_path / "best", {**WISH, "budget_s": 20.0}, resume=True
+        tmp_path / "best", {**WISH, "objective": "size"}, resume=True
     ):  # fmt: skip
         pass
     with Output(tmp_path / "best", WISH, resume=True) as out:
