@@ -26,12 +26,14 @@ class Policy:
         max_delay_s: Seconds that a request may wait for others, where it could run.
         limit: Most requests that wait.
         max_bytes: Most bytes of the inputs that are run at once.
+        limit_bytes: Most bytes of the inputs that wait; one request may always wait.
     """
 
     max_batch: int = 1
     max_delay_s: float = 0.0
     limit: int = 128
     max_bytes: int = 2**28
+    limit_bytes: int = 2**30
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +87,7 @@ class Batcher:
         self.policy = policy
         self._groups: dict[Hashable, _Group] = {}
         self._count = 0
+        self._nbytes = 0
 
     def __len__(self) -> int:
         return self._count
@@ -99,7 +102,7 @@ class Batcher:
         Raises:
             Busy: As many wait as may wait.
         """
-        if not again and self._count >= self.policy.limit:
+        if not again and self._count and self._is_full(entry):
             raise Busy(f"{self._count} requests wait for {entry.request.model!r}", hint="send it again later")
         if again:
             entry.rows = 0
@@ -109,6 +112,7 @@ class Batcher:
         group.rows += entry.rows
         entry.queued = True
         self._count += 1
+        self._nbytes += entry.nbytes
 
     def discard(self, entry: Waiting) -> bool:
         """Take a request out; whether it was there."""
@@ -158,8 +162,11 @@ class Batcher:
         for entry in found:
             entry.queued = False
         self._groups.clear()
-        self._count = 0
+        self._count = self._nbytes = 0
         return found
+
+    def _is_full(self, entry: Waiting) -> bool:
+        return self._count >= self.policy.limit or self._nbytes + entry.nbytes > self.policy.limit_bytes
 
     def _is_due(self, key: Hashable, group: _Group, now: float, *, full: bool) -> bool:
         if key is None or group.rows >= self.policy.max_batch:
@@ -170,6 +177,7 @@ class Batcher:
         entry.queued = False
         group.rows -= entry.rows
         self._count -= 1
+        self._nbytes -= entry.nbytes
         if not group.entries:
             del self._groups[key]
 

@@ -59,6 +59,10 @@ class ServingEngine:
         self._stopping = True
         await self.repository.stop()
 
+    def kill(self) -> None:
+        """End all workers without waiting for anything."""
+        self.repository.kill()
+
     # --- the contract -------------------------------------------------------------------------------------------------
 
     def live(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,6 @@ class Repository:
     Args:
         sources: Where they come from.
         options: How they are served.
-        metrics: What is counted.
         hire: Makes a worker.
 
     Raises:
@@ -63,6 +63,7 @@ class Repository:
             twice = next(name for name in names if names.count(name) > 1)
             raise DeploykitError(f"two models are called {twice!r}", hint="give each a name of its own: --name")
         self._leaving: set[asyncio.Task[None]] = set()
+        self._all: weakref.WeakSet[Served] = weakref.WeakSet()
         self.metrics = Metrics(self._gauges)
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -170,6 +171,7 @@ class Repository:
     async def _swap(self, model: _Model, loaded: Loaded) -> None:
         log.info("loading %s version %s from %s", loaded.name, loaded.version, loaded.path)
         made = Served(loaded, self._options, self.metrics, self._hire)
+        self._all.add(made)
         await made.start()
         old, model.current = model.current, made
         if old is not None:
@@ -233,6 +235,11 @@ class Repository:
         """Wait until every accepted request is answered."""
         await asyncio.gather(*(m.current.drain() for m in self._models.values() if m.current is not None))
         await asyncio.gather(*self._leaving)
+
+    def kill(self) -> None:
+        """End all workers without waiting for anything."""
+        for served in self._all:
+            served.kill()
 
     async def stop(self) -> None:
         """End all workers now."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -89,6 +90,7 @@ class Served:
         self._hire = hire
         self._metrics = metrics.of(loaded.name, loaded.version)
         self._workers: dict[WorkerLike, float] = {}
+        self._hired: weakref.WeakSet[WorkerLike] = weakref.WeakSet()
         self._batcher = Batcher(Policy())
         self._joins = False
         self._loop = asyncio.get_running_loop()
@@ -166,6 +168,7 @@ class Served:
 
     async def _hire_one(self) -> dict[str, Any]:
         worker = self._hire(self.loaded, self._options, self._pump, self._lost)
+        self._hired.add(worker)
         found = await worker.start()
         if self._stopping:
             worker.close()
@@ -351,6 +354,12 @@ class Served:
     async def drain(self) -> None:
         """Wait until every accepted request is answered."""
         await self._idle.wait()
+
+    def kill(self) -> None:
+        """End the workers without waiting for anything."""
+        self._stopping = True
+        for worker in self._hired:
+            worker.kill()
 
     async def stop(self) -> None:
         """End the workers; what still waits is refused."""
