@@ -156,7 +156,7 @@ class Served:
         """Take over what a worker says of the model."""
         if self.loaded.signature is None:
             self.signature = signature_of(ready["signature"])
-        self._joins = bool(ready["batched"])
+        self._joins = bool(ready["batched"]) and self.loaded.max_batch > 1
         options = self._options
         self._batcher.policy = Policy(
             self.loaded.max_batch if self._joins else 1, options.max_delay_s, options.queue, options.arena_bytes
