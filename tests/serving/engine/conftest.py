@@ -59,7 +59,10 @@ def centred(path: Path) -> Path:
     """x [batch, 4] -> y = x - mean of all rows: it looks as if rows could be joined, and they cannot."""
     return write_model(
         path,
-        [helper.make_node("ReduceMean", ["x"], ["m"], keepdims=1, axes=[0]), helper.make_node("Sub", ["x", "m"], ["y"])],
+        [
+            helper.make_node("ReduceMean", ["x"], ["m"], keepdims=1, axes=[0]),
+            helper.make_node("Sub", ["x", "m"], ["y"]),
+        ],
         [("x", FLOAT, ["batch", 4])], [("y", FLOAT, ["batch", 4])],
     )  # fmt: skip
 

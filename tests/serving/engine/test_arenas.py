@@ -74,7 +74,8 @@ def test_strings():
 def test_parts_are_joined_by_rows():
     strings = np.array([["p"], ["q"]], object)
     found = through(
-        Joined("x", "float32", (BASE, BASE[::2], BASE[:1])), Joined("s", "string", (strings, strings[::-1], strings[:1]))
+        Joined("x", "float32", (BASE, BASE[::2], BASE[:1])),
+        Joined("s", "string", (strings, strings[::-1], strings[:1])),
     )
     np.testing.assert_array_equal(found["x"], np.concatenate([BASE, BASE[::2], BASE[:1]]))
     assert found["s"].tolist() == [["p"], ["q"], ["q"], ["p"], ["p"]]
