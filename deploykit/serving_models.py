@@ -78,7 +78,8 @@ def serve(
         raise DeploykitError("repository control is for the admin port only", hint="add --admin-port")
     given = [None if path is None else str(path) for path in (tls_cert, tls_key, client_ca)]
     check_tls(*given)
-    sources = [Source.at(model, name) for model, name in zip(models, names or [None] * len(models), strict=True)]
+    called: list[str | None] = list(names) or [None] * len(models)
+    sources = [Source.at(model, name) for model, name in zip(models, called, strict=True)]
     options = Options(
         device=device, tuned=None if tuned is None else str(tuned), instances=instances, threads=threads,
         max_batch=max_batch, max_delay_s=max_delay_ms / 1e3, queue=queue, timeout_s=timeout_s,

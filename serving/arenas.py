@@ -202,7 +202,8 @@ def _bfloat16() -> np.dtype[Any]:
         return np.dtype(np.uint16)
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16)
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return found
 
 
 def _texts(parts: Sequence[Array]) -> tuple[Array, bytes]:

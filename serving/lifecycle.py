@@ -123,7 +123,7 @@ class _Life:
             server.draining.on = True
         await asyncio.sleep(self._places.linger_s)
         log.info("ending: accepting no more")
-        ends = [servers[0].stop()]
+        ends = [servers[0].stop(self._places.linger_s)]
         if self._grpc is not None:
             ends.append(self._grpc.stop(self._options.timeout_s))
         await asyncio.gather(*ends)

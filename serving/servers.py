@@ -23,6 +23,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _BACKLOG = 2048
+_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Places:
         key: File of its private key.
         client_ca: File of the certificates that clients' have to be signed with.
         repository_api: Whether models may be loaded and unloaded over the admin port.
-        linger_s: Seconds between being ready no more and accepting no more.
+        linger_s: Seconds between being ready no more and accepting no more; then as many again until connections that
+            say nothing are closed.
         poll_s: Seconds between looks for new versions.
     """
 
@@ -129,6 +131,7 @@ class HttpServer:
         )
         self._server.capture_signals = contextlib.nullcontext  # signals are for the whole process
         self._task: asyncio.Task[None] | None = None
+        self._late: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Accept connections."""
@@ -139,12 +142,50 @@ class HttpServer:
                 raise DeploykitError(f"the server on port {self.port} did not start")
             await asyncio.sleep(0.005)
 
-    async def stop(self) -> None:
-        """Accept nothing more, answer what was accepted, and end."""
+    async def stop(self, linger_s: float = 0.0) -> None:
+        """Accept nothing more, answer what was accepted, and end.
+
+        Args:
+            linger_s: How long a connection may still take to send a request; it is then answered.
+        """
+        if self._task is None:
+            return
+        self.draining.on = True
+        await self._stop_listening()
+        end = asyncio.get_running_loop().time() + linger_s
+        while self._server.server_state.connections and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_PAUSE_S)
         self._server.should_exit = True
-        if self._task is not None:
-            await self._task
-        self._socket.close()
+        await self._task
+
+    async def _stop_listening(self) -> None:
+        """Close the port without breaking connections that clients have made and nobody has accepted yet.
+
+        The port stays open by another descriptor until those are accepted.
+        """
+        loop = asyncio.get_running_loop()
+        with self._socket.dup() as spare:
+            for server in self._server.servers:
+                server.close()
+            await asyncio.sleep(0)
+            while True:
+                try:
+                    made, _ = spare.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    break
+                made.setblocking(False)
+                task = loop.create_task(self._take(made))
+                self._late.add(task)
+                task.add_done_callback(self._late.discard)
+
+    async def _take(self, made: socket.socket) -> None:
+        loop, config = asyncio.get_running_loop(), self._server.config
+        with contextlib.suppress(OSError):  # it is gone, or does not speak TLS
+            await loop.connect_accepted_socket(self._protocol, made, ssl=config.ssl)
+
+    def _protocol(self) -> Any:
+        config, state = self._server.config, self._server.server_state
+        return config.http_protocol_class(config=config, server_state=state, app_state={})
 
     def abandon(self) -> None:
         """Give up the port at once."""
