@@ -22,6 +22,7 @@ from typing import Any
 
 import deploykit
 from deploykit.errors import WorkerError
+from deploykit.extras import require
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.requests import Failed, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.specs import Array
@@ -72,6 +73,7 @@ class Lane:
         self._rest = b""
         self._on_answer = on_answer
         self._on_end = on_end
+        self._orjson = require("orjson", extra="serve")
         self._loop = asyncio.get_running_loop()
         self._opened = False
         self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
@@ -99,7 +101,7 @@ class Lane:
     def tell(self, told: Mapping[str, Any]) -> None:
         """Send a line."""
         with contextlib.suppress(ConnectionError):  # that it is gone, the reader says
-            self._socket.sendall(json.dumps(told).encode() + b"\n")
+            self._socket.sendall(self._orjson.dumps(told) + b"\n")
 
     def send(self, tensors: Sequence[Joined], done: Done) -> None:
         """Have the worker run the model.
@@ -135,7 +137,7 @@ class Lane:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            self._told(json.loads(line))
+            self._told(self._orjson.loads(line))
 
     def _told(self, told: dict[str, Any]) -> None:
         if "slot" not in told:
