@@ -135,6 +135,29 @@ def numpy_dtype(datatype: str) -> np.dtype[Any]:
     return np.dtype(DTYPES[datatype]).newbyteorder("<")
 
 
+def narrow(name: str, datatype: str, values: Sequence[int]) -> Array:
+    """Whole numbers as an array of their type; numpy before version 2 wraps what is out of range.
+
+    Raises:
+        InvalidRequest: One is out of range.
+    """
+    dtype = numpy_dtype(datatype)
+    info = np.iinfo(dtype)
+    try:
+        if datatype == "UINT64":
+            if min(values, default=0) < 0:
+                raise OverflowError
+            return np.array(values, dtype)
+        wide: Array = np.array(values, np.int64)
+        if wide.size and not info.min <= wide.min() <= wide.max() <= info.max:
+            raise OverflowError
+    except OverflowError:
+        raise InvalidRequest(
+            f"{shown(name)} holds values outside of {datatype}", expected=f"{info.min} to {info.max}"
+        ) from None
+    return wide.astype(dtype, copy=False)
+
+
 def metadata(spec: TensorSpec) -> dict[str, Any]:
     """What clients are told of an input or output; -1 is a free dimension."""
     shape = [-1] if spec.shape is None else [dim if isinstance(dim, int) else -1 for dim in spec.shape]

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,8 +191,7 @@ def test_a_body_that_lies_about_its_length_takes_no_memory(served):
 
 
 def _resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_a_bomb_is_not_inflated(running, fake_engine):
