@@ -42,6 +42,7 @@ _EXPORTS = {
     "quantize_sweep": "pipeline",
     "quantize_weights": "pipeline",
     "run": "pipeline",
+    "serve": "pipeline",
     "simplify": "pipeline",
     "verify": "pipeline",
 }
@@ -72,6 +73,7 @@ __all__ = [
     "quantize_sweep",
     "quantize_weights",
     "run",
+    "serve",
     "simplify",
     "verify",
 ]
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
         quantize_sweep,
         quantize_weights,
         run,
+        serve,
         simplify,
         verify,
     )
