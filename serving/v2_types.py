@@ -130,9 +130,8 @@ def dtype_of(array: Array) -> str:
 @lru_cache(maxsize=32)
 def numpy_dtype(datatype: str) -> np.dtype[Any]:
     """Little-endian dtype of numbers as they lie in a body."""
-    if datatype == "BF16":
-        return np.dtype(require("ml_dtypes").bfloat16)
-    return np.dtype(DTYPES[datatype]).newbyteorder("<")
+    kind: np.dtype[Any] = np.dtype(require("ml_dtypes").bfloat16 if datatype == "BF16" else DTYPES[datatype])
+    return kind if datatype == "BF16" else kind.newbyteorder("<")
 
 
 def narrow(name: str, datatype: str, values: Sequence[int]) -> Array:
