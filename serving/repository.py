@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deploykit.errors import DeploykitError
-from deploykit.serving.loaded import Loaded, Options, Source, digest_now, load, versions_in
+from deploykit.serving.loaded import Loaded, Options, Source, State, load, state_now, versions_in
 from deploykit.serving.metrics import Gauges, Metrics
 from deploykit.serving.requests import NotReady, UnknownModel
 from deploykit.serving.served import Hire, Served, hire
@@ -30,7 +30,7 @@ class _Model:
         wanted: Whether it is to answer, which it is not once it was unloaded.
         state: READY, LOADING or UNAVAILABLE.
         reason: Why the newest version does not answer.
-        refused: Version and digest of what could not be loaded, which is not tried again until it changes.
+        refused: What could not be loaded, which is not tried again until it changes.
     """
 
     source: Source
@@ -38,7 +38,7 @@ class _Model:
     wanted: bool = True
     state: str = LOADING
     reason: str = ""
-    refused: tuple[str, str] | None = None
+    refused: State | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -152,11 +152,11 @@ class Repository:
         model = self._model(name)
         async with model.lock:
             model.wanted = True
-            newest: tuple[str, str] | None = None
+            newest: State | None = None
             try:
-                newest = await asyncio.to_thread(digest_now, model.source)
+                newest = await asyncio.to_thread(state_now, model.source)
                 at = model.current.loaded if model.current else None
-                if at is not None and newest == (at.version, at.digest):
+                if at is not None and (newest.version, newest.digest) == (at.version, at.digest):
                     return False
                 if not again and newest == model.refused:
                     return False
@@ -221,7 +221,7 @@ class Repository:
                 if not model.source.versioned or not model.wanted or model.lock.locked():
                     continue
                 with contextlib.suppress(DeploykitError):
-                    version, _ = model.source.newest()
+                    version, _ = await asyncio.to_thread(model.source.newest)
                     if model.current is None or version != model.current.loaded.version:
                         await self._try(name)
 

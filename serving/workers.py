@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -100,8 +101,13 @@ class Lane:
 
     def tell(self, told: Mapping[str, Any]) -> None:
         """Send a line."""
+        left = memoryview(self._orjson.dumps(told) + b"\n")
         with contextlib.suppress(ConnectionError):  # that it is gone, the reader says
-            self._socket.sendall(self._orjson.dumps(told) + b"\n")
+            while left:
+                try:
+                    left = left[self._socket.send(left) :]
+                except BlockingIOError:  # thousands of tensors: the worker reads on
+                    select.select((), (self._socket,), ())
 
     def send(self, tensors: Sequence[Joined], done: Done) -> None:
         """Have the worker run the model.
