@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
@@ -214,16 +213,23 @@ class Repository:
                 log.error("%s goes on as it is: %s", name, exc)
 
     async def watch(self, pause_s: float) -> None:
-        """Look for new versions for ever."""
+        """Look for new versions for ever, and for what replaced a model whose workers cannot be started any more."""
         while True:
             await asyncio.sleep(pause_s)
             for name, model in self._models.items():
-                if not model.source.versioned or not model.wanted or model.lock.locked():
-                    continue
-                with contextlib.suppress(DeploykitError):
-                    version, _ = await asyncio.to_thread(model.source.newest)
-                    if model.current is None or version != model.current.loaded.version:
-                        await self._try(name)
+                if model.wanted and not model.lock.locked() and await self._is_stale(model):
+                    await self._try(name)
+
+    async def _is_stale(self, model: _Model) -> bool:
+        if model.current is not None and model.current.fault:
+            return True
+        if not model.source.versioned:
+            return False
+        try:
+            version, _ = await asyncio.to_thread(model.source.newest)
+        except DeploykitError:  # all are gone: what answers goes on
+            return False
+        return model.current is None or version != model.current.loaded.version
 
     async def _try(self, name: str) -> None:
         try:

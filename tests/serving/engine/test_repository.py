@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from deploykit.errors import ArtifactError, DeploykitError, WorkerError
 from deploykit.serving.engine import ServingEngine
 from deploykit.serving.loaded import Options, Source
-from deploykit.serving.requests import InferRequest, NotReady, UnknownModel
+from deploykit.serving.requests import InferRequest, NotReady, RequestError, UnknownModel
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -181,6 +183,28 @@ def test_a_directory_that_was_replaced_is_loaded_on_a_rescan(models, tmp_path):
         await load.some()
         await load.end()
         assert load.answers[-1] == ("1", 2.0)
+
+    serve(Source.at(tmp_path / "net"), use=use)
+
+
+def test_what_replaced_a_model_answers_once_the_workers_of_the_old_one_are_gone(models, tmp_path):
+    models.artifact(tmp_path / "net", models.scaled, 1.0)
+    models.artifact(tmp_path / "new", models.scaled, 2.0)
+
+    async def use(engine):
+        watch = asyncio.ensure_future(engine.repository.watch(0.02))
+        (tmp_path / "net").rename(tmp_path / "old")
+        (tmp_path / "new").rename(tmp_path / "net")
+        await asyncio.sleep(0.1)
+        assert await factor(engine) == 1.0  # nobody has asked for another one
+        os.kill(engine.repository.get("net").pids[0], signal.SIGKILL)
+        while True:
+            try:
+                if await factor(engine) == 2.0:
+                    break
+            except RequestError:
+                await asyncio.sleep(0.02)
+        watch.cancel()
 
     serve(Source.at(tmp_path / "net"), use=use)
 
