@@ -1,7 +1,8 @@
 """How uvicorn has to be set for `http_app`: fast, and with the limits that it lacks itself.
 
-uvicorn waits forever for the rest of a request's headers, takes any number of them, and reads on without end what
-follows a refusal. Here a connection that is late, or that sends more than a limit, is closed.
+uvicorn waits forever for the rest of a request's headers, and for a client to read its answer; it takes any number of
+headers, and reads on without end what follows a refusal. Here a connection that is late, or that sends more than a
+limit, is closed.
 
 It also takes the body of a request that offers another protocol (Java's client offers HTTP/2 with every first request)
 for that protocol, or for the next request. Here the offer is not heard.
@@ -57,6 +58,7 @@ def guarded_protocol(limits: Limits) -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._timer: Any = None
+            self._unread: Any = None
             self._in_head = False
             self._awaits_head = True
             self._head_bytes = 0
@@ -68,6 +70,7 @@ def guarded_protocol(limits: Limits) -> type[Any]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
+            self._end_unread()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -107,6 +110,20 @@ def guarded_protocol(limits: Limits) -> type[Any]:
             if len(cycle.body) > _HIGH_WATER_BYTES:
                 self.flow.pause_reading()
             cycle.message_event.set()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._unread is None:
+                self._unread = self.loop.call_later(limits.body_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._end_unread()
+
+        def _end_unread(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, msg.encode())

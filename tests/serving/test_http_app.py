@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -396,3 +397,23 @@ def test_the_start_of_a_further_request_does_not_end_the_one_before(impatient):
         sock.sendall(b"POST /v2/models/slow/infer HTTP/1.1\r\nContent-Length: %d\r\n\r\n%sGET /v2" % (len(body), body))
         assert rest(sock)[0] == 504
         assert rest(sock)[0] == 408
+
+
+def test_an_answer_that_is_not_read_is_given_up(impatient):
+    array = np.zeros((40, 3, 224, 224), np.float32)
+    item = {
+        "name": "x",
+        "datatype": "FP32",
+        "shape": list(array.shape),
+        "parameters": {"binary_data_size": array.nbytes},
+    }
+    head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
+        sock.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nInference-Header-Content-Length: %d\r\n" % len(head))
+        sock.sendall(b"Content-Length: %d\r\n\r\n" % (len(head) + array.nbytes) + head + array.tobytes())
+        until(lambda: not impatient.server.server_state.connections)
+        received = 0
+        with suppress(ConnectionResetError):
+            while part := sock.recv(2**20):
+                received += len(part)
+        assert received < array.nbytes
