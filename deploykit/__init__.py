@@ -47,6 +47,7 @@ _EXPORTS = {
     "quantize_sweep": "pipeline",
     "quantize_weights": "pipeline",
     "run": "pipeline",
+    "serve": "pipeline",
     "simplify": "pipeline",
     "verify": "pipeline",
 }
@@ -77,6 +78,7 @@ __all__ = [
     "quantize_sweep",
     "quantize_weights",
     "run",
+    "serve",
     "simplify",
     "verify",
 ]
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
         quantize_sweep,
         quantize_weights,
         run,
+        serve,
         simplify,
         verify,
     )

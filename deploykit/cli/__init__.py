@@ -27,6 +27,7 @@ _COMMANDS = {
     "benchmark": "Measure models on devices, in interleaved rounds.",
     "report": "Show a report again: table, HTML page, Markdown, or the schema of reports.",
     "compare": "Compare two reports; fail where a condition on the change fails.",
+    "serve": "Serve models over HTTP and gRPC, until a signal ends it.",
     "run": "Run a recipe: the whole chain.",
     "cache": "List and prune what searches have kept.",
 }
