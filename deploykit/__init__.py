@@ -35,6 +35,7 @@ _EXPORTS = {
     "load": "runtimes",
     "open_session": "runtimes",
     "optimize": "pipeline",
+    "package": "packaging",
     "quantize_dynamic": "pipeline",
     "quantize_half": "pipeline",
     "quantize_repair": "pipeline",
@@ -43,6 +44,7 @@ _EXPORTS = {
     "quantize_weights": "pipeline",
     "run": "pipeline",
     "simplify": "pipeline",
+    "smoke": "packaging",
     "verify": "pipeline",
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "open_session",
     "optimize",
+    "package",
     "quantize_dynamic",
     "quantize_half",
     "quantize_repair",
@@ -73,6 +76,7 @@ __all__ = [
     "quantize_weights",
     "run",
     "simplify",
+    "smoke",
     "verify",
 ]
 
@@ -89,6 +93,7 @@ if TYPE_CHECKING:
         export_parts,
         fuse,
         optimize,
+        package,
         quantize_dynamic,
         quantize_half,
         quantize_repair,
@@ -97,6 +102,7 @@ if TYPE_CHECKING:
         quantize_weights,
         run,
         simplify,
+        smoke,
         verify,
     )
     from deploykit.recipe import Recipe
