@@ -188,7 +188,8 @@ def _check_files(root: Path, manifest: BundleManifest) -> tuple[str, ...]:
         if data:
             found = "does not have the sha256 that it was written with" if real else "is missing, or a link"
             raise PackageError(f"{path} {found}", expected="the model and its golden requests as packaged", hint=_AGAIN)
-        edited.append(name)
+        if real:
+            edited.append(name)
     if not any(name == manifest.model or name.startswith(f"{manifest.model}/") for name in manifest.files):
         raise PackageError(f"{root / BUNDLE} does not list its model {manifest.model!r}", hint=_AGAIN)
     return tuple(edited)
