@@ -1,4 +1,4 @@
-"""The verbs `package` and `smoke`: an artifact becomes what a serving target takes, and is asked its golden requests."""
+"""The verbs `package` and `smoke`: an artifact becomes what a serving target takes, and is tested."""
 
 from __future__ import annotations
 
@@ -109,17 +109,16 @@ def smoke(
 
 def _open(path: Path) -> Artifact:
     if not is_artifact(path):
+        source = f" {path} -o NAME" if path.suffix == ".onnx" else ""
         what = "does not exist" if not path.exists() else "is no artifact"
         raise PackageError(
             f"{path} {what}", expected="an artifact's directory, which holds golden requests",
-            hint=f"make one: deploykit export {path} -o NAME" if path.suffix == ".onnx" else "make one: deploykit export",
+            hint=f"make one: deploykit export{source}",
         )  # fmt: skip
     return Artifact.open(path)
 
 
-def _seal(
-    folder: Path, plan: Plan, written: Written, target: str, record: dict[str, Any], notes: list[str]
-) -> None:
+def _seal(folder: Path, plan: Plan, written: Written, target: str, record: dict[str, Any], notes: list[str]) -> None:
     """Golden requests, README and manifest: what all bundles have."""
     from deploykit import __version__
     from deploykit.serving import bundles

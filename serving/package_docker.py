@@ -1,4 +1,4 @@
-"""An image of its own: Dockerfile, locked requirements, compose file and Kubernetes manifest around `deploykit serve`."""
+"""An image of its own: Dockerfile, locked requirements, compose file and Kubernetes manifest of `deploykit serve`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ USER = 10001
 _HOME = "/opt/deploykit"
 _BASE = re.compile(r"[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}")
 _IMAGE = re.compile(r"[a-z0-9]+([._/:-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?")
-# What the server takes beside the model: threads' stacks, the codec's buffers, the interpreter.
+# What the server takes beside the model: interpreters and buffers, and the memory that it shares with its workers.
 _SERVER_MIB, _SHARED_MIB = 512, 512
 _DRAIN_S = 30
 
@@ -149,7 +149,6 @@ def compose(plan: Plan, image: str, base: str | None) -> dict[str, Any]:
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "tmpfs": ["/tmp:size=64m,mode=1777"],
-        "shm_size": f"{_SHARED_MIB}m",
         "mem_limit": f"{_memory_mib(plan)}m",
         "ports": [f"127.0.0.1:{port}:{port}" for port in (HTTP_PORT, GRPC_PORT)],
         "stop_grace_period": f"{_DRAIN_S + 5}s",
@@ -197,7 +196,7 @@ def kubernetes(plan: Plan, image: str) -> list[dict[str, Any]]:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shared", "mountPath": "/dev/shm"}],
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
     }
     pod = {
         "automountServiceAccountToken": False,
@@ -209,10 +208,7 @@ def kubernetes(plan: Plan, image: str) -> list[dict[str, Any]]:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [container],
-        "volumes": [
-            {"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}},
-            {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": f"{_SHARED_MIB}Mi"}},
-        ],
+        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}],
     }
     deployment = {
         "apiVersion": "apps/v1",
@@ -253,7 +249,7 @@ def _readme(image: str, base: str | None) -> str:
         f"{pin}```\ndocker build {argument}-t {image} .\n"
         f"docker compose up --detach            # HTTP on {HTTP_PORT}, gRPC on {GRPC_PORT}, of this machine only\n"
         f"kubectl apply -f kubernetes.yaml      # after: docker push {image}\n```\n\n"
-        f"The requirements are locked for {machine_of_image()}; the golden requests are asked while the image is built.\n"
+        f"The requirements are locked for {machine_of_image()}. Golden requests are asked when the image is built.\n"
         "The server listens without encryption and without tokens: put it behind what has them, or see "
         "`deploykit serve --help`."
     )

@@ -38,7 +38,9 @@ def write_ir(source: Path, target: Path, outputs: Sequence[TensorSpec]) -> None:
         names = {name for output in model.outputs for name in output.get_names()}
         openvino.save_model(model, str(target), compress_to_fp16=False)
     except RuntimeError as exc:
-        raise ModelError(f"OpenVINO cannot read {source} ({first_line(exc)})", hint="package for another target") from exc
+        raise ModelError(
+            f"OpenVINO cannot read {source} ({first_line(exc)})", hint="package for another target"
+        ) from exc
     lost = [spec.name for spec in outputs if spec.name not in names]
     if lost:
         raise PackageError(f"output {lost[0]!r} has no name in OpenVINO, and the server asks for it by name")

@@ -253,7 +253,9 @@ def _readme(plan: Plan, openvino: bool) -> str:
             release = found[-1]
             lines.append(f"Of the releases that DeployKit knows, these read the model: {', '.join(found)}.\n")
         else:
-            plan.notes.append("no release of Triton that DeployKit knows reads this model; export it with --for triton:...")
+            plan.notes.append(
+                "no release of Triton that DeployKit knows reads this model; export it with --for triton:..."
+            )
     gpu = plan.device.target in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
     lines.append(
         "```\ndocker run --rm --read-only --tmpfs /tmp --shm-size 256m "

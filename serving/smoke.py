@@ -34,9 +34,7 @@ def judge(cases: Sequence[Case], answers: Sequence[Mapping[str, Array]], contrac
         result = compare(expected, answers, bounded=contract.bounded)
     else:
         feeds = [inputs for inputs, _ in cases]
-        result = compare_lossy(
-            without_padding(expected, feeds), without_padding(answers, feeds), contract.min_cosine
-        )
+        result = compare_lossy(without_padding(expected, feeds), without_padding(answers, feeds), contract.min_cosine)
     record = result.as_dict()
     vacuous = check_vacuity(expected)
     if vacuous and result.verdict is Verdict.PASSED:
@@ -112,8 +110,8 @@ def smoke(
 
 
 def _of_artifact(artifact: Artifact) -> tuple[list[Case], Contract, Path, RuntimeSettings, Signature]:
-    from deploykit.serving.package_plan import choose_settings, contract_of, golden_cases
     from deploykit.progress import Progress
+    from deploykit.serving.package_plan import choose_settings, contract_of, golden_cases
 
     runs = ("ort", "openvino")
     settings, _ = choose_settings(artifact, None, None, runs, "this process", Progress())

@@ -1,4 +1,4 @@
-"""Writing YAML that any reader takes for the same values: block style, strings in double quotes unless they are plain."""
+"""Writing YAML that any reader takes for the same values: blocks, and strings in quotes unless they are words."""
 
 from __future__ import annotations
 
