@@ -71,8 +71,13 @@ def package(
     contract = planning.contract_of(artifact, min_cosine)
     inputs = planning.ranked(artifact.signature.inputs, cases[0][0])
     outputs = planning.ranked(artifact.signature.outputs, cases[0][1])
-    with told.step("find out whether requests may be joined"):
-        rows = planning.plan_batch(artifact, inputs, outputs, cases, contract, max_batch, kept, told)
+    if chosen.joins:
+        with told.step("find out whether requests may be joined"):
+            rows = planning.plan_batch(artifact, inputs, outputs, cases, contract, max_batch, kept, told)
+    elif max_batch:
+        raise PackageError(f"{chosen.title} does not join requests", hint="leave --max-batch out")
+    else:
+        rows = 0
     plan = planning.Plan(
         artifact, label, kept, tuned, rows, inputs, outputs, planning.fitting(cases, rows), contract, options
     )

@@ -1,15 +1,19 @@
-"""OpenVINO IR for targets that want it: `model.xml` and `model.bin`, with the numbers as they were."""
+"""OpenVINO for servers that run it: IR with the numbers as they were, and the properties that it is compiled with."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import ModelError, PackageError, first_line
 from deploykit.extras import require
 from deploykit.modelfile import read_model
 from deploykit.specs import TensorSpec
+
+if TYPE_CHECKING:
+    from deploykit.serving.package_plan import Plan
 
 
 def write_ir(source: Path, target: Path, outputs: Sequence[TensorSpec]) -> None:
@@ -44,3 +48,17 @@ def write_ir(source: Path, target: Path, outputs: Sequence[TensorSpec]) -> None:
     lost = [spec.name for spec in outputs if spec.name not in names]
     if lost:
         raise PackageError(f"output {lost[0]!r} has no name in OpenVINO, and the server asks for it by name")
+
+
+def compile_properties(plan: Plan) -> dict[str, Any]:
+    """Properties as `open_session` sets them: latency unless streams are set, single precision unless native."""
+    given = dict(plan.settings.settings)
+    made: dict[str, Any] = {} if {"NUM_STREAMS", "PERFORMANCE_HINT"} & given.keys() else {"PERFORMANCE_HINT": "LATENCY"}
+    if plan.device.target == "CPU":
+        if not {"NUM_STREAMS", "PERFORMANCE_HINT"} & given.keys():
+            made["NUM_STREAMS"] = 1
+        if plan.settings.threads is not None:
+            made["INFERENCE_NUM_THREADS"] = plan.settings.threads * plan.lanes
+    if plan.settings.precision == "fp32":
+        made["INFERENCE_PRECISION_HINT"] = "f32"
+    return made | given

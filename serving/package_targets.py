@@ -42,6 +42,7 @@ class Target:
         module: Holds its `write`.
         runs: Devices that it has, the preferred one first: a runtime ("openvino") or a device ("ort:cpu").
         takes: Which of `TargetOptions` it takes.
+        joins: Whether the server joins requests.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Target:
     module: str
     runs: tuple[str, ...]
     takes: frozenset[str] = frozenset()
+    joins: bool = True
 
     def write(self, plan: Plan, folder: Path) -> Written:
         """Write the target's files into a directory.
@@ -81,6 +83,13 @@ _ALL = (
         ("ort:cpu", "openvino:cpu", "ort:cuda", "ort:tensorrt", "ort:openvino", "openvino"),
         frozenset({"max_delay_ms"}),
     ),
+    Target(
+        "kserve", "KServe", "package_kserve",
+        ("ort:cpu", "openvino:cpu", "ort:cuda", "ort:tensorrt"), frozenset({"max_delay_ms", "storage_uri"}),
+    ),
+    Target("ovms", "OpenVINO Model Server", "package_ovms", ("openvino:cpu", "openvino"), joins=False),
+    Target("mlflow", "MLflow", "package_mlflow", ("ort:cpu", "ort"), joins=False),
+    Target("bentoml", "BentoML", "package_bentoml", ("ort:cpu", "openvino:cpu")),
     Target(
         "docker", "an image of its own", "package_docker", ("ort:cpu", "openvino:cpu"),
         frozenset({"max_delay_ms", "lock", "base_image", "image"}),

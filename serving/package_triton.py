@@ -19,7 +19,7 @@ from deploykit.errors import ContractError, PackageError
 from deploykit.modelfile import copy_model, external_files, read_model
 from deploykit.runtimes.ort_settings import level_of
 from deploykit.serving.bundles import MODELS
-from deploykit.serving.package_ir import write_ir
+from deploykit.serving.package_ir import compile_properties, write_ir
 from deploykit.serving.package_plan import Plan
 from deploykit.serving.package_targets import Written
 from deploykit.serving.protobuf_text import Symbol, dump, parameters
@@ -170,16 +170,12 @@ def _accelerator(plan: Plan, name: str, options: dict[str, str]) -> dict[str, An
 
 def _openvino_settings(plan: Plan) -> dict[str, Any]:
     """Streams and threads for the OpenVINO backend; as many instances as streams, so that all are used."""
-    settings, given = plan.settings, dict(plan.settings.settings)
+    given = compile_properties(plan)
     made = {name: str(given.pop(name)) for name in _OPENVINO_PARAMETERS if name in given}
-    if "NUM_STREAMS" not in made and "PERFORMANCE_HINT" not in made:
-        made |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
-    if settings.threads is not None and "INFERENCE_NUM_THREADS" not in made:
-        made["INFERENCE_NUM_THREADS"] = str(settings.threads * plan.lanes)
-    device = plan.device.target
-    if device != "CPU":
-        made["TARGET_DEVICE"] = device
-    elif settings.precision == "fp32":
+    single = given.pop("INFERENCE_PRECISION_HINT", None) == "f32"
+    if plan.device.target != "CPU":
+        made["TARGET_DEVICE"] = plan.device.target
+    elif single:
         plan.notes.append(
             "Triton's OpenVINO backend cannot ask for single precision: where the CPU has AMX, it computes in bfloat16"
         )

@@ -28,7 +28,7 @@ from deploykit.cli import common
 )  # fmt: skip
 @click.option(
     "--max-delay-ms", type=click.FloatRange(0, 10_000), metavar="MS",
-    help="How long a request waits for others (triton, docker, kserve, bentoml).",
+    help="How long a request waits for others (triton, kserve, docker).",
 )  # fmt: skip
 @click.option(
     "--min-cosine", type=click.FloatRange(-1, 1),
