@@ -189,6 +189,18 @@ def is_artifact(path: Path) -> bool:
     return (path / MANIFEST).is_file() or _is_result(path)
 
 
+def manifest_digest(path: Path) -> str:
+    """The digest of the artifact that is at ``path`` now, without looking at its other files.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    try:
+        return hashlib.sha256(_read_manifest(_winner_of(path) if _is_result(path) else path)).hexdigest()
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {exc.filename or path}: {exc.strerror or exc}") from exc
+
+
 def _is_result(root: Path) -> bool:
     return (root / RESULT).is_file() and not (root / MANIFEST).exists()
 

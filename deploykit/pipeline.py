@@ -20,6 +20,7 @@ from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
+from deploykit.serving_models import serve
 from deploykit.storing import quantize_half, quantize_weights
 from deploykit.sweeping import quantize_sweep
 from deploykit.verifying import verify
@@ -40,6 +41,7 @@ __all__ = [
     "quantize_sweep",
     "quantize_weights",
     "run",
+    "serve",
     "simplify",
     "smoke",
     "verify",

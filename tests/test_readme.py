@@ -34,7 +34,7 @@ def test_public_names_are_pinned():
         "Artifact", "Dataset", "DeploykitError", "Recipe", "Report", "Session", "Signature", "TensorSpec",
         "__version__", "apply", "benchmark", "compare", "export", "export_parts", "fuse", "load", "open_session",
         "optimize", "quantize_dynamic", "quantize_half", "quantize_repair", "quantize_static", "quantize_sweep",
-        "quantize_weights", "run", "simplify", "verify",
+        "quantize_weights", "run", "serve", "simplify", "verify",
     ]  # fmt: skip
     for name in deploykit.__all__:
         assert getattr(deploykit, name) is not None

@@ -1,0 +1,104 @@
+"""What HTTP and gRPC have in common: who may ask, what is told of the models, how long an answer may take."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import deploykit
+from deploykit.serving.requests import (
+    DeadlineExceeded,
+    Engine,
+    InferRequest,
+    InferResult,
+    InvalidRequest,
+    Parameter,
+    RequestError,
+)
+from deploykit.serving.v2_types import metadata, shown
+
+_ERROR_LENGTH = 1000
+
+
+class Tokens:
+    """Bearer tokens. Their digests are compared, all of them, so that the time taken says nothing about any.
+
+    Args:
+        tokens: Any of them is accepted; none: no token is needed.
+    """
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._digests = tuple(hashlib.sha256(token.encode()).digest() for token in tokens)
+
+    def accept(self, authorization: bytes | None) -> bool:
+        """Whether the value of a header `Authorization` holds a token."""
+        if not self._digests:
+            return True
+        scheme, _, token = (authorization or b"").strip().partition(b" ")
+        digest = hashlib.sha256(token.strip()).digest()
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(digest, known)
+        return found and scheme.lower() == b"bearer"
+
+
+def server_metadata(*, repository: bool) -> dict[str, Any]:
+    """Name, version and extensions of this server."""
+    extensions = ["binary_tensor_data", "parameters", *(["model_repository"] if repository else [])]
+    return {"name": "deploykit", "version": deploykit.__version__, "extensions": extensions}
+
+
+def model_metadata(engine: Engine, name: str, version: str | None) -> dict[str, Any]:
+    """What the protocol says of a model.
+
+    Raises:
+        UnknownModel: There is none.
+        NotReady: It is not loaded.
+    """
+    info = engine.info(name, version)
+    return {
+        "name": info.name,
+        "versions": list(info.versions),
+        "platform": info.platform,
+        "inputs": [metadata(spec) for spec in info.inputs],
+        "outputs": [metadata(spec) for spec in info.outputs],
+    }
+
+
+def refuse_load_parameters(parameters: dict[str, Parameter]) -> None:
+    """Refuse what Triton's repository extension can be told and this one cannot.
+
+    Raises:
+        InvalidRequest: A configuration, files or other models are named.
+    """
+    told = {name: value for name, value in parameters.items() if (name, value) != ("unload_dependents", False)}
+    if told:
+        raise InvalidRequest(f"parameter {shown(next(iter(told)))} is not offered here", expected="no parameters")
+
+
+def error_text(exc: RequestError) -> str:
+    """One line for a client."""
+    return str(exc)[:_ERROR_LENGTH]
+
+
+async def infer_in_time(engine: Engine, request: InferRequest) -> InferResult:
+    """The engine's answer, unless the request's time is over before.
+
+    Raises:
+        DeadlineExceeded: It is.
+        RequestError: The engine refuses.
+    """
+    if request.deadline is None:
+        return await engine.infer(request)
+    left = request.deadline - time.monotonic()
+    if left > 0:
+        try:
+            async with asyncio.timeout(left):
+                return await engine.infer(request)
+        except TimeoutError:
+            pass
+    raise DeadlineExceeded("the time of the request ran out")

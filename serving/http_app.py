@@ -1,0 +1,315 @@
+"""The Open Inference Protocol, version 2, over HTTP.
+
+    GET  /v2/health/live, /v2/health/ready                              open, with or without tokens
+    GET  /v2                                                            the server
+    GET  /v2/models/NAME[/versions/V], .../ready                        a model
+    POST /v2/models/NAME[/versions/V]/infer                             tensors, JSON or binary
+    POST /v2/repository/index, /v2/repository/models/NAME/load|unload   where the app was made with it
+    GET  /v2/openapi.json                                               all this, for machines
+
+A refusal is a JSON object {"error": "one line"}. Answers are not compressed, whatever a client accepts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deploykit.extras import require
+from deploykit.serving.front import (
+    Tokens,
+    error_text,
+    infer_in_time,
+    model_metadata,
+    refuse_load_parameters,
+    server_metadata,
+)
+from deploykit.serving.http_body import Disconnected, Slow, read_body, whole_number
+from deploykit.serving.openapi import document
+from deploykit.serving.requests import Engine, InferRequest, InferResult, InvalidRequest, Refused, RequestError
+from deploykit.serving.v2_json import parse_object, parse_request, read_parameters, write_response
+from deploykit.serving.v2_types import Limits, shown
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})
+# A request that takes longer is cancelled when its client goes away; watching for that costs a task.
+_WATCH_S = 0.002
+# Below this, one write is cheaper than several.
+_JOIN_BYTES = 32 * 1024
+_SMALL = Limits(body_bytes=64 * 1024)
+
+
+def http_app(
+    engine: Engine,
+    *,
+    limits: Limits | None = None,
+    tokens: Sequence[str] = (),
+    repository: bool = False,
+    refused: Callable[[str, RequestError], None] | None = None,
+) -> Starlette:
+    """An ASGI app over an engine. Serve it with `http_server.uvicorn_settings`, which guard the headers' arrival too.
+
+    Args:
+        engine: What answers.
+        limits: What a request may cost.
+        tokens: Bearer tokens; every route but the health routes needs one of them. None: no route does.
+        repository: Whether models can be listed, loaded and unloaded.
+        refused: Told the model and the error of every inference that did not reach the engine.
+
+    Raises:
+        MissingDependencyError: The extra "serve" is not installed.
+    """
+    require("starlette", extra="serve")
+    require("orjson", extra="serve")
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.routing import Route
+
+    limits = limits or Limits()
+    infer = _Infer(engine, limits, refused)
+    routes = _Routes(engine, repository, document(repository=repository, secured=bool(tokens)))
+    model = "/v2/models/{name}"
+    version = model + "/versions/{version}"
+    app = Starlette(
+        routes=[
+            Route(model + "/infer", infer, methods=["POST"]),
+            Route(version + "/infer", infer, methods=["POST"]),
+            Route("/v2/health/live", routes.live),
+            Route("/v2/health/ready", routes.ready),
+            Route("/v2", routes.server),
+            Route(model, routes.model),
+            Route(version, routes.model),
+            Route(model + "/ready", routes.model_ready),
+            Route(version + "/ready", routes.model_ready),
+            Route("/v2/repository/index", routes.index, methods=["POST"]),
+            Route("/v2/repository/models/{name}/load", routes.load, methods=["POST"]),
+            Route("/v2/repository/models/{name}/unload", routes.unload, methods=["POST"]),
+            Route("/v2/openapi.json", routes.openapi),
+        ],
+        middleware=[Middleware(_Guard, tokens=Tokens(tokens))] if tokens else [],
+        exception_handlers={
+            RequestError: _on_request_error,
+            HTTPException: _on_http_exception,
+            Slow: _on_slow,
+            Disconnected: _on_disconnected,
+            Exception: _on_bug,
+        },
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Guard:
+    """Lets through who brings a token."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], tokens: Tokens) -> None:
+        self._app = app
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            headers = dict(scope["headers"])
+            if not self._tokens.accept(headers.get(b"authorization")):
+                response = _error(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+                return await response(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"error": text}, status, headers)
+
+
+def _on_request_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestError)
+    return _error(exc.http_status, error_text(exc))
+
+
+def _on_http_exception(request: Request, exc: Exception) -> Response:
+    from starlette.exceptions import HTTPException
+
+    assert isinstance(exc, HTTPException)
+    texts = {404: "no such route; GET /v2/openapi.json lists them", 405: "the route has other methods"}
+    return _error(exc.status_code, texts.get(exc.status_code, exc.detail), dict(exc.headers or {}))
+
+
+def _on_slow(request: Request, exc: Exception) -> Response:
+    return _error(408, "the body did not arrive in time", {"Connection": "close"})
+
+
+def _on_disconnected(request: Request, exc: Exception) -> Response:
+    return _error(400, "the body ended too early", {"Connection": "close"})
+
+
+def _on_bug(request: Request, exc: Exception) -> Response:
+    # Starlette raises it again, and the server logs it.
+    return _error(500, "internal error")
+
+
+class _Infer:
+    """The route that matters."""
+
+    def __init__(self, engine: Engine, limits: Limits, refused: Callable[[str, RequestError], None] | None) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._refused = refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope["path_params"]["name"]
+        version = scope["path_params"].get("version")
+        known = ""
+        try:
+            info = self._engine.info(name, version)
+            known = name
+            limits = self._limits.of(info.inputs, info.outputs, info.max_batch)
+            headers = dict(scope["headers"])
+            said = headers.get(b"inference-header-content-length")
+            length = None if said is None else whole_number("Inference-Header-Content-Length", said)
+            if length is not None and length > limits.body_bytes:
+                raise _header_too_long(length)
+            body = await read_body(headers, receive, limits, length or 0)
+            if length is not None and length > len(body):
+                raise _header_too_long(length)
+            request, wanted = parse_request(body, length, model=name, version=version, limits=limits)
+        except RequestError as exc:
+            if self._refused is not None:
+                self._refused(known, exc)
+            raise
+        result = await _while_connected(self._engine, request, receive)
+        if result is None:
+            return
+        head, tensors = write_response(result, wanted)
+        await _send_tensors(send, head, tensors)
+
+
+def _header_too_long(length: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"Inference-Header-Content-Length is {length}", expected="the length of the JSON in front of the binary data"
+    )
+
+
+async def _while_connected(engine: Engine, request: InferRequest, receive: Receive) -> InferResult | None:
+    """The answer, or None where the client went away; then the request is cancelled."""
+    task = asyncio.current_task()
+    assert task is not None
+    watcher: list[asyncio.Task[None]] = []
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(_WATCH_S, lambda: watcher.append(asyncio.ensure_future(watch())))
+    try:
+        return await infer_in_time(engine, request)
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+        return None
+    finally:
+        timer.cancel()
+        for watching in watcher:
+            watching.cancel()
+
+
+async def _send_tensors(send: Send, head: bytes, tensors: list[memoryview]) -> None:
+    """An answer; large tensors are written from where they lie."""
+    size = len(head) + sum(map(len, tensors))
+    headers = [(b"content-length", b"%d" % size)]
+    if tensors:
+        headers += [
+            (b"content-type", b"application/octet-stream"),
+            (b"inference-header-content-length", b"%d" % len(head)),
+        ]
+    else:
+        headers.append((b"content-type", b"application/json"))
+    parts: list[bytes | memoryview] = [head, *tensors]
+    if size <= _JOIN_BYTES:
+        parts = [b"".join(parts)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for part in parts[:-1]:
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": parts[-1], "more_body": False})
+
+
+class _Routes:
+    """Everything but inference."""
+
+    def __init__(self, engine: Engine, repository: bool, openapi: dict[str, Any]) -> None:
+        self._engine = engine
+        self._repository = repository
+        self._openapi = openapi
+
+    async def live(self, request: Request) -> Response:
+        live = self._engine.live()
+        return _json({"live": live}, 200 if live else 503)
+
+    async def ready(self, request: Request) -> Response:
+        ready = self._engine.ready()
+        return _json({"ready": ready}, 200 if ready else 503)
+
+    async def server(self, request: Request) -> Response:
+        return _json(server_metadata(repository=self._repository))
+
+    async def model(self, request: Request) -> Response:
+        return _json(model_metadata(self._engine, *_model(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        name, version = _model(request)
+        ready = self._engine.model_ready(name, version)
+        return _json({"name": name, "ready": ready}, 200 if ready else 503)
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(self._openapi)
+
+    async def index(self, request: Request) -> Response:
+        said = await self._repository_request(request)
+        only_ready = said.get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise InvalidRequest(f"ready is {shown(only_ready)}", expected="true or false")
+        index = [entry for entry in self._engine.index() if entry.get("state") == "READY" or not only_ready]
+        return _json(index)
+
+    async def load(self, request: Request) -> Response:
+        said = await self._repository_request(request)
+        refuse_load_parameters(read_parameters("the request", said.get("parameters"), _SMALL))
+        await self._engine.load(request.path_params["name"])
+        return _json({})
+
+    async def unload(self, request: Request) -> Response:
+        said = await self._repository_request(request)
+        refuse_load_parameters(read_parameters("the request", said.get("parameters"), _SMALL))
+        await self._engine.unload(request.path_params["name"])
+        return _json({})
+
+    async def _repository_request(self, request: Request) -> dict[str, Any]:
+        if not self._repository:
+            raise Refused("this server was not started with the repository routes")
+        body = await read_body(dict(request.scope["headers"]), request.receive, _SMALL)
+        return parse_object(body, _SMALL) if len(body) else {}
+
+
+def _model(request: Request) -> tuple[str, str | None]:
+    return request.path_params["name"], request.path_params.get("version")
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(value, status)

@@ -1,0 +1,155 @@
+"""Bodies of HTTP requests: counted while they arrive, within a time, inflated within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import numpy as np
+
+from deploykit.serving.requests import InvalidRequest, TooLarge
+from deploykit.serving.v2_types import Limits, shown
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+_STEP = 2**20
+_ALIGN = 64
+# zlib's window bits: 31 is gzip, 15 is zlib, which HTTP calls deflate.
+_ENCODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
+
+
+class Disconnected(Exception):
+    """The client went away before it had sent everything."""
+
+
+class Slow(Exception):
+    """The client took longer than a body may take."""
+
+
+def whole_number(name: str, value: bytes) -> int:
+    """The value of a header that counts bytes.
+
+    Raises:
+        InvalidRequest: It holds anything but digits.
+    """
+    if not value.isdigit() or len(value) > 19:
+        raise InvalidRequest(f"{name} is {shown(value.decode('latin-1'))}", expected="digits")
+    return int(value)
+
+
+async def read_body(
+    headers: dict[bytes, bytes], receive: Receive, limits: Limits, header_length: int = 0
+) -> memoryview:
+    """All of a body, inflated.
+
+    Args:
+        headers: Of the request, names in lower case.
+        receive: ASGI's.
+        limits: Of the model.
+        header_length: Where binary data begin, so that they can be laid where arrays like to lie.
+
+    Raises:
+        TooLarge: It is over a limit, as sent or as inflated.
+        InvalidRequest: Its encoding is unknown, or is not what it says.
+        Slow: It did not arrive in time.
+        Disconnected: It did not arrive at all.
+    """
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower() or b"identity"
+    if encoding != b"identity" and encoding not in _ENCODINGS:
+        raise InvalidRequest(
+            f"Content-Encoding is {shown(encoding.decode('latin-1'))}", expected="gzip, deflate or identity"
+        )
+    declared = headers.get(b"content-length")
+    size = None if declared is None else whole_number("Content-Length", declared)
+    if size is not None and size > limits.body_bytes:
+        raise _too_large(limits)
+    try:
+        async with asyncio.timeout(limits.body_s):
+            if encoding != b"identity":
+                return await _inflated(receive, _ENCODINGS[encoding], limits)
+            if size is None:
+                return await _counted(receive, limits)
+            return await _placed(receive, size, header_length, limits)
+    except TimeoutError:
+        raise Slow from None
+
+
+def _too_large(limits: Limits) -> TooLarge:
+    return TooLarge("the body is too large", expected=f"at most {limits.body_bytes} bytes for this model")
+
+
+async def _chunks(receive: Receive) -> tuple[bytes, bool]:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise Disconnected
+    return message.get("body", b""), bool(message.get("more_body", False))
+
+
+async def _placed(receive: Receive, size: int, header_length: int, limits: Limits) -> memoryview:
+    """A body of known size, each part copied once, to its place."""
+    chunk, more = await _chunks(receive)
+    if not more:
+        return memoryview(chunk)
+    start = -header_length % _ALIGN
+    # Memory that is not written is not used: a length that lies costs nothing.
+    place = np.empty(size + 2 * _ALIGN, np.uint8)
+    start += -place.ctypes.data % _ALIGN
+    view = place.data[start : start + size]
+    at = 0
+    while True:
+        end = at + len(chunk)
+        if end > size:
+            raise InvalidRequest("the body is longer than its Content-Length")
+        view[at:end] = chunk
+        at = end
+        if not more:
+            return view[:at]
+        chunk, more = await _chunks(receive)
+
+
+async def _counted(receive: Receive, limits: Limits) -> memoryview:
+    """A chunked body."""
+    parts: list[bytes] = []
+    total = 0
+    more = True
+    while more:
+        chunk, more = await _chunks(receive)
+        total += len(chunk)
+        if total > limits.body_bytes:
+            raise _too_large(limits)
+        parts.append(chunk)
+    return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+
+
+async def _inflated(receive: Receive, window: int, limits: Limits) -> memoryview:
+    inflater = zlib.decompressobj(window)
+    out = bytearray()
+    sent = 0
+    more = True
+    while more:
+        chunk, more = await _chunks(receive)
+        sent += len(chunk)
+        if sent > limits.body_bytes:
+            raise _too_large(limits)
+        while chunk:
+            try:
+                out += inflater.decompress(chunk, _STEP)
+            except zlib.error:
+                raise InvalidRequest("the body is not compressed as Content-Encoding says") from None
+            if len(out) > limits.body_bytes:
+                raise _too_large(limits)
+            if len(out) > _STEP and len(out) > sent * limits.inflate_ratio:
+                raise TooLarge(
+                    "the body inflates too much", expected=f"at most {limits.inflate_ratio} times", hint="send it plain"
+                )
+            if inflater.eof and (inflater.unused_data or inflater.unconsumed_tail):
+                raise InvalidRequest("bytes follow the end of the compressed body")
+            chunk = inflater.unconsumed_tail
+            # Other requests go on between the steps.
+            await asyncio.sleep(0)
+    if not inflater.eof:
+        raise InvalidRequest("the compressed body ends too early")
+    return memoryview(out)

@@ -1,0 +1,155 @@
+"""A server from its start to its end: bind, load, warm up, be ready; drain, end.
+
+SIGTERM and SIGINT: ready no more; for a moment everything is still answered, each connection for the last time, so that
+clients and balancers turn away; then nothing new is accepted, what was accepted is answered, and the process ends. The
+second such signal ends it at once. SIGHUP has it look for newer versions of its models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from deploykit.extras import available, require
+from deploykit.serving.admin_app import admin_app
+from deploykit.serving.engine import ServingEngine
+from deploykit.serving.http_app import http_app
+from deploykit.serving.loaded import Options, Source
+from deploykit.serving.requests import RequestError
+from deploykit.serving.servers import Bound, GrpcServer, HttpServer, Places, listen
+from deploykit.serving.v2_types import Limits
+
+log = logging.getLogger("deploykit.serving")
+
+INTERRUPTED = 130
+
+
+def run(sources: Sequence[Source], options: Options, places: Places, on_ready: Callable[[Bound], None]) -> int:
+    """Serve until a signal ends it.
+
+    Args:
+        sources: What is served.
+        options: How.
+        places: Where, and for whom.
+        on_ready: Called once all models answer.
+
+    Returns:
+        The exit code: 0 where every accepted request was answered.
+
+    Raises:
+        DeploykitError: It cannot start.
+    """
+
+    async def all_of_it() -> int:
+        return await _Life(sources, options, places, on_ready).live()
+
+    if available("uvloop"):
+        found: int = require("uvloop").run(all_of_it())
+        return found
+    return asyncio.run(all_of_it())
+
+
+class _Life:
+    """One server."""
+
+    def __init__(
+        self, sources: Sequence[Source], options: Options, places: Places, on_ready: Callable[[Bound], None]
+    ) -> None:
+        self._options = options
+        self._places = places
+        self._on_ready = on_ready
+        self._loop = asyncio.get_running_loop()
+        self._engine = ServingEngine(sources, options)
+        self._grpc: GrpcServer | None = None
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def live(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._ended)
+        self._loop.add_signal_handler(signal.SIGHUP, self._rescan)
+        servers: list[HttpServer] = []
+        try:
+            places, limits = self._places, Limits()
+            main = http_app(self._engine, limits=limits, tokens=places.tokens, refused=self._refused)
+            servers.append(HttpServer(main, limits, places, places.http_port))
+            if places.admin_port is not None:
+                admin = admin_app(self._engine, limits, places.tokens, repository=places.repository_api)
+                servers.append(HttpServer(admin, limits, places, places.admin_port))
+            for server in servers:
+                await server.start()
+            return await self._serve(servers, limits)
+        finally:
+            for server in servers:
+                server.abandon()
+            if self._grpc is not None:
+                await self._grpc.stop(0.0)
+            for task in self._tasks:
+                task.cancel()
+            await self._engine.stop()
+
+    async def _serve(self, servers: list[HttpServer], limits: Limits) -> int:
+        port = self._places.grpc_port
+        # gRPC can only take a port for good once the models are there: see now whether it can be had.
+        held = listen(self._places.host, port) if port else None
+        starting = self._loop.create_task(self._engine.start())
+        stopped = self._loop.create_task(self._stop.wait())
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        await starting
+        if held is not None:
+            held.close()
+        if port is not None:
+            self._grpc = GrpcServer(self._engine, limits, self._places, port, self._refused)
+            await self._grpc.start()
+        admin = servers[1].port if len(servers) > 1 else None
+        self._on_ready(Bound(servers[0].port, self._grpc.port if self._grpc else None, admin))
+        self._keep(self._engine.repository.watch(self._places.poll_s))
+        await stopped
+        await self._drain(servers)
+        return 0
+
+    async def _drain(self, servers: list[HttpServer]) -> None:
+        log.info("ending: ready no more")
+        self._engine.begin_to_stop()
+        for server in servers:
+            server.draining.on = True
+        await asyncio.sleep(self._places.linger_s)
+        log.info("ending: accepting no more")
+        ends = [servers[0].stop(self._places.linger_s)]
+        if self._grpc is not None:
+            ends.append(self._grpc.stop(self._options.timeout_s))
+        await asyncio.gather(*ends)
+        await self._engine.drain()
+        for server in servers[1:]:
+            await server.stop()
+        log.info("ended: all that was accepted is answered")
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _refused(self, model: str, error: RequestError) -> None:
+        """A request was refused before it came to the engine."""
+        self._engine.metrics.ended(model, error.outcome, 0.0)
+
+    def _ended(self) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            return
+        log.warning("ended at once, by a second signal")
+        self._engine.kill()
+        logging.shutdown()
+        os._exit(INTERRUPTED)
+
+    def _rescan(self) -> None:
+        log.info("looking for newer versions")
+        self._keep(self._engine.repository.rescan())

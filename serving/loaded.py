@@ -1,0 +1,247 @@
+"""What is served: an artifact, or a bare model file, with how it is to be opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploykit.artifact import MANIFEST, SETTINGS, Artifact, is_artifact, manifest_digest, sha256_of
+from deploykit.errors import ArtifactError, ModelError
+from deploykit.machine import allowed_cores
+from deploykit.runtimes import Device, RuntimeSettings, parse_device
+from deploykit.specs import Signature, TensorSpec, terms
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9]\d{0,17}")
+_SUFFIXES = {".onnx": "ort:cpu", ".xml": "openvino:cpu"}
+PLATFORMS = {"ort": "onnxruntime_onnx", "openvino": "openvino", "torch": "pytorch", "torch-compile": "pytorch"}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How models are served; None lets the tuned settings decide, and then the defaults.
+
+    Attributes:
+        device: Where they run.
+        tuned: File of tuned settings, in place of the artifact's own.
+        instances: Processes a model, each with a session of its own.
+        threads: Threads inside one request; all allowed cores, shared among the instances, by default.
+        max_batch: Most rows of requests that are joined; what the settings were tuned for by default.
+        max_delay_s: Seconds that a request may wait for others to be joined with.
+        queue: Most requests that wait for a model.
+        timeout_s: Seconds that any request may take.
+        arena_bytes: Most bytes of the inputs, and of the outputs, of one batch.
+    """
+
+    device: str | None = None
+    tuned: str | None = None
+    instances: int | None = None
+    threads: int | None = None
+    max_batch: int | None = None
+    max_delay_s: float = 0.0
+    queue: int = 128
+    timeout_s: float = 60.0
+    arena_bytes: int = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: What clients call it.
+        path: An artifact's directory, a directory of versions, or a model file.
+        versioned: Whether it is a directory of versions: `1/`, `2/`, ..., each an artifact.
+    """
+
+    name: str
+    path: Path
+    versioned: bool
+
+    @classmethod
+    def at(cls, path: str | Path, name: str | None = None) -> Source:
+        """See what is at a path.
+
+        Raises:
+            ArtifactError: Nothing that can be served.
+            ModelError: A file of another kind, or a name that no address can hold.
+        """
+        # A link keeps its own name, and may point to something else the next time that it is looked at.
+        place = Path(path).absolute()
+        called = name if name is not None else place.stem if place.is_file() else place.name or place.parent.name
+        if not _NAME.fullmatch(called):
+            raise ModelError(
+                f"a model cannot be called {called!r}", expected="letters, digits, '.', '_' and '-'", hint="add --name"
+            )
+        if place.is_file():
+            if place.suffix not in _SUFFIXES:
+                raise ModelError(f"{place} cannot be served", expected="an artifact, an .onnx or an .xml file")
+            return cls(called, place, versioned=False)
+        if is_artifact(place):
+            return cls(called, place, versioned=False)
+        if place.is_dir() and versions_in(place):
+            return cls(called, place, versioned=True)
+        raise ArtifactError(
+            f"{place} is no artifact" if place.exists() else f"{place} does not exist",
+            expected=f"a directory with {MANIFEST}, a directory of versions 1/, 2/, ... of such, or an .onnx file",
+            hint="make one: deploykit export SOURCE -o DIR",
+        )
+
+    def newest(self) -> tuple[str, Path]:
+        """The newest version and where it is.
+
+        Raises:
+            ArtifactError: There is none any more.
+        """
+        if not self.versioned:
+            return "1", self.path.resolve()
+        found = versions_in(self.path)
+        if not found:
+            raise ArtifactError(f"{self.path} holds no version any more", expected="1/, 2/, ..., each an artifact")
+        return found[-1], (self.path / found[-1]).resolve()
+
+
+def versions_in(path: Path) -> tuple[str, ...]:
+    """Versions below a directory, oldest first; what has no manifest yet is still being copied."""
+    try:
+        found = [p.name for p in path.iterdir() if _VERSION.fullmatch(p.name) and is_artifact(p)]
+    except OSError:
+        return ()
+    return tuple(sorted(found, key=int))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One version of a model, checked and ready to be opened.
+
+    Attributes:
+        name: What clients call it.
+        version: A whole number.
+        path: The artifact's directory or the model's file.
+        digest: sha256 of the artifact's manifest, which holds those of all other files, or of the model's file.
+        signature: The artifact's; None of a bare file, which only a worker parses.
+        settings: How it is opened.
+        max_batch: Most rows that are joined, if its signature allows that.
+        lanes: Requests that one process runs side by side.
+    """
+
+    name: str
+    version: str
+    path: Path
+    digest: str
+    signature: Signature | None
+    settings: RuntimeSettings
+    max_batch: int
+    lanes: int
+
+    @property
+    def platform(self) -> str:
+        """The runtime, by the name that clients of the protocol know."""
+        runtime = parse_device(self.settings.device).runtime
+        return PLATFORMS.get(runtime, runtime)
+
+    def job(self) -> dict[str, Any]:
+        """What a worker is told."""
+        return {"path": str(self.path), "digest": self.digest, "settings": self.settings.as_dict()}
+
+
+def load(source: Source, options: Options) -> Loaded:
+    """Check the newest version of a model: every file against its sha256, and the settings.
+
+    Raises:
+        DeploykitError: It cannot be served.
+    """
+    version, path = source.newest()
+    if path.is_dir():
+        artifact = Artifact.open(path)
+        own = _own_settings(artifact, options.device)
+        digest, signature, suffix = artifact.digest, artifact.signature, artifact.model_path.suffix
+    else:
+        own, signature, suffix = None, None, path.suffix
+        try:
+            digest = sha256_of(path)
+        except OSError as exc:
+            raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    settings = _settings(own, options, _SUFFIXES.get(suffix, "ort:cpu"))
+    lanes = max(1, -(-settings.concurrency // settings.sessions))
+    if not parse_device(settings.device).concurrent:
+        lanes = 1
+    return Loaded(source.name, version, path, digest, signature, settings, options.max_batch or settings.batch, lanes)
+
+
+def digest_now(source: Source) -> tuple[str, str]:
+    """Version and digest of what would be loaded now, without checking the files.
+
+    Raises:
+        DeploykitError: There is nothing.
+    """
+    version, path = source.newest()
+    if path.is_file():
+        return version, sha256_of(path)
+    return version, manifest_digest(path)
+
+
+def _own_settings(artifact: Artifact, device: str | None) -> RuntimeSettings | None:
+    """The settings that an artifact brings, where they are for the device."""
+    if SETTINGS not in artifact.manifest.files:
+        return None
+    own = RuntimeSettings.load(artifact.path / SETTINGS)
+    return own if device is None or parse_device(own.device) == parse_device(device) else None
+
+
+def _settings(own: RuntimeSettings | None, options: Options, usual: str) -> RuntimeSettings:
+    from dataclasses import replace
+
+    found = own
+    if options.tuned is not None:
+        found = RuntimeSettings.load(options.tuned)
+        if options.device is not None:
+            found.check_device(parse_device(options.device))
+    if found is None:
+        found = RuntimeSettings(str(parse_device(options.device or usual)))
+    instances = options.instances or found.sessions
+    threads = options.threads
+    if threads is None:
+        # Tuned threads were tuned for the tuned number of sessions.
+        tuned = found.threads if instances == found.sessions else None
+        threads = tuned or max(1, allowed_cores() // instances)
+    concurrency = max(found.concurrency, 1) if instances == found.sessions else instances
+    return replace(found, sessions=instances, threads=threads, concurrency=max(concurrency, instances))
+
+
+def batch_symbol(signature: Signature) -> str | None:
+    """The symbol that is the first dimension of every input and output, and no other dimension; None without one."""
+    specs = list(signature)
+    if not signature.inputs or any(not spec.shape for spec in specs):
+        return None
+    firsts = {spec.shape[0] for spec in specs if spec.shape}
+    symbol = next(iter(firsts))
+    if len(firsts) != 1 or not isinstance(symbol, str) or len(terms(symbol)) != 1:
+        return None
+    others = (t for spec in specs for dim in (spec.shape or ())[1:] for t in terms(dim))
+    return None if symbol in others else symbol
+
+
+def signature_of(found: Mapping[str, Any]) -> Signature:
+    """What `signature_as_json` made."""
+    inputs, outputs = (
+        tuple(TensorSpec(n, d, None if s is None else tuple(s)) for n, d, s in found[side])
+        for side in ("inputs", "outputs")
+    )
+    return Signature(inputs, outputs)
+
+
+def signature_as_json(signature: Signature) -> dict[str, Any]:
+    """A signature, to be sent."""
+    return {
+        side: [(s.name, s.dtype, None if s.shape is None else list(s.shape)) for s in specs]
+        for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs))
+    }
+
+
+def device_of(loaded: Loaded) -> Device:
+    """Where it runs."""
+    return parse_device(loaded.settings.device)

@@ -1,0 +1,282 @@
+"""Ports: the protocol over HTTP and over gRPC, and the administration's, each a server that can drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit.errors import DeploykitError
+from deploykit.extras import require
+
+if TYPE_CHECKING:
+    from deploykit.serving.requests import Engine, RequestError
+    from deploykit.serving.v2_types import Limits
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_BACKLOG = 2048
+_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a server listens, and whom it lets in.
+
+    Attributes:
+        host: Address of all ports.
+        http_port: Of the protocol over HTTP; 0 for any that is free.
+        grpc_port: Of the protocol over gRPC; None for none.
+        admin_port: Of metrics and repository control; None for none.
+        tokens: Clients have to bear one of them, if there are any.
+        cert: File of the server's certificate chain; None for no TLS.
+        key: File of its private key.
+        client_ca: File of the certificates that clients' have to be signed with.
+        repository_api: Whether models may be loaded and unloaded over the admin port.
+        linger_s: Seconds between being ready no more and accepting no more; then as many again until connections that
+            say nothing are closed.
+        poll_s: Seconds between looks for new versions.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8080
+    grpc_port: int | None = 8081
+    admin_port: int | None = None
+    tokens: tuple[str, ...] = ()
+    cert: str | None = None
+    key: str | None = None
+    client_ca: str | None = None
+    repository_api: bool = False
+    linger_s: float = 1.0
+    poll_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The ports that a server really has; None for what it does not have."""
+
+    http: int
+    grpc: int | None
+    admin: int | None
+
+
+class Draining:
+    """An ASGI application whose connections end after their next answer, once `on` is set.
+
+    Args:
+        app: The application.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self.on = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+
+        async def last(message: MutableMapping[str, Any]) -> None:
+            if self.on and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, receive, last)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        DeploykitError: The address cannot be had.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, proto)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(_BACKLOG)
+    except OSError as exc:
+        raise DeploykitError(
+            f"cannot listen on {host}:{port}: {exc.strerror or exc}", hint="choose another --host or port"
+        ) from exc
+    made.setblocking(False)
+    return made
+
+
+class HttpServer:
+    """An ASGI application on a port.
+
+    Args:
+        app: The application.
+        limits: Of a request.
+        places: Address and TLS.
+        port: Its port.
+    """
+
+    def __init__(self, app: App, limits: Limits, places: Places, port: int) -> None:
+        from deploykit.serving.http_server import uvicorn_settings
+
+        uvicorn = require("uvicorn", extra="serve")
+        self.draining = Draining(app)
+        self._socket = listen(places.host, port)
+        self.port: int = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.draining, log_config=None, backlog=_BACKLOG, **uvicorn_settings(limits), **_tls(places))
+        )
+        self._server.capture_signals = contextlib.nullcontext  # signals are for the whole process
+        self._task: asyncio.Task[None] | None = None
+        self._late: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Accept connections."""
+        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if self._task.done():
+                self._task.result()
+                raise DeploykitError(f"the server on port {self.port} did not start")
+            await asyncio.sleep(0.005)
+
+    async def stop(self, linger_s: float = 0.0) -> None:
+        """Accept nothing more, answer what was accepted, and end.
+
+        Args:
+            linger_s: How long a connection may still take to send a request; it is then answered.
+        """
+        if self._task is None:
+            return
+        self.draining.on = True
+        await self._stop_listening()
+        end = asyncio.get_running_loop().time() + linger_s
+        while self._server.server_state.connections and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_PAUSE_S)
+        self._server.should_exit = True
+        await self._task
+
+    async def _stop_listening(self) -> None:
+        """Close the port without breaking connections that clients have made and nobody has accepted yet.
+
+        The port stays open by another descriptor until those are accepted.
+        """
+        loop = asyncio.get_running_loop()
+        with self._socket.dup() as spare:
+            for server in self._server.servers:
+                server.close()
+            await asyncio.sleep(0)
+            while True:
+                try:
+                    made, _ = spare.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    break
+                made.setblocking(False)
+                task = loop.create_task(self._take(made))
+                self._late.add(task)
+                task.add_done_callback(self._late.discard)
+
+    async def _take(self, made: socket.socket) -> None:
+        loop, config = asyncio.get_running_loop(), self._server.config
+        with contextlib.suppress(OSError):  # it is gone, or does not speak TLS
+            await loop.connect_accepted_socket(self._protocol, made, ssl=config.ssl)
+
+    def _protocol(self) -> Any:
+        config, state = self._server.config, self._server.server_state
+        return config.http_protocol_class(config=config, server_state=state, app_state={})
+
+    def abandon(self) -> None:
+        """Give up the port at once."""
+        self._server.force_exit = self._server.should_exit = True
+        self._socket.close()
+
+
+def check_tls(cert: str | None, key: str | None, client_ca: str | None) -> None:
+    """See that certificates can be used, before anything listens.
+
+    Raises:
+        DeploykitError: One is missing, or is none.
+    """
+    if cert is None or key is None:
+        if cert is not None or key is not None or client_ca is not None:
+            raise DeploykitError("TLS needs a certificate and its key", hint="give --tls-cert and --tls-key")
+        return
+    import ssl
+
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key, password=_no_password)
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+    except (OSError, ValueError) as exc:  # SSLError is an OSError
+        raise DeploykitError(
+            f"the certificates cannot be used ({exc})", expected="PEM files that belong together"
+        ) from exc
+
+
+def _no_password() -> str:
+    raise ValueError("the private key has a password")
+
+
+def _tls(places: Places) -> dict[str, Any]:
+    if places.cert is None:
+        return {}
+    import ssl
+
+    found: dict[str, Any] = {"ssl_certfile": places.cert, "ssl_keyfile": places.key}
+    if places.client_ca is not None:
+        found |= {"ssl_ca_certs": places.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return found
+
+
+class GrpcServer:
+    """The protocol over gRPC on a port.
+
+    Args:
+        engine: What answers; it has loaded its models, whose sizes decide how large a message may be.
+        limits: Of a request.
+        places: Address, TLS and tokens.
+        port: Its port.
+        refused: Told of requests that do not reach the engine.
+
+    Raises:
+        DeploykitError: The port cannot be had.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: Limits, places: Places, port: int, refused: Callable[[str, RequestError], None]
+    ) -> None:
+        from deploykit.serving.grpc_app import grpc_server
+
+        self._server = grpc_server(engine, limits=limits, tokens=places.tokens, refused=refused)
+        host = f"[{places.host}]" if ":" in places.host else places.host
+        where = f"{host}:{port}"
+        credentials = _grpc_credentials(places)
+        try:
+            if credentials is None:
+                self.port = int(self._server.add_insecure_port(where))
+            else:
+                self.port = int(self._server.add_secure_port(where, credentials))
+        except RuntimeError as exc:
+            raise DeploykitError(f"cannot listen on {where}", hint="choose another --host or --grpc-port") from exc
+        if not self.port:
+            raise DeploykitError(f"cannot listen on {where}", hint="choose another --host or --grpc-port")
+
+    async def start(self) -> None:
+        """Accept requests."""
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing more, and answer what was accepted."""
+        await self._server.stop(grace_s)
+
+
+def _grpc_credentials(places: Places) -> Any:
+    if places.cert is None or places.key is None:
+        return None
+    grpc = require("grpc", extra="serve")
+    key, chain = Path(places.key).read_bytes(), Path(places.cert).read_bytes()
+    roots = Path(places.client_ca).read_bytes() if places.client_ca is not None else None
+    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=roots is not None)

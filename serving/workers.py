@@ -1,0 +1,281 @@
+"""Worker processes, as the front sees them: started, told, answered by, and lost.
+
+A worker is a fresh process (`worker.py`) with one session. It has lanes, which are requests that it runs side by side;
+a lane has slots, so that what comes next can lie ready while the lane still computes. Tensors go through the slots'
+arenas, and a line of JSON each way says where they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deploykit
+from deploykit.errors import WorkerError
+from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
+from deploykit.serving.requests import Failed, InvalidRequest, RequestError, TooLarge, WorkerLost
+from deploykit.specs import Array
+
+# Slots a lane: one runs, and one lies ready.
+DEPTH = 2
+_END_S = 5.0
+_LINE_BYTES = 2**18
+
+Done = Callable[["Answer | RequestError"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model gave.
+
+    Attributes:
+        outputs: By name; they look at memory that the next answer overwrites, so that they have to be copied now.
+        compute_s: Seconds that it ran.
+    """
+
+    outputs: Mapping[str, Array]
+    compute_s: float
+
+
+@dataclass(slots=True)
+class _Slot:
+    given: Arena
+    taken: Arena
+    done: Done | None = None
+
+
+class Lane:
+    """One request after another in a worker.
+
+    Args:
+        limit: Most bytes of an arena.
+        on_answer: Called after each answer, when its slot is free again.
+        on_end: Called once, when the other end is gone.
+    """
+
+    def __init__(self, limit: int, on_answer: Callable[[], None], on_end: Callable[[], None]) -> None:
+        self._slots = [_Slot(Arena.create(limit), Arena.create(limit)) for _ in range(DEPTH)]
+        self._socket, self._theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        self._free = deque(range(DEPTH))
+        self._order: deque[int] = deque()
+        self._rest = b""
+        self._on_answer = on_answer
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._opened = False
+        self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that it has and has not answered."""
+        return len(self._order)
+
+    @property
+    def spare(self) -> bool:
+        """Whether it can be given one more."""
+        return self._opened and bool(self._free)
+
+    def descriptors(self) -> tuple[int, list[tuple[int, int]]]:
+        """Of the other end, for the worker."""
+        return self._theirs.fileno(), [(s.given.descriptor, s.taken.descriptor) for s in self._slots]
+
+    def begin(self) -> None:
+        """The worker has its end by now."""
+        self._theirs.close()
+        self._loop.add_reader(self._socket.fileno(), self._readable)
+        self._opened = True
+
+    def tell(self, told: Mapping[str, Any]) -> None:
+        """Send a line."""
+        with contextlib.suppress(ConnectionError):  # that it is gone, the reader says
+            self._socket.sendall(json.dumps(told).encode() + b"\n")
+
+    def send(self, tensors: Sequence[Joined], done: Done) -> None:
+        """Have the worker run the model.
+
+        Args:
+            tensors: Its inputs; they are copied now.
+            done: Called once, with the answer or with the reason why there is none.
+
+        Raises:
+            TooLarge: The tensors do not fit the arena.
+        """
+        number = self._free.popleft()
+        slot = self._slots[number]
+        try:
+            placed, total = write(slot.given, tensors)
+        except ArenaFull as exc:
+            self._free.appendleft(number)
+            raise TooLarge(str(exc)) from exc
+        slot.done = done
+        self._order.append(number)
+        self.tell({"slot": number, "tensors": placed, "total": total})
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(_LINE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            self._on_end()
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._told(json.loads(line))
+
+    def _told(self, told: dict[str, Any]) -> None:
+        if "slot" not in told:
+            if not self.ready.done():
+                self.ready.set_result(told)
+            return
+        number = told["slot"]
+        slot = self._slots[number]
+        done, slot.done = slot.done, None
+        self._order.remove(number)
+        if done is not None:
+            done(_answer(slot, told))
+        self._free.append(number)
+        self._on_answer()
+
+    def close(self) -> None:
+        """Give up the socket, which ends the worker, and tell who still waits."""
+        if self._opened:
+            self._loop.remove_reader(self._socket.fileno())
+        self._opened = False
+        self._socket.close()
+        self._theirs.close()
+        if not self.ready.done():
+            self.ready.cancel()
+        waiting = [self._slots[n] for n in self._order]
+        self._order.clear()
+        for slot in waiting:
+            done, slot.done = slot.done, None
+            if done is not None:
+                done(WorkerLost("the process that computed the request died", hint="send it again"))
+        for slot in self._slots:
+            slot.given.close()
+            slot.taken.close()
+
+
+def _answer(slot: _Slot, told: dict[str, Any]) -> Answer | RequestError:
+    if "error" in told:
+        kind = {"invalid": InvalidRequest, "too_large": TooLarge}.get(told["error"], Failed)
+        return kind(told["what"], expected=told.get("expected"), hint=told.get("hint"))
+    try:
+        return Answer(read(slot.taken, told["tensors"], told["total"]), told["compute_ns"] / 1e9)
+    except ArenaFull as exc:
+        return Failed(f"the answer cannot be read: {exc}")
+
+
+class Worker:
+    """A process that holds a model.
+
+    Args:
+        job: What it loads.
+        lanes: How many requests it runs side by side.
+        limit: Most bytes of an arena.
+        on_answer: Called whenever a slot is free again.
+        on_end: Called once, after it ended, however that came about.
+    """
+
+    def __init__(
+        self,
+        job: Mapping[str, Any],
+        lanes: int,
+        limit: int,
+        on_answer: Callable[[], None],
+        on_end: Callable[[Worker], None],
+    ) -> None:
+        self._job = {**job, "arena_bytes": limit}
+        self._on_end = on_end
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False
+        self.lanes = [Lane(limit, on_answer, self._end) for _ in range(lanes)]
+
+    @property
+    def pid(self) -> int:
+        """Of the process; 0 before it is started."""
+        return self._process.pid if self._process else 0
+
+    async def start(self) -> dict[str, Any]:
+        """Start the process and wait until it has loaded the model and is warm.
+
+        Returns:
+            What it says of the model.
+
+        Raises:
+            WorkerError: It cannot load the model, or died of it.
+        """
+        told = [lane.descriptors() for lane in self.lanes]
+        # The child has to find this very copy of DeployKit, also in a bare checkout and from another directory.
+        home = str(Path(deploykit.__file__).resolve().parent.parent)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+        # A session of its own: what a terminal or a supervisor sends to the group is the front's to decide about.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "deploykit.serving.worker", json.dumps(told)],
+            stdin=subprocess.DEVNULL, env=env, start_new_session=True,
+            pass_fds=[fd for control, slots in told for fd in (control, *(fd for pair in slots for fd in pair))],
+        )  # fmt: skip
+        for lane in self.lanes:
+            lane.begin()
+        self.lanes[0].tell(self._job)
+        try:
+            found = await asyncio.shield(self.lanes[0].ready)
+        except asyncio.CancelledError:
+            if not self._ended:  # it is we who are cancelled
+                self.kill()
+                raise
+            code = await self.wait()
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise WorkerError(f"the process that loads {self._job['path']} ended with {how}") from None
+        if "failed" in found:
+            self.close()
+            await self.wait()
+            raise WorkerError(found["failed"])
+        ready: dict[str, Any] = found["ready"]
+        return ready
+
+    def _end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self.kill()  # it may have closed a socket and live on
+        for lane in self.lanes:
+            lane.close()
+        self._on_end(self)
+
+    def kill(self) -> None:
+        """End the process now; those who wait for it are told so when its sockets close."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.kill()
+
+    def close(self) -> None:
+        """Let it end: nobody waits for it any more."""
+        self._ended = True
+        for lane in self.lanes:
+            lane.close()
+
+    async def wait(self) -> int:
+        """Wait until the process is gone, and see to it that it goes; its exit code."""
+        if self._process is None:
+            return 0
+        try:
+            return await asyncio.to_thread(self._process.wait, _END_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return await asyncio.to_thread(self._process.wait)

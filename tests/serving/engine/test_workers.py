@@ -1,0 +1,299 @@
+"""Real workers with small real models."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from deploykit.errors import ArtifactError, DeploykitError, ModelError, WorkerError
+from deploykit.runtimes import RuntimeSettings
+from deploykit.serving.engine import ServingEngine
+from deploykit.serving.loaded import Options, Source
+from deploykit.serving.requests import InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
+from deploykit.specs import Signature
+
+X = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+
+def serve(source: Path, use, **options) -> None:
+    """Run `use(engine)` with an engine that serves one model."""
+
+    async def run():
+        engine = ServingEngine([Source.at(source)], Options(**{"threads": 1, **options}))
+        await engine.start()
+        try:
+            await use(engine)
+        finally:
+            await engine.stop()
+
+    asyncio.run(run())
+
+
+def pids_of(engine: ServingEngine, name: str) -> tuple[int, ...]:
+    return engine.repository.get(name).pids
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_artifact_is_served_and_its_workers_end_with_the_engine(models, tmp_path):
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    seen = []
+
+    async def use(engine):
+        seen.extend(pids_of(engine, "net"))
+        assert engine.ready() and engine.live() and engine.model_ready("net") and engine.names() == ("net",)
+        info = engine.info("net")
+        assert (info.versions, info.platform, info.inputs) == (("1",), "onnxruntime_onnx", models.rows.inputs)
+        found = await engine.infer(InferRequest("net", {"x": X}, id="7"))
+        np.testing.assert_array_equal(found.outputs["y"], 3 * X)
+        assert (found.id, found.version) == ("7", "1") and found.compute_s > 0
+        for array in (X[::-1], np.asfortranarray(X), np.broadcast_to(X[:1], (5, 4)), X.astype(">f4"), X[:0]):
+            found = await engine.infer(InferRequest("net", {"x": array}))
+            np.testing.assert_array_equal(found.outputs["y"], 3 * array.astype(np.float32))
+        assert engine.index() == [{"name": "net", "version": "1", "state": "READY", "reason": ""}]
+
+    serve(tmp_path / "net", use, instances=2)
+    assert len(set(seen)) == 2 and not any(map(is_alive, seen))
+
+
+def test_requests_are_joined_and_each_gets_its_rows(models, tmp_path):
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+
+    async def use(engine):
+        inputs = [np.random.default_rng(n).normal(size=(n % 3 + 1, 4)).astype(np.float32) for n in range(40)]
+        found = await asyncio.gather(*(engine.infer(InferRequest("net", {"x": x})) for x in inputs))
+        for x, result in zip(inputs, found, strict=True):
+            np.testing.assert_array_equal(result.outputs["y"], 3 * x)
+        assert max(result.batch for result in found) > 3
+        assert engine.info("net").max_batch == 8
+
+    serve(tmp_path / "net", use, max_batch=8)
+
+
+def test_a_model_whose_rows_see_each_other_is_not_batched(models, tmp_path):
+    models.artifact(tmp_path / "net", models.centred)
+
+    async def use(engine):
+        assert engine.info("net").max_batch == 0
+        found = await asyncio.gather(*(engine.infer(InferRequest("net", {"x": X + n})) for n in range(6)))
+        for result in found:
+            np.testing.assert_array_equal(result.outputs["y"], X - X.mean(0))
+
+    serve(tmp_path / "net", use, max_batch=8)
+
+
+def test_tuned_settings_decide_unless_something_is_asked_for(models, tmp_path):
+    tuned = RuntimeSettings("ort:cpu", threads=1, sessions=2, concurrency=4, batch=4)
+    models.artifact(tmp_path / "net", models.scaled, 3.0, settings=tuned)
+
+    async def own(engine):
+        assert len(pids_of(engine, "net")) == 2
+        assert engine.info("net").max_batch == 4
+        served = engine.repository.get("net")
+        assert served.loaded.lanes == 2
+        found = await asyncio.gather(*(engine.infer(InferRequest("net", {"x": X + n})) for n in range(20)))
+        for n, result in enumerate(found):
+            np.testing.assert_array_equal(result.outputs["y"], 3 * (X + n))
+
+    async def asked(engine):
+        assert len(pids_of(engine, "net")) == 1
+        assert engine.info("net").max_batch == 2
+
+    serve(tmp_path / "net", own, threads=None)
+    serve(tmp_path / "net", asked, instances=1, max_batch=2)
+    file = tmp_path / "tuned.json"
+    RuntimeSettings("ort:cpu", threads=1, batch=3).save(file)
+
+    async def other(engine):
+        assert engine.info("net").max_batch == 3
+
+    serve(tmp_path / "net", other, tuned=str(file))
+
+
+def test_a_bare_file_is_parsed_by_the_worker_only(models, tmp_path):
+    models.scaled(tmp_path / "bare.onnx", 2.0)
+
+    async def use(engine):
+        assert engine.info("bare").inputs == models.rows.inputs
+        found = await engine.infer(InferRequest("bare", {"x": X}))
+        np.testing.assert_array_equal(found.outputs["y"], 2 * X)
+
+    serve(tmp_path / "bare.onnx", use)
+
+
+def test_strings_go_in_and_come_out(models, tmp_path):
+    models.write(
+        tmp_path / "text.onnx", [helper.make_node("Identity", ["x"], ["y"])],
+        [("x", models.STRING, ["n"])], [("y", models.STRING, ["n"])],
+    )  # fmt: skip
+
+    async def use(engine):
+        texts = np.array(["a", "", "übung", b"bytes"], object)
+        found = await engine.infer(InferRequest("text", {"x": texts}))
+        assert found.outputs["y"].tolist() == ["a", "", "übung", "bytes"]
+
+    serve(tmp_path / "text.onnx", use)
+
+
+def test_what_only_the_model_can_refuse_costs_one_request(models, tmp_path):
+    models.write(
+        tmp_path / "pick.onnx", [helper.make_node("Gather", ["table", "i"], ["y"])],
+        [("i", models.INT64, ["n"])], [("y", models.FLOAT, ["n"])], [("table", np.arange(5, dtype=np.float32))],
+    )  # fmt: skip
+
+    async def use(engine):
+        asked = [engine.infer(InferRequest("pick", {"i": np.array([n])})) for n in (0, 1, 99, 3, 4)]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(found[2], RequestError)
+        assert [float(found[n].outputs["y"][0]) for n in (0, 1, 3, 4)] == [0, 1, 3, 4]
+
+    serve(tmp_path / "pick.onnx", use, max_batch=8)
+
+
+def test_tensors_larger_than_the_limit_are_refused_both_ways(models, tmp_path):
+    models.write(
+        tmp_path / "wide.onnx",
+        [helper.make_node("Expand", ["x", "shape"], ["y"])],
+        [("x", models.FLOAT, ["n", 1])], [("y", models.FLOAT, ["n", "m"])], [("shape", np.array([1, 1000]))],
+    )  # fmt: skip
+
+    async def use(engine):
+        found = await engine.infer(InferRequest("wide", {"x": np.zeros((10, 1), np.float32)}))
+        assert found.outputs["y"].shape == (10, 1000)
+        for rows in (100, 100_000):  # the outputs are too large; the inputs are
+            with pytest.raises(TooLarge):
+                await engine.infer(InferRequest("wide", {"x": np.zeros((rows, 1), np.float32)}))
+        await engine.infer(InferRequest("wide", {"x": np.zeros((10, 1), np.float32)}))
+
+    serve(tmp_path / "wide.onnx", use, arena_bytes=2**17)
+
+
+def turning_inputs(turns: int) -> dict[str, np.ndarray]:
+    return {"x": np.zeros((64, 64), np.float32), "turns": np.array(turns)}
+
+
+def test_kill_9_costs_those_in_flight_a_clean_error_and_nobody_else(models, tmp_path):
+    models.turning(tmp_path / "net.onnx")
+
+    async def use(engine):
+        served = engine.repository.get("net")
+        slow = [asyncio.ensure_future(engine.infer(InferRequest("net", turning_inputs(10**9)))) for _ in range(2)]
+        while served.running < 2:
+            await asyncio.sleep(0.001)
+        killed, other = served.pids
+        waits = [asyncio.ensure_future(engine.infer(InferRequest("net", turning_inputs(1)))) for _ in range(6)]
+        os.kill(killed, signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="died"):
+            await slow[0]
+        while len(served.pids) < 2:
+            await asyncio.sleep(0.01)
+        assert other in served.pids and killed not in served.pids
+        assert not slow[1].done()  # the other one computes on
+        os.kill(other, signal.SIGKILL)
+        lost = await asyncio.gather(*slow, return_exceptions=True)
+        assert all(isinstance(error, WorkerLost) for error in lost)
+        # What had been handed to a worker is lost with it, and whatever else waited is answered.
+        found = await asyncio.gather(*waits, return_exceptions=True)
+        good = [r for r in found if not isinstance(r, Exception)]
+        assert len(good) >= 4 and all(isinstance(r, WorkerLost) for r in found if isinstance(r, Exception))
+        await engine.infer(InferRequest("net", turning_inputs(1)))
+        assert engine.ready()
+
+    serve(tmp_path / "net.onnx", use, instances=2)
+
+
+def test_a_worker_that_hangs_is_replaced(models, tmp_path):
+    models.turning(tmp_path / "net.onnx")
+
+    async def use(engine):
+        pids = pids_of(engine, "net")
+        with pytest.raises(RequestError, match="time ran out"):
+            await engine.infer(InferRequest("net", turning_inputs(10**9)))
+        while pids_of(engine, "net") in (pids, ()):
+            await asyncio.sleep(0.01)
+        while True:
+            try:
+                await engine.infer(InferRequest("net", turning_inputs(1)))
+                return
+            except RequestError:
+                await asyncio.sleep(0.05)
+
+    serve(tmp_path / "net.onnx", use, timeout_s=0.5)
+
+
+def test_a_changed_file_is_not_loaded(models, tmp_path):
+    made = models.artifact(tmp_path / "net", models.scaled, 3.0)
+    made.model_path.write_bytes(made.model_path.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match="sha256"):
+        serve(tmp_path / "net", None)
+
+
+def test_a_model_that_is_not_its_manifest_is_not_served(models, tmp_path):
+    wrong = Signature(models.specs(("x", "int64", ("batch", 4))), models.rows.outputs)
+    models.artifact(tmp_path / "net", models.scaled, 3.0, signature=wrong)
+    with pytest.raises(WorkerError, match="the model has x: float32"):
+        serve(tmp_path / "net", None)
+
+
+def test_golden_inputs_that_do_not_run_keep_a_model_from_being_ready(models, tmp_path):
+    bad = [({"x": np.zeros((2, 5), np.float32)}, {"y": np.zeros((2, 5), np.float32)})]
+    models.artifact(tmp_path / "net", models.scaled, 3.0, golden=bad)
+    with pytest.raises(DeploykitError):
+        serve(tmp_path / "net", None)
+
+
+def test_a_corrupt_file_says_so(tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"no model")
+    with pytest.raises(WorkerError, match=r"net\.onnx"):
+        serve(tmp_path / "net.onnx", None)
+
+
+def test_a_refused_input_never_reaches_a_worker(models, tmp_path):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+
+    async def use(engine):
+        with pytest.raises(InvalidRequest, match="'x' is float64; expected x: float32"):
+            await engine.infer(InferRequest("net", {"x": X.astype(float)}))
+        text = engine.metrics.text()[0].decode()
+        assert 'deploykit_requests_total{model="net",outcome="invalid"} 1.0' in text
+        assert 'deploykit_workers{model="net",version="1"} 1.0' in text
+
+    serve(tmp_path / "net.onnx", use)
+
+
+def test_what_can_be_served_and_what_it_is_called(models, tmp_path, monkeypatch):
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    models.artifact(tmp_path / "many" / "2", models.scaled, 3.0)
+    models.artifact(tmp_path / "many" / "10", models.scaled, 3.0)
+    shutil.copytree(tmp_path / "net", tmp_path / "many" / "x")
+    models.scaled(tmp_path / "bare.onnx", 2.0)
+    many = Source.at(tmp_path / "many")
+    assert (many.name, many.versioned, many.newest()[0]) == ("many", True, "10")
+    assert Source.at(tmp_path / "net").newest() == ("1", (tmp_path / "net").resolve())
+    assert Source.at(tmp_path / "bare.onnx").name == "bare"
+    assert Source.at(tmp_path / "net", "other").name == "other"
+    monkeypatch.chdir(tmp_path / "net")
+    assert Source.at(".").name == "net"
+    (tmp_path / "text.txt").write_text("no")
+    (tmp_path / "empty").mkdir()
+    for path, error, message in (
+        ("text.txt", ModelError, "cannot be served"), ("empty", ArtifactError, "is no artifact"),
+        ("nothing", ArtifactError, "does not exist"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            Source.at(tmp_path / path)
+    with pytest.raises(ModelError, match=r"cannot be called 'a/b'.*--name"):
+        Source.at(tmp_path / "net", "a/b")
