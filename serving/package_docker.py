@@ -18,7 +18,7 @@ from deploykit.serving.package_plan import Plan
 from deploykit.serving.package_targets import Written
 from deploykit.serving.package_wheel import write_wheel
 
-HTTP_PORT, GRPC_PORT = 8080, 8081
+HTTP_PORT, GRPC_PORT, ADMIN_PORT = 8080, 8081, 8082
 USER = 10001
 _HOME = "/opt/deploykit"
 _BASE = re.compile(r"[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}")
@@ -83,7 +83,7 @@ def serve_arguments(plan: Plan) -> list[str]:
     """What `deploykit serve` is told in the image."""
     told = [
         f"/{MODELS}/{plan.name}", "--host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT),
-        "--max-batch", str(max(plan.max_batch, 1)),
+        "--admin-port", str(ADMIN_PORT), "--max-batch", str(max(plan.max_batch, 1)),
     ]  # fmt: skip
     if plan.options.max_delay_ms is not None:
         told += ["--max-delay-ms", f"{plan.options.max_delay_ms:g}"]
@@ -119,7 +119,7 @@ COPY --from=build {_HOME} {_HOME}
 COPY --from=build /bundle/{MODELS} /{MODELS}
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER {USER}:{USER}
-EXPOSE {HTTP_PORT} {GRPC_PORT}
+EXPOSE {HTTP_PORT} {GRPC_PORT} {ADMIN_PORT}
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["{python}", "-c", "{check}"]
 ENTRYPOINT [{command}]
@@ -186,6 +186,7 @@ def kubernetes(plan: Plan, image: str) -> list[dict[str, Any]]:
         "ports": [
             {"name": "http", "containerPort": HTTP_PORT},
             {"name": "grpc", "containerPort": GRPC_PORT},
+            {"name": "metrics", "containerPort": ADMIN_PORT},
         ],
         "startupProbe": probe("ready", periodSeconds=2, failureThreshold=150),
         "readinessProbe": probe("ready", periodSeconds=5, failureThreshold=2),
@@ -249,6 +250,7 @@ def _readme(image: str, base: str | None) -> str:
         f"{pin}```\ndocker build {argument}-t {image} .\n"
         f"docker compose up --detach            # HTTP on {HTTP_PORT}, gRPC on {GRPC_PORT}, of this machine only\n"
         f"kubectl apply -f kubernetes.yaml      # after: docker push {image}\n```\n\n"
+        f"Prometheus reads `/metrics` on port {ADMIN_PORT}, which neither of the two publishes.\n"
         f"The requirements are locked for {machine_of_image()}. Golden requests are asked when the image is built.\n"
         "The server listens without encryption and without tokens: put it behind what has them, or see "
         "`deploykit serve --help`."

@@ -18,8 +18,8 @@ from deploykit.extras import DISTRIBUTION, version_of
 
 # What the server imports; everything else comes in as a dependency of these.
 SERVER = (
-    "click", "grpcio", "httptools", "numpy", "prometheus-client", "protobuf", "pydantic", "starlette", "uvicorn",
-    "uvloop",
+    "click", "grpcio", "httptools", "numpy", "orjson", "prometheus-client", "protobuf", "pydantic", "starlette",
+    "uvicorn", "uvloop",
 )  # fmt: skip
 # Frameworks that a server of exported models never needs: gigabytes, and a larger surface.
 FORBIDDEN = ("torch", "torchvision", "tensorflow", "tensorflow-cpu", "keras", "jax", "jaxlib", "triton", "transformers")

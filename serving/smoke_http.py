@@ -17,15 +17,9 @@ import numpy as np
 
 from deploykit.errors import PackageError, first_line
 from deploykit.extras import require
+from deploykit.serving.v2_types import DATATYPES, DTYPES
 from deploykit.specs import Array, Feeds, Signature
 
-# The protocol's names of dtypes.
-V2_DTYPES = {
-    "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
-    "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32",
-    "float64": "FP64", "string": "BYTES",
-}  # fmt: skip
-_OURS = {v2: ours for ours, v2 in V2_DTYPES.items()}
 _HEADER = "Inference-Header-Content-Length"
 _POLL_S = 0.2
 # An answer in JSON is larger than its tensors; a server that sends without end is left.
@@ -38,7 +32,7 @@ def v2_dtype(spec_dtype: str, name: str) -> str:
     Raises:
         PackageError: It has none (complex numbers).
     """
-    found = V2_DTYPES.get(spec_dtype)
+    found = DATATYPES.get(spec_dtype)
     if found is None:
         raise PackageError(
             f"{name!r} is {spec_dtype}, which the Open Inference Protocol has no type for",
@@ -68,7 +62,7 @@ def unpack(data: bytes, dtype: str, shape: list[int], name: str) -> Array:
     Raises:
         PackageError: Bytes and shape do not fit together.
     """
-    ours = _OURS.get(dtype)
+    ours = DTYPES.get(dtype)
     count = math.prod(shape)
     if ours is None:
         raise PackageError(f"the server sends {name!r} as {dtype!r}, which is no type of the protocol")
@@ -189,7 +183,7 @@ class Server:
                 name, dtype, shape = str(entry["name"]), str(entry["datatype"]), [int(n) for n in entry["shape"]]
                 size = (entry.get("parameters") or {}).get("binary_data_size")
                 if size is None:
-                    array = _from_list(entry["data"], _OURS.get(dtype, ""), name).reshape(shape)
+                    array = _from_list(entry["data"], DTYPES.get(dtype, ""), name).reshape(shape)
                 else:
                     array = unpack(rest[at : at + size], dtype, shape, name)
                     at += size

@@ -151,7 +151,7 @@ def test_kubernetes_probes_and_rights(bundle: Any) -> None:
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     names = {p["name"] for p in container["ports"]}
-    assert {p["targetPort"] for p in service["spec"]["ports"]} == names
+    assert {p["targetPort"] for p in service["spec"]["ports"]} == names - {"metrics"}
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
     assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
@@ -177,6 +177,43 @@ def test_tuned_settings_are_in_the_artifact_of_the_image(artifact: Any, tmp_path
 
 def test_an_artifact_without_other_settings_is_copied_as_it_is(bundle: Any, tmp_path: Path) -> None:
     assert Artifact.open(bundle.path / "models" / "net").digest == Artifact.open(tmp_path / "net").digest
+
+
+def test_the_lock_asks_for_all_that_the_server_imports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = {re.split(r"[<>=\[; ]", line)[0] for line in project["project"]["optional-dependencies"]["serve"]}
+    assert wanted - {"deploykit-ml"} <= set(needed("ort"))
+
+
+def start(command: list[str], cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a server on free ports, and wait until it says that it is ready."""
+    for option in ("--http-port", "--grpc-port", "--admin-port"):
+        command[command.index(option) + 1] = "0"
+    command[command.index("--host") + 1] = "127.0.0.1"
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def asked_of(server: subprocess.Popen[str], bundle: Path) -> None:
+    """The smoke test over HTTP, then SIGTERM, after which the server ends well."""
+    try:
+        assert server.stdout is not None
+        found = re.match(r"ready: (http://127\.0\.0\.1:\d+),", server.stdout.readline())
+        assert found is not None
+        for wire in ("binary", "json"):
+            assert deploykit.smoke(bundle, found[1], wire=wire, wait_s=30)["passed"]
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.parametrize("kind", ["rows", "text", "steps", "scalar"])
+def test_the_entry_point_answers_the_golden_requests(artifact: Any, tmp_path: Path, lock: Path, kind: str) -> None:
+    bundle = deploykit.package(artifact(kind).path, tmp_path / "out", target="docker", options=TargetOptions(lock=lock))
+    _, *arguments = json.loads(dict(steps(bundle.path / "Dockerfile"))["ENTRYPOINT"])
+    arguments = [str(bundle.path) + a if a.startswith("/models/") else a for a in arguments]
+    asked_of(start([sys.executable, "-m", "deploykit", *arguments], tmp_path), bundle.path)
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -336,6 +373,9 @@ def test_the_steps_run_in_a_clean_environment(artifact: Any, tmp_path: Path) -> 
     assert size < 250e6
     site = next(home.glob("lib/python*/site-packages"))
     assert not any(site.glob("torch*"))
+    _, *arguments = json.loads(dict(steps(bundle.path / "Dockerfile"))["ENTRYPOINT"])
+    arguments = [str(context) + a if a.startswith("/models/") else a for a in arguments]
+    asked_of(start([str(home / "bin" / "deploykit"), *arguments], tmp_path, env), bundle.path)
     assert not (site / "pip").exists()
 
 
