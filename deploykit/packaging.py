@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit.artifact import Artifact, is_artifact, write_golden
+from deploykit.artifact import ASSETS, Artifact, is_artifact, write_golden
 from deploykit.errors import PackageError
 from deploykit.progress import Progress
 from deploykit.staging import check_free, staged
@@ -88,6 +88,11 @@ def package(
             record = planning.replay(folder / written.model, kept, plan.cases, contract)
         if record["verdict"] == "not run":
             plan.notes.append(f"the golden requests were not replayed here: {record['reason']}")
+        left = sorted(n.removeprefix(ASSETS) for n in artifact.manifest.files if n.startswith(ASSETS))
+        if left and not any(folder.rglob(ASSETS.rstrip("/"))):
+            plan.notes.append(
+                f"clients need what the bundle does not hold: {', '.join(left[:5])} of the artifact's assets"
+            )
         for note in plan.notes:
             told.note(note)
         _seal(folder, plan, written, target, record, told.notes[first_note:])

@@ -35,7 +35,7 @@ def write(plan: Plan, folder: Path) -> Written:
         PackageError: There are no hashes, or an option cannot be used.
     """
     base, image = _check_base(plan.options.base_image), image_name(plan)
-    names = needed(plan.device.runtime)
+    names = needed(plan.device.runtime, plan.artifact.model_path.suffix)
     lock = plan.options.lock
     pins = read_lock(lock) if lock is not None else resolve(names)
     check_lock(pins, names, str(lock) if lock is not None else "what the package index offers")

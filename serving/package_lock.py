@@ -23,6 +23,8 @@ SERVER = (
 )  # fmt: skip
 # Frameworks that a server of exported models never needs: gigabytes, and a larger surface.
 FORBIDDEN = ("torch", "torchvision", "tensorflow", "tensorflow-cpu", "keras", "jax", "jaxlib", "triton", "transformers")
+# What a runtime asks for, does without, and would tell its maker from.
+_REPORTING = ("openvino-telemetry",)
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*==\s*([^\s;]+)(\s*;[^#]*?)?((?:\s+--hash=sha256:[0-9a-f]{64})+)\s*")
 _TIMEOUT_S = 300.0
 _LIMIT_BYTES = 4 * 2**20
@@ -57,13 +59,16 @@ def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def needed(runtime: str) -> tuple[str, ...]:
+def needed(runtime: str, suffix: str = ".onnx") -> tuple[str, ...]:
     """Distributions that a server with one runtime imports.
 
     Args:
         runtime: "ort" or "openvino".
+        suffix: Of the model's file: OpenVINO alone does not say the names of an ONNX file's tensors.
     """
-    return tuple(sorted((*SERVER, "onnxruntime" if runtime == "ort" else "openvino")))
+    if runtime == "ort":
+        return tuple(sorted((*SERVER, "onnxruntime")))
+    return tuple(sorted((*SERVER, "openvino", *(["onnx"] if suffix == ".onnx" else []))))
 
 
 def machine_of_image() -> str:
@@ -120,7 +125,8 @@ def read_report(report: Any) -> tuple[Pin, ...]:
         digest = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise _unlocked(f"the package index says no sha256 for {name} {version}")
-        found.append(Pin(name, version, (digest,)))
+        if name not in _REPORTING:
+            found.append(Pin(name, version, (digest,)))
     return tuple(sorted(found, key=lambda p: p.name))
 
 

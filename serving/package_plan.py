@@ -196,9 +196,11 @@ def golden_cases(artifact: Artifact) -> list[Case]:
             hint="make it with deploykit export",
         )
     names = [s.name for s in artifact.signature.inputs]
-    missing = next((n for n in names if n not in cases[0][0]), None)
+    held = {*(("input", n) for n in cases[0][0]), *(("output", n) for n in cases[0][1])}
+    wanted = [*(("input", n) for n in names), *(("output", s.name) for s in artifact.signature.outputs)]
+    missing = next((f"{kind} {name!r}" for kind, name in wanted if (kind, name) not in held), None)
     if missing is not None:
-        raise PackageError(f"the golden requests of {artifact.path} have no input {missing!r}", hint="export it again")
+        raise PackageError(f"the golden requests of {artifact.path} have no {missing}", hint="export it again")
     return [({n: i[n] for n in names}, o) for i, o in cases]
 
 
