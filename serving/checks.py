@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 from deploykit.serving.requests import InvalidRequest
 from deploykit.specs import Array, Signature, TensorSpec, terms
@@ -15,10 +19,8 @@ def check_inputs(signature: Signature, inputs: Mapping[str, Array]) -> None:
         InvalidRequest: A name is unknown or missing, a dtype, rank or size is another one, or one symbol has two sizes.
     """
     sizes: dict[str, int] = {}
-    known = {spec.name for spec in signature.inputs}
-    if inputs.keys() - known:
-        extra = min(inputs.keys() - known)
-        raise InvalidRequest(f"the model has no input {extra!r}", expected=", ".join(map(str, signature.inputs)))
+    if extra := inputs.keys() - {spec.name for spec in signature.inputs}:
+        raise InvalidRequest(f"the model has no input {min(extra)!r}", expected=", ".join(map(str, signature.inputs)))
     for spec in signature.inputs:
         if spec.name not in inputs:
             raise InvalidRequest(f"there is no input {spec.name!r}", expected=", ".join(map(str, signature.inputs)))
@@ -43,7 +45,15 @@ def check_outputs(signature: Signature, wanted: tuple[str, ...] | None) -> None:
             raise InvalidRequest(f"the model has no output {name!r}", expected=", ".join(known))
 
 
+@lru_cache(maxsize=64)
+def _native(dtype: str) -> np.dtype[Any] | None:
+    return None if dtype in ("string", "bfloat16") else np.dtype(dtype)
+
+
 def _fits(dtype: str, array: Array) -> bool:
+    native = _native(dtype)
+    if native is not None and array.dtype == native:
+        return True
     if dtype == "string":
         return array.dtype.kind in "OUS"
     if dtype == "bfloat16":  # without ml_dtypes, numpy only has its bits
