@@ -247,7 +247,8 @@ def _readme(plan: Plan, openvino: bool) -> str:
         found = releases(plan.artifact.model_path)
         if found:
             release = found[-1]
-            lines.append(f"Of the releases that DeployKit knows, these read the model: {', '.join(found)}.\n")
+            span = f"{found[0]} to {found[-1]}" if len(found) > 1 else found[0]
+            lines.append(f"Of the releases that DeployKit knows, {len(found)} read the model: {span}.\n")
         else:
             plan.notes.append(
                 "no release of Triton that DeployKit knows reads this model; export it with --for triton:..."

@@ -42,6 +42,13 @@ def graph_of(kind: str) -> onnx.ModelProto:
         nodes = [helper.make_node("CumSum", ["x", "first"], ["y"])]
         weights = [numpy_helper.from_array(np.array(0, np.int64), "first")]
         inputs, outputs = [value("x", FLOAT, ["steps", 4])], [value("y", FLOAT, ["steps", 4])]
+    elif kind == "centred":  # every row is told what the largest of all rows is
+        nodes = [
+            helper.make_node("ReduceMax", ["x"], ["most"], axes=[0], keepdims=1),
+            helper.make_node("Sub", ["x", "most"], ["y"]),
+        ]
+        weights = []
+        inputs, outputs = [value("x", FLOAT, ["batch", 4])], [value("y", FLOAT, ["batch", 4])]
     elif kind == "scalar":
         nodes = [helper.make_node("Mul", ["x", "factor"], ["y"])]
         inputs, outputs = [value("x", FLOAT, ["n", 4]), value("factor", FLOAT, [])], [value("y", FLOAT, ["n", 4])]
@@ -78,6 +85,7 @@ def build(
     kind: str = "rows",
     *,
     external: bool = False,
+    ir: bool = False,
     settings: RuntimeSettings | None = None,
     sizes: tuple[int, ...] = (1, 2, 5),
     step: str = "export",
@@ -98,10 +106,18 @@ def build(
                 inputs = feeds_of(kind, size, number)
                 cases.append((inputs, change(session.run(inputs))))
         write_golden(writer.dir / "golden.npz", cases)
+        if ir:
+            import openvino
+
+            openvino.save_model(openvino.Core().read_model(path), writer.dir / "model.xml", compress_to_fp16=False)
+            path.unlink()
         if settings is not None:
             (writer.dir / "settings.json").write_text(json.dumps(settings.as_dict()), encoding="utf-8")
         record = StepRecord(step=step, params={}, tools={}, parent=None, seconds=0.1)
-        return writer.commit(model="model.onnx", signature=signature_of(model), lineage=[record], evidence=Evidence())
+        return writer.commit(
+            model="model.xml" if ir else "model.onnx", signature=signature_of(model), lineage=[record],
+            evidence=Evidence(),
+        )  # fmt: skip
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import yaml
 
 import deploykit
 from deploykit.errors import PackageError
-from deploykit.runtimes import RuntimeSettings, open_session
+from deploykit.runtimes import RuntimeSettings
 from deploykit.serving.package_plan import TargetOptions
 
 # What the server's own schema takes of a model (src/schema.cpp of openvinotoolkit/model_server), in our words.
@@ -268,17 +269,22 @@ def test_the_example_is_what_mlflow_serves(artifact: Any, tmp_path: Path) -> Non
     assert np.allclose(found["y"], bundle.golden()[0][1]["y"])
 
 
-def test_smoke_of_a_scoring_server(artifact: Any, serve: Any, tmp_path: Path) -> None:
+def test_mlflows_own_server_passes_the_smoke_test(artifact: Any, tmp_path: Path) -> None:
+    import mlflow
+    import uvicorn
+    from mlflow.pyfunc.scoring_server import init
+
     bundle = deploykit.package(artifact().path, tmp_path / "out", target="mlflow")
-
-    def answer(path: str, headers: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        assert path == "/invocations"
-        feeds = {n: np.array(v, np.float32) for n, v in json.loads(body)["inputs"].items()}
-        with open_session(bundle.model_path, "ort:cpu") as session:
-            outputs = session.run(feeds)
-        return 200, {}, json.dumps({"predictions": {n: a.tolist() for n, a in outputs.items()}}).encode()
-
-    assert deploykit.smoke(bundle.path, serve(answer).url)["passed"]
+    app = init(mlflow.pyfunc.load_model(str(bundle.path / "models" / "net")))
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        assert deploykit.smoke(bundle.path, f"http://127.0.0.1:{port}", wait_s=30)["passed"]
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
 
 
 # --- BentoML ----------------------------------------------------------------------------------------------------------
