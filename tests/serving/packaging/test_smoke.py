@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 import deploykit
 from deploykit.errors import ArtifactError, PackageError
 from deploykit.runtimes import open_session
 from deploykit.serving.bundles import Bundle, bundle_schema
+from deploykit.serving.smoke_http import pack, unpack
+from deploykit.serving.v2_types import DATATYPES
 
 HEADER = "inference-header-content-length"
 NUMPY = {"FP32": np.float32, "INT64": np.int64}
@@ -254,3 +258,34 @@ def test_the_manifest_has_a_schema(bundle: Bundle) -> None:
 
     manifest = json.loads((bundle.path / "deploykit.json").read_text(encoding="utf-8"))
     jsonschema.validate(manifest, bundle_schema())
+
+
+@pytest.mark.parametrize("dtype", sorted(set(DATATYPES) - {"string", "bfloat16"}))
+def test_every_type_survives_the_wire(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    array = (rng.standard_normal((3, 0 if dtype == "uint64" else 5)) * 100).astype(dtype)
+    for made in (array, array[::-1], np.asfortranarray(array), array.astype(array.dtype.newbyteorder(">"))):
+        found = unpack(pack(made), DATATYPES[dtype], list(made.shape), "x")
+        assert found.dtype == np.dtype(dtype)
+        assert np.array_equal(found, made)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=5), max_size=6))
+def test_strings_survive_the_wire_and_are_tritons(texts: list[str]) -> None:
+    texts = [t.encode("utf-8", "ignore").decode() for t in texts]
+    array = np.array(texts, dtype=object)
+    packed = pack(array)
+    assert unpack(packed, "BYTES", [len(texts)], "x").tolist() == texts
+    if texts:
+        assert packed == serialize_byte_tensor(array).item()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40), st.lists(st.integers(0, 3), max_size=3))
+def test_bytes_that_are_no_strings_are_refused_or_read_whole(data: bytes, shape: list[int]) -> None:
+    try:
+        found = unpack(data, "BYTES", shape, "x")
+    except PackageError:
+        return
+    assert list(found.shape) == shape
