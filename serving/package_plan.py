@@ -161,11 +161,11 @@ def choose_settings(
             kept = own
         else:
             told.note(f"the artifact's own settings are for {own.device} and are not used")
+    chosen = parse_device(kept.device) if kept is not None else wanted or _default(artifact, runs, target)
+    if artifact.model_path.suffix not in chosen.reads:
+        raise PackageError(f"{chosen} does not read {artifact.manifest.model}", hint="name another --device")
     if kept is None:
-        chosen = wanted or _default(artifact, runs, target)
-        return RuntimeSettings(str(chosen), precision="fp32"), False
-    if artifact.model_path.suffix not in parse_device(kept.device).reads:
-        raise PackageError(f"{kept.device} does not read {artifact.manifest.model}")
+        return RuntimeSettings(str(chosen)), False
     for note in kept.notes_for(artifact.model_path, artifact.digest):
         told.note(f"settings: {note}")
     return kept, True

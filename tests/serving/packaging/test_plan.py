@@ -118,6 +118,15 @@ def test_ir_is_nothing_for_mlflow(artifact: Any, tmp_path: Path) -> None:
         deploykit.package(artifact(ir=True).path, tmp_path / "out", target="mlflow")
 
 
+def test_a_device_that_does_not_read_the_model(artifact: Any, tmp_path: Path) -> None:
+    made = artifact(ir=True)
+    with pytest.raises(PackageError, match=r"ort:cpu does not read model\.xml"):
+        deploykit.package(made.path, tmp_path / "out", target="triton", device="ort:cpu")
+    RuntimeSettings("ort:cpu").save(tmp_path / "t.json")
+    with pytest.raises(PackageError, match=r"ort:cpu does not read model\.xml"):
+        deploykit.package(made.path, tmp_path / "out", target="triton", settings=tmp_path / "t.json")
+
+
 def test_golden_requests_are_needed(artifact: Any, tmp_path: Path) -> None:
     made = artifact()
     manifest = json.loads((made.path / "manifest.json").read_text(encoding="utf-8"))
