@@ -40,6 +40,7 @@ _EXPORTS = {
     "load": "runtimes",
     "open_session": "runtimes",
     "optimize": "pipeline",
+    "package": "packaging",
     "quantize_dynamic": "pipeline",
     "quantize_half": "pipeline",
     "quantize_repair": "pipeline",
@@ -49,6 +50,7 @@ _EXPORTS = {
     "run": "pipeline",
     "serve": "pipeline",
     "simplify": "pipeline",
+    "smoke": "packaging",
     "verify": "pipeline",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "load",
     "open_session",
     "optimize",
+    "package",
     "quantize_dynamic",
     "quantize_half",
     "quantize_repair",
@@ -80,6 +83,7 @@ __all__ = [
     "run",
     "serve",
     "simplify",
+    "smoke",
     "verify",
 ]
 
@@ -96,6 +100,7 @@ if TYPE_CHECKING:
         export_parts,
         fuse,
         optimize,
+        package,
         quantize_dynamic,
         quantize_half,
         quantize_repair,
@@ -105,6 +110,7 @@ if TYPE_CHECKING:
         run,
         serve,
         simplify,
+        smoke,
         verify,
     )
     from deploykit.recipe import Recipe
