@@ -289,7 +289,7 @@ class Recipe:
             raise RecipeError(f"{file} is larger than {_LIMIT_BYTES} bytes", expected="a recipe")
         try:
             tables = tomllib.loads(raw.decode("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except (ValueError, RecursionError) as exc:  # TOMLDecodeError, and numbers of thousands of digits
             raise RecipeError(f"{file} is not TOML ({first_line(exc)})", hint="mend the file") from exc
         return cls.from_tables(tables, file.parent)
 

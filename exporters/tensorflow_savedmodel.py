@@ -13,6 +13,8 @@ from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, decl
 from deploykit.extras import require
 
 _DEFAULT = "serving_default"
+# What no SavedModel needs anywhere; those with saving in them belong to every saver.
+_CODE = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles"})
 # A graph is a program: these run Python of this process, or touch files.
 _UNSAFE = frozenset(
     {"PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles", "Save", "SaveV2", "PrintV2"}
@@ -34,15 +36,15 @@ def open_saved_model(path: Path, options: ExportOptions, signature: str = "") ->
     tf = import_tensorflow()
     try:
         loaded = _load(tf, path)
+    except SourceError:
+        raise
     except Exception as exc:
         raise SourceError(f"cannot read {path} ({first_line(exc)})", expected="a SavedModel directory") from exc
     label = f"{path}:{signature}" if signature else str(path)
     function = _choose(dict(loaded.signatures), signature, path)
     unsafe = sorted(_operators(function) & _UNSAFE)
     if unsafe:
-        raise SourceError(
-            f"{label} holds the operator {unsafe[0]}, which runs Python or touches files", hint="export it without that"
-        )
+        raise _unsafe(label, unsafe[0])
     takes = function.structured_input_signature[1]
     names = sorted(takes)
     outputs = sorted(function.structured_outputs)
@@ -74,6 +76,10 @@ def _load(tf: Any, path: Path) -> Any:
     file = path / "saved_model.pb"
     if file.is_file():
         saved.ParseFromString(file.read_bytes())
+    # Loading runs the functions that fill tables and resources, before anybody can look at them.
+    code = sorted(_all_operators(saved) & _CODE)
+    if code:
+        raise _unsafe(path, code[0])
     owners = [n for graph in saved.meta_graphs for n in graph.object_graph_def.nodes if n.slot_variables]
     if not owners:
         return tf.saved_model.load(str(path))
@@ -86,6 +92,21 @@ def _load(tf: Any, path: Path) -> Any:
             if other.name != file.name:
                 (copy / other.name).symlink_to(other.resolve())
         return tf.saved_model.load(str(copy))
+
+
+def _all_operators(saved: Any) -> set[str]:
+    """Operators of every graph and function in a file."""
+    found: set[str] = set()
+    for graph in saved.meta_graphs:
+        found |= {node.op for node in graph.graph_def.node}
+        found |= {node.op for function in graph.graph_def.library.function for node in function.node_def}
+    return found
+
+
+def _unsafe(label: object, operator: str) -> SourceError:
+    return SourceError(
+        f"{label} holds the operator {operator}, which runs Python or touches files", hint="export it without that"
+    )
 
 
 def _choose(signatures: dict[str, Any], wanted: str, path: Path) -> Any:

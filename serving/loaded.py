@@ -34,6 +34,8 @@ class Options:
         queue: Most requests that wait for a model.
         timeout_s: Seconds that any request may take.
         arena_bytes: Most bytes of the inputs, and of the outputs, of one batch.
+        load_timeout_s: Seconds that a worker may take to load its model and to warm up.
+        memory_bytes: Most memory of a worker of a CPU device; that of the machine by default.
     """
 
     device: str | None = None
@@ -45,6 +47,8 @@ class Options:
     queue: int = 128
     timeout_s: float = 60.0
     arena_bytes: int = 2**28
+    load_timeout_s: float = 600.0
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +193,7 @@ def _own_settings(artifact: Artifact, device: str | None) -> RuntimeSettings | N
     if SETTINGS not in artifact.manifest.files:
         return None
     own = RuntimeSettings.load(artifact.path / SETTINGS)
+    own.check_contained(str(artifact.path / SETTINGS))
     return own if device is None or parse_device(own.device) == parse_device(device) else None
 
 

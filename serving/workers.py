@@ -190,6 +190,7 @@ class Worker:
         limit: Most bytes of an arena.
         on_answer: Called whenever a slot is free again.
         on_end: Called once, after it ended, however that came about.
+        load_timeout_s: Seconds that it may take to load the model and to warm up.
     """
 
     def __init__(
@@ -199,7 +200,9 @@ class Worker:
         limit: int,
         on_answer: Callable[[], None],
         on_end: Callable[[Worker], None],
+        load_timeout_s: float = 600.0,
     ) -> None:
+        self._load_timeout_s = load_timeout_s
         self._job = {**job, "arena_bytes": limit}
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -234,7 +237,14 @@ class Worker:
             lane.begin()
         self.lanes[0].tell(self._job)
         try:
-            found = await asyncio.shield(self.lanes[0].ready)
+            found = await asyncio.wait_for(asyncio.shield(self.lanes[0].ready), self._load_timeout_s)
+        except TimeoutError:
+            self.kill()
+            self.close()
+            await self.wait()
+            raise WorkerError(
+                f"{self._job['path']} was not loaded and warm within {self._load_timeout_s:g} s", hint="--load-timeout"
+            ) from None
         except asyncio.CancelledError:
             if not self._ended:  # it is we who are cancelled
                 self.kill()
