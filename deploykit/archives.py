@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 # An archive may grow to this whatever its ratio is, and above it to so many times its size.
 FREE_BYTES = 256 * 2**20
 RATIO = 200
-_MEMBERS = 100_000
+MEMBERS = 100_000
 
 
 def unsafe_archive(path: Path, *, unpacked: bool = True) -> str:
@@ -29,8 +29,8 @@ def unsafe_archive(path: Path, *, unpacked: bool = True) -> str:
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    if len(members) > _MEMBERS:
-        return f"holds {len(members)} members, more than {_MEMBERS}"
+    if len(members) > MEMBERS:
+        return f"holds {len(members)} members, more than {MEMBERS}"
     seen: set[str] = set()
     for member in members:
         if why := _unsafe(member, unpacked):

@@ -132,8 +132,10 @@ def _external_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, s
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            # Of a key given twice, libraries take different ones; without a location the tensor is refused.
-            yield tensor.name, entries if len(entries) == len(tensor.external_data) else {}
+            # Of a key given twice, libraries take different ones; what is no UTF-8 comes as bytes. Without a location
+            # the tensor is refused.
+            plain = all(isinstance(text, str) for pair in entries.items() for text in pair)
+            yield tensor.name, entries if plain and len(entries) == len(tensor.external_data) else {}
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
