@@ -28,6 +28,7 @@ _EXPORTS = {
     "TensorSpec": "specs",
     "apply": "pipeline",
     "benchmark": "pipeline",
+    "check_signature": "pipeline",
     "compare": "pipeline",
     "export": "pipeline",
     "export_parts": "pipeline",
@@ -42,7 +43,9 @@ _EXPORTS = {
     "quantize_sweep": "pipeline",
     "quantize_weights": "pipeline",
     "run": "pipeline",
+    "sbom": "pipeline",
     "serve": "pipeline",
+    "sign": "pipeline",
     "simplify": "pipeline",
     "verify": "pipeline",
 }
@@ -59,6 +62,7 @@ __all__ = [
     "__version__",
     "apply",
     "benchmark",
+    "check_signature",
     "compare",
     "export",
     "export_parts",
@@ -73,7 +77,9 @@ __all__ = [
     "quantize_sweep",
     "quantize_weights",
     "run",
+    "sbom",
     "serve",
+    "sign",
     "simplify",
     "verify",
 ]
@@ -86,6 +92,7 @@ if TYPE_CHECKING:
     from deploykit.pipeline import (
         apply,
         benchmark,
+        check_signature,
         compare,
         export,
         export_parts,
@@ -98,7 +105,9 @@ if TYPE_CHECKING:
         quantize_sweep,
         quantize_weights,
         run,
+        sbom,
         serve,
+        sign,
         simplify,
         verify,
     )

@@ -20,6 +20,7 @@ from deploykit.optimizing import optimize
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.serving_models import serve
+from deploykit.signing import check_signature, sbom, sign
 from deploykit.storing import quantize_half, quantize_weights
 from deploykit.sweeping import quantize_sweep
 from deploykit.verifying import verify
@@ -27,6 +28,7 @@ from deploykit.verifying import verify
 __all__ = [
     "apply",
     "benchmark",
+    "check_signature",
     "compare",
     "export",
     "export_parts",
@@ -39,7 +41,9 @@ __all__ = [
     "quantize_sweep",
     "quantize_weights",
     "run",
+    "sbom",
     "serve",
+    "sign",
     "simplify",
     "verify",
 ]

@@ -29,7 +29,7 @@ def serve(
     max_delay_ms: float = 0.0,
     queue: int = 128,
     timeout_s: float = 60.0,
-    load_timeout_s: float = 600.0,
+    load_timeout_s: float = 1800.0,
     worker_memory: int | None = None,
     token_file: str | Path | None = None,
     tls_cert: str | Path | None = None,
@@ -87,7 +87,7 @@ def serve(
     options = Options(
         device=device, tuned=None if tuned is None else str(tuned), instances=instances, threads=threads,
         max_batch=max_batch, max_delay_s=max_delay_ms / 1e3, queue=queue, timeout_s=timeout_s,
-        load_timeout_s=load_timeout_s, memory_bytes=None if worker_memory is None else worker_memory << 20,
+        load_s=load_timeout_s, memory_bytes=None if worker_memory is None else worker_memory << 20,
     )  # fmt: skip
     places = Places(
         host=host, http_port=http_port, grpc_port=grpc_port, admin_port=admin_port,

@@ -41,6 +41,7 @@ from deploykit.serving.v2_types import (
     check_shape,
     datatype_of,
     dtype_of,
+    narrow,
     numpy_dtype,
     shown,
 )
@@ -257,6 +258,7 @@ def _request(asked: Any, raw: list[memoryview], limits: Limits, remaining: float
         ends = time.monotonic() + remaining
         deadline = ends if deadline is None else min(deadline, ends)
     refuse_sequences(parameters)
+    # Of HTTP; here every answer is binary.
     parameters.pop("binary_data_output", None)
     outputs = [output.name for output in asked.outputs]
     if len(outputs) > limits.tensors or len(set(outputs)) < len(outputs):
@@ -329,10 +331,9 @@ def _typed(name: str, datatype: str, shape: tuple[int, ...], count: int, content
                     f"string {index} of {shown(name)} is not UTF-8", hint="send bytes as a tensor of UINT8"
                 ) from None
         return strings.reshape(shape)
-    try:
-        return np.array(values, numpy_dtype(datatype)).reshape(shape)
-    except OverflowError:
-        raise InvalidRequest(f"{shown(name)} holds values outside of {datatype}") from None
+    if numpy_dtype(datatype).kind in "iu":
+        return narrow(name, datatype, values).reshape(shape)
+    return np.array(values, numpy_dtype(datatype)).reshape(shape)
 
 
 def _response(result: InferResult) -> bytes:

@@ -124,7 +124,8 @@ class _Guard:
             headers = dict(scope["headers"])
             if not self._tokens.accept(headers.get(b"authorization")):
                 refusal = _error(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-                return await refusal(scope, receive, send)
+                await refusal(scope, receive, send)
+                return
         try:
             await self._app(scope, receive, send)
         except Exception:  # noqa: BLE001 - a bug of ours is logged, and the client is told no more than that

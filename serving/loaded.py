@@ -16,7 +16,8 @@ from deploykit.specs import Signature, TensorSpec, terms
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9]\d{0,17}")
-_SUFFIXES = {".onnx": "ort:cpu", ".xml": "openvino:cpu"}
+_BARE = (".onnx", ".xml")
+_DEVICES = {".onnx": "ort:cpu", ".xml": "openvino:cpu", ".pt2": "torch:cpu"}
 PLATFORMS = {"ort": "onnxruntime_onnx", "openvino": "openvino", "torch": "pytorch", "torch-compile": "pytorch"}
 
 
@@ -33,8 +34,8 @@ class Options:
         max_delay_s: Seconds that a request may wait for others to be joined with.
         queue: Most requests that wait for a model.
         timeout_s: Seconds that any request may take.
-        arena_bytes: Most bytes of the inputs, and of the outputs, of one batch.
-        load_timeout_s: Seconds that a worker may take to load its model and to warm up.
+        load_s: Seconds that a worker may take to load a model and to warm up.
+        arena_bytes: Most bytes of the inputs, and of the outputs, of one request.
         memory_bytes: Most memory of a worker of a CPU device; that of the machine by default.
     """
 
@@ -46,8 +47,8 @@ class Options:
     max_delay_s: float = 0.0
     queue: int = 128
     timeout_s: float = 60.0
-    arena_bytes: int = 2**28
-    load_timeout_s: float = 600.0
+    load_s: float = 1800.0
+    arena_bytes: int = 2**30
     memory_bytes: int | None = None
 
 
@@ -81,7 +82,7 @@ class Source:
                 f"a model cannot be called {called!r}", expected="letters, digits, '.', '_' and '-'", hint="add --name"
             )
         if place.is_file():
-            if place.suffix not in _SUFFIXES:
+            if place.suffix not in _BARE:
                 raise ModelError(f"{place} cannot be served", expected="an artifact, an .onnx or an .xml file")
             return cls(called, place, versioned=False)
         if is_artifact(place):
@@ -169,23 +170,42 @@ def load(source: Source, options: Options) -> Loaded:
             digest = sha256_of(path)
         except OSError as exc:
             raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
-    settings = _settings(own, options, _SUFFIXES.get(suffix, "ort:cpu"))
+    settings = _settings(own, options, _DEVICES.get(suffix, "ort:cpu"))
     lanes = max(1, -(-settings.concurrency // settings.sessions))
     if not parse_device(settings.device).concurrent:
         lanes = 1
     return Loaded(source.name, version, path, digest, signature, settings, options.max_batch or settings.batch, lanes)
 
 
-def digest_now(source: Source) -> tuple[str, str]:
-    """Version and digest of what would be loaded now, without checking the files.
+@dataclass(frozen=True, slots=True)
+class State:
+    """What would be loaded now, without a look into its files.
+
+    Attributes:
+        version: The newest.
+        digest: As of `Loaded`.
+        stamp: Changes when any of its files does, as while they are still being copied.
+    """
+
+    version: str
+    digest: str
+    stamp: tuple[tuple[str, int, int], ...]
+
+
+def state_now(source: Source) -> State:
+    """What would be loaded now.
 
     Raises:
         DeploykitError: There is nothing.
     """
     version, path = source.newest()
-    if path.is_file():
-        return version, sha256_of(path)
-    return version, manifest_digest(path)
+    try:
+        digest = sha256_of(path) if path.is_file() else manifest_digest(path)
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        stamp = tuple((str(p), (found := p.stat()).st_size, found.st_mtime_ns) for p in files)
+    except OSError as exc:
+        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    return State(version, digest, stamp)
 
 
 def _own_settings(artifact: Artifact, device: str | None) -> RuntimeSettings | None:

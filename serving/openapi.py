@@ -24,15 +24,15 @@ def document(*, repository: bool, secured: bool) -> Json:
         "/v2/openapi.json": {"get": _operation("openapi", "This document", {"type": "object"})},
     }
     for base, suffix in (("/v2/models/{name}", ""), ("/v2/models/{name}/versions/{version}", "Version")):
-        path = [_path_parameter(part) for part in ("name", "version") if f"{{{part}}}" in base]
+        inside = [_path_parameter(part) for part in ("name", "version") if f"{{{part}}}" in base]
         paths[base] = {
-            "parameters": path,
+            "parameters": inside,
             "get": _operation(f"model{suffix}Metadata", "Inputs and outputs", _ref("ModelMetadata"), 404, 503),
         }
         ready = _operation(f"model{suffix}Ready", "Whether the model answers", _ref("ModelReady"), 404)
         ready["responses"]["503"] = _response("It does not", {"anyOf": [_ref("ModelReady"), _ref("Error")]})
-        paths[f"{base}/ready"] = {"parameters": path, "get": ready}
-        paths[f"{base}/infer"] = {"parameters": path, "post": _infer(f"model{suffix}Infer")}
+        paths[f"{base}/ready"] = {"parameters": inside, "get": ready}
+        paths[f"{base}/infer"] = {"parameters": inside, "post": _infer(f"model{suffix}Infer")}
     if repository:
         paths |= _repository_paths()
     for path, item in paths.items():
@@ -139,9 +139,8 @@ def _repository_paths() -> Json:
     paths: Json = {"/v2/repository/index": {"post": index}}
     for verb, text in (("load", "Load a model, or its newest version"), ("unload", "Answer no more requests to it")):
         operation = _operation(f"repository{verb.title()}", text, {"type": "object"}, 400, 404, 408, 413, 500, 503)
-        operation["requestBody"] = _body(
-            {"parameters": {"type": "object", "properties": {"unload_dependents": {"const": False}}}}
-        )
+        told = {"type": "object", "properties": {"unload_dependents": {"const": False}}, "additionalProperties": False}
+        operation["requestBody"] = _body({"parameters": told})
         paths[f"/v2/repository/models/{{name}}/{verb}"] = {"parameters": [_path_parameter("name")], "post": operation}
     return paths
 

@@ -27,6 +27,7 @@ from deploykit.serving.v2_types import (
     check_shape,
     datatype_of,
     dtype_of,
+    narrow,
     numpy_dtype,
     shown,
 )
@@ -268,12 +269,11 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], count: int, dat
         strings[:] = flat
         return strings.reshape(shape)
     dtype = numpy_dtype(datatype)
-    try:
-        with np.errstate(over="ignore"):
-            array: Array = np.array(flat, np.float64 if datatype == "BF16" else dtype)
-            array = array.astype(dtype, copy=False)
-    except OverflowError:
-        raise InvalidRequest(f"data of {shown(name)} hold values outside of {datatype}") from None
+    if dtype.kind in "iu":
+        return narrow(name, datatype, flat).reshape(shape)
+    with np.errstate(over="ignore"):
+        array: Array = np.array(flat, np.float64 if datatype == "BF16" else dtype)
+        array = array.astype(dtype, copy=False)
     if kind == "f" and not np.isfinite(array).all():
         raise InvalidRequest(f"data of {shown(name)} hold values too large for {datatype}")
     return array.reshape(shape)

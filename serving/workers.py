@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 import deploykit
 from deploykit.errors import WorkerError
+from deploykit.extras import require
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.requests import Failed, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.specs import Array
@@ -72,6 +74,7 @@ class Lane:
         self._rest = b""
         self._on_answer = on_answer
         self._on_end = on_end
+        self._orjson = require("orjson", extra="serve")
         self._loop = asyncio.get_running_loop()
         self._opened = False
         self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
@@ -98,8 +101,13 @@ class Lane:
 
     def tell(self, told: Mapping[str, Any]) -> None:
         """Send a line."""
+        left = memoryview(self._orjson.dumps(told) + b"\n")
         with contextlib.suppress(ConnectionError):  # that it is gone, the reader says
-            self._socket.sendall(json.dumps(told).encode() + b"\n")
+            while left:
+                try:
+                    left = left[self._socket.send(left) :]
+                except BlockingIOError:  # thousands of tensors: the worker reads on
+                    select.select((), (self._socket,), ())
 
     def send(self, tensors: Sequence[Joined], done: Done) -> None:
         """Have the worker run the model.
@@ -135,7 +143,7 @@ class Lane:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            self._told(json.loads(line))
+            self._told(self._orjson.loads(line))
 
     def _told(self, told: dict[str, Any]) -> None:
         if "slot" not in told:
@@ -188,9 +196,9 @@ class Worker:
         job: What it loads.
         lanes: How many requests it runs side by side.
         limit: Most bytes of an arena.
+        load_s: Seconds that it may take to load the model and to warm up.
         on_answer: Called whenever a slot is free again.
         on_end: Called once, after it ended, however that came about.
-        load_timeout_s: Seconds that it may take to load the model and to warm up.
     """
 
     def __init__(
@@ -198,11 +206,11 @@ class Worker:
         job: Mapping[str, Any],
         lanes: int,
         limit: int,
+        load_s: float,
         on_answer: Callable[[], None],
         on_end: Callable[[Worker], None],
-        load_timeout_s: float = 600.0,
     ) -> None:
-        self._load_timeout_s = load_timeout_s
+        self._load_s = load_s
         self._job = {**job, "arena_bytes": limit}
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -227,9 +235,10 @@ class Worker:
         # The child has to find this very copy of DeployKit, also in a bare checkout and from another directory.
         home = str(Path(deploykit.__file__).resolve().parent.parent)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+        # -P: what lies in the directory that the server was started in is none of its modules.
         # A session of its own: what a terminal or a supervisor sends to the group is the front's to decide about.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "deploykit.serving.worker", json.dumps(told)],
+            [sys.executable, "-P", "-m", "deploykit.serving.worker", json.dumps(told)],
             stdin=subprocess.DEVNULL, env=env, start_new_session=True,
             pass_fds=[fd for control, slots in told for fd in (control, *(fd for pair in slots for fd in pair))],
         )  # fmt: skip
@@ -237,13 +246,12 @@ class Worker:
             lane.begin()
         self.lanes[0].tell(self._job)
         try:
-            found = await asyncio.wait_for(asyncio.shield(self.lanes[0].ready), self._load_timeout_s)
+            async with asyncio.timeout(self._load_s):
+                found = await asyncio.shield(self.lanes[0].ready)
         except TimeoutError:
             self.kill()
-            self.close()
-            await self.wait()
             raise WorkerError(
-                f"{self._job['path']} was not loaded and warm within {self._load_timeout_s:g} s", hint="--load-timeout"
+                f"{self._job['path']} was not loaded and warm within {self._load_s:g} s", hint="give it more time: --load-timeout"
             ) from None
         except asyncio.CancelledError:
             if not self._ended:  # it is we who are cancelled

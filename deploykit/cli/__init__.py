@@ -28,6 +28,8 @@ _COMMANDS = {
     "report": "Show a report again: table, HTML page, Markdown, or the schema of reports.",
     "compare": "Compare two reports; fail where a condition on the change fails.",
     "serve": "Serve models over HTTP and gRPC, until a signal ends it.",
+    "sbom": "Write what an artifact is made of and by, with a model card.",
+    "sign": "Sign an artifact with a key of your own.",
     "run": "Run a recipe: the whole chain.",
     "cache": "List and prune what searches have kept.",
 }

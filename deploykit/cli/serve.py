@@ -39,7 +39,7 @@ _PORT = click.IntRange(0, 65535)
     help="That any request may take.",
 )  # fmt: skip
 @click.option(
-    "--load-timeout", "load_timeout_s", type=common.seconds, default="10m", show_default=True, metavar="TIME",
+    "--load-timeout", "load_timeout_s", type=common.seconds, default="30m", show_default=True, metavar="TIME",
     help="That a model may take to be loaded and warm.",
 )  # fmt: skip
 @click.option(
@@ -57,8 +57,7 @@ def command(models: tuple[str, ...], **rest: object) -> int:
     ARTIFACT is an artifact's directory, a directory of versions 1/, 2/, ... of such, or an .onnx file. A new version
     directory, or SIGHUP, swaps a model without a failed request. SIGTERM answers what was accepted, and ends.
     """
-    from deploykit.pipeline import serve
-    from deploykit.serving_models import say_on_stderr
+    from deploykit.serving_models import say_on_stderr, serve
 
     say_on_stderr()
 

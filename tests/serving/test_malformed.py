@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -336,26 +337,27 @@ def test_malformed(served, model, body, headers):
     check_good(served.port)
 
 
+POST = b"POST /v2/models/nan/infer HTTP/1.1\r\n"
 RAW = {
     "no HTTP": b"hello\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
     "HTTP/2 without asking": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "another version": b"POST /v2/models/nan/infer HTTP/9.9\r\n\r\n",
-    "a header without a name": b"POST /v2/models/nan/infer HTTP/1.1\r\n: x\r\n\r\n",
-    "Content-Length twice": b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-    "Content-Length is negative": b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: -5\r\n\r\nhello",
-    "Content-Length is a word": b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: five\r\n\r\nhello",
-    "Content-Length is beyond 64 bits": b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
-    "Content-Length is beyond the limit": b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n",
-    "both lengths": b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "a chunk without a size": b"POST /v2/models/nan/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\nhello\r\n",
-    "a chunk of negative size": b"POST /v2/models/nan/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
-    "a chunk of huge size": b"POST /v2/models/nan/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffffffff\r\n",
-    "no chunk": b"POST /v2/models/nan/infer HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "no body": b"POST /v2/models/nan/infer HTTP/1.1\r\n\r\n",
+    "a header without a name": POST + b": x\r\n\r\n",
+    "Content-Length twice": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    "Content-Length is negative": POST + b"Content-Length: -5\r\n\r\nhello",
+    "Content-Length is a word": POST + b"Content-Length: five\r\n\r\nhello",
+    "Content-Length is beyond 64 bits": POST + b"Content-Length: 99999999999999999999\r\n\r\n",
+    "Content-Length is beyond the limit": POST + b"Content-Length: 99999999999\r\n\r\n",
+    "both lengths": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "a chunk without a size": POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\nhello\r\n",
+    "a chunk of negative size": POST + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
+    "a chunk of huge size": POST + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffff\r\n",
+    "no chunk": POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "no body": POST + b"\r\n",
     "a line feed in the address": b"POST /v2/models/nan\x0b/infer HTTP/1.1\r\n\r\n",
-    "headers without end": b"POST /v2/models/nan/infer HTTP/1.1\r\nA: " + b"a" * 200_000,
-    "very many headers": b"POST /v2/models/nan/infer HTTP/1.1\r\n" + b"A: b\r\n" * 100_000,
+    "headers without end": POST + b"A: " + b"a" * 200_000,
+    "very many headers": POST + b"A: b\r\n" * 100_000,
     "an address without end": b"POST /v2/" + b"a" * 200_000,
     "another method": b"DELETE /v2/models/nan/infer HTTP/1.1\r\n\r\n",
     "GET of what is posted": b"GET /v2/models/nan/infer HTTP/1.1\r\n\r\n",
@@ -370,10 +372,8 @@ RAW = {
 @pytest.mark.parametrize("data", RAW.values(), ids=RAW)
 def test_malformed_http(served, data):
     with socket.create_connection(("127.0.0.1", served.port), timeout=60) as sock:
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(data)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
         response = http.client.HTTPResponse(sock)
         response.begin()
         assert 400 <= response.status < 500

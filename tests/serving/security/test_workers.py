@@ -88,7 +88,7 @@ def test_a_model_that_never_ends(place, model):
         helper.make_node("Constant", [], ["n"], value=helper.make_tensor("n", TensorProto.INT64, [], [2**62])),
         helper.make_node("Loop", ["n", "", "x"], ["y"], body=body),
     ]
-    assert "within 3 s; --load-timeout" in refused(place(model(nodes, [])), load_timeout_s=3.0)
+    assert "not loaded and warm within 3 s" in refused(place(model(nodes, [])), load_s=3.0)
 
 
 def test_inputs_of_impossible_size(place, model):
