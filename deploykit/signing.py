@@ -1,7 +1,7 @@
 """The verbs `sbom` and `sign`, and the check of a signature: who made an artifact, and of what.
 
-Signatures are those of OpenSSF model signing, with a key of one's own and without a network: a file beside the artifact,
-because nothing may be added to an artifact. Any tool that knows the format can verify them.
+Signatures are those of OpenSSF model signing, with a key of one's own and without a network. They are files beside the
+artifact, because nothing may be added to it. Any tool that knows the format can verify them.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ def sbom(model: str | Path, output: str | Path | None = None, *, name: str | Non
     return document
 
 
-def sign(
-    model: str | Path, *, key: str | Path, output: str | Path | None = None, password: str | None = None
-) -> Path:
+def sign(model: str | Path, *, key: str | Path, output: str | Path | None = None, password: str | None = None) -> Path:
     """Sign an artifact: its manifest and every file.
 
     Args:

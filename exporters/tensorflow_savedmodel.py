@@ -13,8 +13,8 @@ from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, decl
 from deploykit.extras import require
 
 _DEFAULT = "serving_default"
-# What no SavedModel needs anywhere; those with saving in them belong to every saver.
-_CODE = frozenset({"PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles"})
+# Functions of tables and other resources that loading runs.
+_RUN_BY_LOADING = frozenset({"_create_resource", "_initialize", "_destroy_resource"})
 # A graph is a program: these run Python of this process, or touch files.
 _UNSAFE = frozenset(
     {"PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles", "Save", "SaveV2", "PrintV2"}
@@ -76,8 +76,7 @@ def _load(tf: Any, path: Path) -> Any:
     file = path / "saved_model.pb"
     if file.is_file():
         saved.ParseFromString(file.read_bytes())
-    # Loading runs the functions that fill tables and resources, before anybody can look at them.
-    code = sorted(_all_operators(saved) & _CODE)
+    code = sorted(_run_by_loading(saved) & _UNSAFE)
     if code:
         raise _unsafe(path, code[0])
     owners = [n for graph in saved.meta_graphs for n in graph.object_graph_def.nodes if n.slot_variables]
@@ -94,12 +93,35 @@ def _load(tf: Any, path: Path) -> Any:
         return tf.saved_model.load(str(copy))
 
 
-def _all_operators(saved: Any) -> set[str]:
-    """Operators of every graph and function in a file."""
+def _run_by_loading(saved: Any) -> set[str]:
+    """Operators that run while TensorFlow loads a file, before anybody can look at it."""
     found: set[str] = set()
     for graph in saved.meta_graphs:
-        found |= {node.op for node in graph.graph_def.node}
-        found |= {node.op for function in graph.graph_def.library.function for node in function.node_def}
+        functions = {function.signature.name: function for function in graph.graph_def.library.function}
+        nodes = graph.object_graph_def.nodes
+        if not nodes:  # TensorFlow 1: one graph, of which the operator that begins it is run
+            found |= {node.op for node in graph.graph_def.node}
+        left = [
+            name
+            for node in nodes
+            for child in node.children
+            if child.local_name in _RUN_BY_LOADING and child.node_id < len(nodes)
+            for name in (
+                *nodes[child.node_id].function.concrete_functions,
+                nodes[child.node_id].bare_concrete_function.concrete_function_name,
+            )
+        ]
+        seen: set[str] = set()
+        while left:
+            name = left.pop()
+            if name in seen or name not in functions:
+                continue
+            seen.add(name)
+            for node in functions[name].node_def:
+                found.add(node.op)
+                left.append(node.op)
+                for value in node.attr.values():
+                    left += [value.func.name, *(function.name for function in value.list.func)]
     return found
 
 

@@ -1,7 +1,7 @@
 """What an artifact is made of and by: a bill of materials in CycloneDX 1.6, with a card of the model.
 
-The document is built here, because the CycloneDX library for Python has no model cards; the tests validate it against the
-schema that comes with that library. It says what the manifest says, and is the same whenever it is made.
+The document is built here, because the CycloneDX library for Python has no model cards; the tests validate it against
+the schema that comes with that library. It says what the manifest says, and is the same whenever it is made.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ WORDS = [
 def mutated(seeds):
     """One of the seeds, changed at up to four places."""
     change = st.tuples(
-        st.sampled_from(["flip", "cut", "double", "put", "end"]), st.floats(0, 1, exclude_max=True), st.integers(0, 255),
+        st.sampled_from(["flip", "cut", "double", "put", "end"]), st.floats(0, 1, exclude_max=True),
+        st.integers(0, 255),
         st.one_of(st.binary(max_size=12), st.sampled_from(WORDS)),
     )  # fmt: skip
 
@@ -164,7 +165,9 @@ def test_manifest(artifact, data):
 
 leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 anything = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
 )  # fmt: skip
 
 
@@ -214,8 +217,8 @@ def test_recipe(tmp_path, data):
 HEAD = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": 8}}]}
 TEXTS = {"inputs": [{"name": "x", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": 11}}]}
 BODIES = [
-    json.dumps({"id": "1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 1], "data": [[1], [2.5]]}]}).encode(),
-    json.dumps({"inputs": [{"name": "x", "datatype": "BYTES", "shape": [2], "data": ["a", "b"]}], "parameters": {"timeout": 5}}).encode(),
+    b'{"id": "1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [2, 1], "data": [[1], [2.5]]}]}',
+    b'{"inputs": [{"name": "x", "datatype": "BYTES", "shape": [1], "data": ["a"]}], "parameters": {"timeout": 5}}',
     json.dumps(HEAD).encode() + bytes(8),
     json.dumps(TEXTS).encode() + b"\x01\0\0\0a\x02\0\0\0bc",
 ]  # fmt: skip
