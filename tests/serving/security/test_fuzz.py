@@ -26,7 +26,7 @@ from deploykit.serving.v2_types import Limits
 from deploykit.specs import Signature, TensorSpec
 from deploykit.staging import ArtifactWriter
 
-short = settings(max_examples=150, deadline=None, derandomize=True, database=None,
+short = settings(max_examples=100, deadline=None, derandomize=True, database=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 WORDS = [
     b"\xff" * 8,
