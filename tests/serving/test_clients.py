@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -33,6 +34,9 @@ VALUES = {
 def http(served):
     with http_client.InferenceServerClient(served.address) as client:
         yield client
+    # Its greenlets do not like to be collected in another thread.
+    del client
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

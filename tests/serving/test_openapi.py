@@ -91,7 +91,7 @@ def test_schemathesis(served, method, path, mode):
     seen = set()
 
     @settings(
-        max_examples=25,
+        max_examples=15,
         deadline=None,
         derandomize=True,
         database=None,
