@@ -36,6 +36,7 @@ _EXPORTS = {
     "load": "runtimes",
     "open_session": "runtimes",
     "optimize": "pipeline",
+    "package": "packaging",
     "quantize_dynamic": "pipeline",
     "quantize_half": "pipeline",
     "quantize_repair": "pipeline",
@@ -47,6 +48,7 @@ _EXPORTS = {
     "serve": "pipeline",
     "sign": "pipeline",
     "simplify": "pipeline",
+    "smoke": "packaging",
     "verify": "pipeline",
 }
 
@@ -70,6 +72,7 @@ __all__ = [
     "load",
     "open_session",
     "optimize",
+    "package",
     "quantize_dynamic",
     "quantize_half",
     "quantize_repair",
@@ -81,6 +84,7 @@ __all__ = [
     "serve",
     "sign",
     "simplify",
+    "smoke",
     "verify",
 ]
 
@@ -98,6 +102,7 @@ if TYPE_CHECKING:
         export_parts,
         fuse,
         optimize,
+        package,
         quantize_dynamic,
         quantize_half,
         quantize_repair,
@@ -109,6 +114,7 @@ if TYPE_CHECKING:
         serve,
         sign,
         simplify,
+        smoke,
         verify,
     )
     from deploykit.recipe import Recipe

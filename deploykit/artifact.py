@@ -191,7 +191,7 @@ class Artifact:
         """Golden cases: inputs, and the outputs that the source model gave for them."""
         if GOLDEN not in self.manifest.files:
             return []
-        return _read_golden(self.path / GOLDEN)
+        return read_golden(self.path / GOLDEN)
 
 
 def is_artifact(path: Path) -> bool:
@@ -332,7 +332,12 @@ def write_golden(path: Path, cases: Iterable[tuple[Mapping[str, Array], Mapping[
     return kept
 
 
-def _read_golden(path: Path) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+def read_golden(path: Path) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+    """Read what `write_golden` wrote.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     cases: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
     try:
         if why := unsafe_archive(path, unpacked=False):

@@ -21,6 +21,7 @@ DeploykitError
 ├── SpeedError                  a quantized model is not faster than its parent
 ├── BenchmarkError              a measurement could not be made
 ├── SearchError                 a search that cannot be made, or that found nothing that may be used
+├── PackageError                a bundle cannot be made for a serving target, or is not what it has to be
 ├── WorkerError                 a process that did a job for us died, or could not be had
 │   └── JobTimeoutError         a job took longer than it may
 ├── PluginError                 a step of another distribution does not load, or is not what it has to be
@@ -158,6 +159,10 @@ class BenchmarkError(DeploykitError):
 
 class SearchError(DeploykitError):
     """A search cannot be made, or found nothing that may be used."""
+
+
+class PackageError(DeploykitError):
+    """A bundle cannot be made for a serving target, or a bundle on disk is not what it has to be."""
 
 
 class WorkerError(DeploykitError):

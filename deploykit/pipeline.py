@@ -17,6 +17,7 @@ from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
+from deploykit.packaging import package, smoke
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.serving_models import serve
@@ -34,6 +35,7 @@ __all__ = [
     "export_parts",
     "fuse",
     "optimize",
+    "package",
     "quantize_dynamic",
     "quantize_half",
     "quantize_repair",
@@ -45,6 +47,7 @@ __all__ = [
     "serve",
     "sign",
     "simplify",
+    "smoke",
     "verify",
 ]
 

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +126,15 @@ class ArtifactWriter:
         self._publish()
         return {name: Artifact(self.output / name, part.manifest, part.digest) for name, part in parts.items()}
 
+    def publish(self) -> None:
+        """Flush what was written below `dir`, and rename it to its place without a manifest.
+
+        Raises:
+            OutputExistsError: Somebody put something there in the meantime.
+        """
+        flush_tree(self.dir)
+        self._publish()
+
     def _publish(self) -> None:
         check_free(self.output)
         self.dir.chmod(0o777 & ~_umask())
@@ -163,6 +172,22 @@ class ArtifactWriter:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         self._made_parents.clear()
+
+
+@contextlib.contextmanager
+def staged(output: str | Path) -> Iterator[Path]:
+    """A directory that is filled, flushed and renamed to its place; on every error nothing is left.
+
+    Args:
+        output: Where it will stand; nothing may be there.
+
+    Raises:
+        OutputExistsError: Something is there.
+        StorageError: The place cannot be written.
+    """
+    with ArtifactWriter(output) as writer:
+        yield writer.dir
+        writer.publish()
 
 
 def check_free(output: Path, option: str = "-o") -> None:

@@ -27,6 +27,8 @@ _COMMANDS = {
     "benchmark": "Measure models on devices, in interleaved rounds.",
     "report": "Show a report again: table, HTML page, Markdown, or the schema of reports.",
     "compare": "Compare two reports; fail where a condition on the change fails.",
+    "package": "Write what a serving target takes: Triton, OpenVINO Model Server, KServe, BentoML, MLflow, an image.",
+    "smoke": "Ask the golden requests of a bundle, of a server or in process.",
     "serve": "Serve models over HTTP and gRPC, until a signal ends it.",
     "sbom": "Write what an artifact is made of and by, with a model card.",
     "sign": "Sign an artifact with a key of your own.",
