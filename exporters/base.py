@@ -35,7 +35,9 @@ def check_archive(path: Path, writer: str) -> None:
     try:
         why = unsafe_archive(path)
     except UNREADABLE as exc:
-        raise SourceError(f"{path} is no zip archive, or is damaged ({first_line(exc)})", expected=expected) from exc
+        raise SourceError(
+            f"cannot read {path}: it is no zip archive, or is damaged ({first_line(exc)})", expected=expected
+        ) from exc
     if why:
         raise SourceError(f"{path} {why}", expected=expected)
 
