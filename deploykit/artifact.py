@@ -29,8 +29,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from deploykit.archives import unsafe_archive
 from deploykit.data import UNREADABLE, ValueRange
 from deploykit.errors import ArtifactError, DataError, first_line
+from deploykit.sealed import Seal, Stamp, hash_regular
 from deploykit.specs import Array, Signature, TensorSpec
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -106,8 +108,9 @@ def manifest_schema() -> dict[str, Any]:
 class Artifact:
     """A verified artifact on disk. Made by `Artifact.open`; written by `ArtifactWriter`."""
 
-    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, digest: str, seal: Seal | None = None) -> None:
         self.path = path
+        self._seal = seal or Seal()
         self.manifest = manifest
         self.digest = digest
 
@@ -146,8 +149,15 @@ class Artifact:
             error = exc.errors()[0]
             where = ".".join(str(p)[:80] for p in error["loc"])
             raise ArtifactError(f"{root / MANIFEST}: {where}: {error['msg']}", hint="make it again") from exc
-        _check_files(root, manifest)
-        return cls(root, manifest, hashlib.sha256(raw).hexdigest())
+        return cls(root, manifest, hashlib.sha256(raw).hexdigest(), _check_files(root, manifest))
+
+    def check_unchanged(self) -> None:
+        """Make sure that the files are still those whose hashes were checked; for after a runtime has opened them.
+
+        Raises:
+            ArtifactError: One is another, or was written to.
+        """
+        self._seal.check()
 
     @property
     def model_path(self) -> Path:
@@ -251,9 +261,10 @@ def _read_manifest(root: Path) -> bytes:
     return file.read_bytes()
 
 
-def _check_files(root: Path, manifest: Manifest) -> None:
+def _check_files(root: Path, manifest: Manifest) -> Seal:
     again = "it was changed after it was written; make it again"
     found = set()
+    stamps: dict[Path, Stamp] = {}
     for folder, dirs, names in os.walk(root):
         for name in [*dirs, *names]:
             path = Path(folder) / name
@@ -270,12 +281,15 @@ def _check_files(root: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         if name not in found:
             raise ArtifactError(f"{root} lacks {name}", expected="every file of the manifest", hint="make it again")
-        if (root / name).stat().st_size != entry.bytes or sha256_of(root / name) != entry.sha256:
+        digest, stamp = hash_regular(root / name)
+        if (root / name).stat().st_size != entry.bytes or digest != entry.sha256:
             raise ArtifactError(f"{root / name} does not have the sha256 of the manifest", hint=again)
+        stamps[root / name] = stamp
     if manifest.model not in manifest.files:
         raise ArtifactError(
             f"{root}: the manifest's model {manifest.model!r} is not among its files", hint="make it again"
         )
+    return Seal(stamps)
 
 
 def sha256_of(path: Path) -> str:
@@ -326,13 +340,18 @@ def read_golden(path: Path) -> list[tuple[dict[str, Array], dict[str, Array]]]:
     """
     cases: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
     try:
+        if why := unsafe_archive(path, unpacked=False):
+            raise ValueError(f"it {why}")
         with np.load(path, allow_pickle=False) as archive:
             for key in archive.files:
                 match = re.fullmatch(r"(\d+)/(in|out)/(.+)", key, re.DOTALL)
                 if match is None:
                     raise ValueError(f"unexpected array {key!r}")
                 case = cases.setdefault(int(match[1]), ({}, {}))
-                case[match[2] == "out"][match[3]] = archive[key]
-    except UNREADABLE as exc:
+                array = archive[key]
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"{key!r} is no array")
+                case[match[2] == "out"][match[3]] = array
+    except (*UNREADABLE, MemoryError) as exc:
         raise DataError(f"cannot read {path} ({first_line(exc)})", hint="make the artifact again") from exc
     return [cases[n] for n in sorted(cases)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,11 @@ _TENSOR_FIELDS = frozenset(
     }
 )  # fmt: skip
 _RE_EXPORT = "export it again from its source, or fetch the file again"
+# What the standard lets a tensor say of its external data; ONNX Runtime adds keys of weights that it packed.
+_ENTRIES = frozenset({"location", "offset", "length", "checksum"})
+_DECIMAL = re.compile(r"[0-9]{1,19}")
+# ONNX Runtime takes such a location for an address in its own memory, and the offset for where.
+_MEMORY = re.compile(r"_ORT_\w*MEM_ADDR_")
 
 
 def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
@@ -62,6 +68,7 @@ def read_model(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     if not model.opset_import or not model.graph.output:
         raise ModelError(f"{path} holds no graph", expected="a model with an opset and outputs", hint=_RE_EXPORT)
     check_external_data(model, path)
+    _check_types(model, path)
     if weights:
         try:
             onnx.load_external_data_for_model(model, str(path.parent))
@@ -125,8 +132,10 @@ def _external_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, s
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            # Of a key given twice, libraries take different ones; without a location the tensor is refused.
-            yield tensor.name, entries if len(entries) == len(tensor.external_data) else {}
+            # Of a key given twice, libraries take different ones; what is no UTF-8 comes as bytes. Without a location
+            # the tensor is refused.
+            plain = all(isinstance(text, str) for pair in entries.items() for text in pair)
+            yield tensor.name, entries if plain and len(entries) == len(tensor.external_data) else {}
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
@@ -149,23 +158,66 @@ def check_external_data(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         ModelError: A location is missing, absolute, leaves the folder, passes a link, is a hard link, or is too short.
     """
-    folder = path.parent
-    for name, info in _external_tensors(model):
+    check_references(_external_tensors(model), path)
+
+
+def check_references(references: Iterable[tuple[str, Mapping[str, str]]], path: Path) -> None:
+    """Refuse every reference of a model that is not to a plain file below the model's folder.
+
+    Args:
+        references: Name of the tensor, and the entries of its external data.
+        path: The model's file.
+
+    Raises:
+        ModelError: As `check_external_data`.
+    """
+    for name, info in references:
         location = info.get("location", "")
-        why = _unsafe(folder, location)
-        if why is None:
-            size = (folder / location).stat().st_size
-            try:
-                offset, length = int(info.get("offset") or 0), int(info.get("length") or 0)
-            except ValueError:
-                offset = length = -1
-            if offset < 0 or length < 0 or offset + length > size:
-                why = f"has {size} bytes, and the tensor claims {length} at {offset}"
+        why = _unsafe(path.parent, location) or _beyond(path.parent / location, info)
         if why is not None:
             raise ModelError(
-                f"{path}: external data {location!r} of tensor {name!r} {why}",
+                f"{path}: external data {location!r:.300} of tensor {name!r:.300} {why}",
                 expected="a regular file beside the model",
                 hint="copy the weights' file beside the model (cp --dereference)",
+            )
+
+
+def _beyond(file: Path, info: Mapping[str, str]) -> str | None:
+    """What is wrong with what a tensor says of its place in a file."""
+    strange = sorted(key for key in info if key not in _ENTRIES and not key.startswith("prepacked"))
+    if strange:
+        return f"has an entry {strange[0]!r:.100}"
+    offset, length = info.get("offset") or "0", info.get("length") or "0"
+    size = file.stat().st_size
+    # Python also reads "1_6", " 16" and the digits of other scripts, and a runtime something else of them.
+    plain = _DECIMAL.fullmatch(offset) and _DECIMAL.fullmatch(length)
+    if not plain or int(offset) + int(length) > size:
+        return f"has {size} bytes, and the tensor claims {length:.40} at {offset:.40}"
+    return None
+
+
+def check_beside(file: Path) -> None:
+    """Refuse a companion of a model (the weights of OpenVINO IR) that is a link, or no regular file.
+
+    Raises:
+        ModelError: It is.
+    """
+    why = _unsafe(file.parent, file.name)
+    if why is not None:
+        raise ModelError(f"{file} {why}", expected="a regular file", hint="copy it (cp --dereference)")
+
+
+def _check_types(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse tensors of a type that the standard does not have: libraries fail on them in many ways."""
+    import onnx
+
+    known = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
+    for tensor in _tensors(model):
+        if tensor.data_type not in known:
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r:.300} is of type {tensor.data_type}",
+                expected="a type of the ONNX standard",
+                hint=_RE_EXPORT,
             )
 
 
@@ -177,6 +229,8 @@ def _unsafe(folder: Path, location: str) -> str | None:
         return "has no location"
     if Path(location).is_absolute() or ".." in parts:
         return "leaves the model's folder"
+    if _MEMORY.search(location):
+        return "is a mark that ONNX Runtime takes for an address in memory; it does not exist as a file"
     here = folder
     for index, part in enumerate(parts):
         here = here / part

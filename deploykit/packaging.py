@@ -129,11 +129,17 @@ def _open(path: Path) -> Artifact:
 
 
 def _seal(folder: Path, plan: Plan, written: Written, target: str, record: dict[str, Any], notes: list[str]) -> None:
-    """Golden requests, README and manifest: what all bundles have."""
+    """Golden requests, bill of materials, README and manifest: what all bundles have."""
     from deploykit import __version__
     from deploykit.serving import bundles
+    from deploykit.serving.package_lock import read_lock
+    from deploykit.serving.sbom import FILE_NAME, as_json, bill_of_materials
 
     write_golden(folder / "golden.npz", plan.cases)
+    lock = folder / "requirements.txt"
+    pins = read_lock(lock) if target == "docker" else ()
+    bill = bill_of_materials(plan.artifact, name=plan.name, packages=[(p.name, p.version, p.hashes) for p in pins])
+    (folder / FILE_NAME).write_bytes(as_json(bill))
     (folder / bundles.README).write_text(_readme(plan, written, target, notes), encoding="utf-8")
     manifest = bundles.BundleManifest(
         deploykit=__version__,

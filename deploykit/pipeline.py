@@ -21,6 +21,7 @@ from deploykit.packaging import package, smoke
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.serving_models import serve
+from deploykit.signing import check_signature, sbom, sign
 from deploykit.storing import quantize_half, quantize_weights
 from deploykit.sweeping import quantize_sweep
 from deploykit.verifying import verify
@@ -28,6 +29,7 @@ from deploykit.verifying import verify
 __all__ = [
     "apply",
     "benchmark",
+    "check_signature",
     "compare",
     "export",
     "export_parts",
@@ -41,7 +43,9 @@ __all__ = [
     "quantize_sweep",
     "quantize_weights",
     "run",
+    "sbom",
     "serve",
+    "sign",
     "simplify",
     "smoke",
     "verify",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import nesting
+from deploykit.archives import unsafe_archive
 from deploykit.errors import DeploykitError, ModelError, SourceError, first_line
 from deploykit.extras import require
 from deploykit.specs import Dim, TensorSpec
@@ -56,11 +57,15 @@ def _refuse_pickles(torch: Any, path: Path, error: type[DeploykitError], instead
     tensors, for payloads that the archive marks as pickled, and for custom objects. Plain programs have none.
     """
     try:
+        if why := unsafe_archive(path):
+            raise error(f"{path} {why}", expected="a file written by torch.export.save")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             suspect = "two members of one name" if len(set(names)) < len(names) else ""
             for name in names:
                 suspect = suspect or _pickled(torch, name, archive)
+    except DeploykitError:
+        raise
     except Exception as exc:  # what zlib, lzma and json say to bytes that somebody chose is no short list
         raise error(f"{path} is damaged ({first_line(exc)})", hint="save it again with torch.export.save") from exc
     if suspect:

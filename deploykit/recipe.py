@@ -32,6 +32,7 @@ from deploykit.errors import DataError, RecipeError, first_line
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _LIMIT_BYTES = 1 << 20
+_DOTS = 1000
 
 
 class _Step(BaseModel):
@@ -288,9 +289,12 @@ class Recipe:
             raise RecipeError(f"cannot read the recipe {file}: {exc.strerror or exc}", expected="a .toml file") from exc
         if len(raw) > _LIMIT_BYTES:
             raise RecipeError(f"{file} is larger than {_LIMIT_BYTES} bytes", expected="a recipe")
+        if max((line.count(b".") for line in raw.splitlines()), default=0) > _DOTS:
+            # Python's reader takes a time that grows with the square of a name's parts.
+            raise RecipeError(f"{file} has a line of more than {_DOTS} dots", expected="a recipe")
         try:
             tables = tomllib.loads(raw.decode("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except (ValueError, RecursionError) as exc:  # TOMLDecodeError, and numbers of thousands of digits
             raise RecipeError(f"{file} is not TOML ({first_line(exc)})", hint="mend the file") from exc
         return cls.from_tables(tables, file.parent)
 

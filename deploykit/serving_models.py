@@ -29,6 +29,8 @@ def serve(
     max_delay_ms: float = 0.0,
     queue: int = 128,
     timeout_s: float = 60.0,
+    load_timeout_s: float = 1800.0,
+    worker_memory: int | None = None,
     token_file: str | Path | None = None,
     tls_cert: str | Path | None = None,
     tls_key: str | Path | None = None,
@@ -53,6 +55,8 @@ def serve(
         max_delay_ms: How long a request may wait for others where it could run.
         queue: Requests that may wait for a model; more are refused.
         timeout_s: Seconds that any request may take.
+        load_timeout_s: Seconds that a model may take to be loaded and warm.
+        worker_memory: Most MiB that the process of a model on the CPU may take; the machine's memory by default.
         token_file: File of bearer tokens, one a line; every client needs one of them.
         tls_cert: File of the server's certificate chain.
         tls_key: File of its private key.
@@ -83,6 +87,7 @@ def serve(
     options = Options(
         device=device, tuned=None if tuned is None else str(tuned), instances=instances, threads=threads,
         max_batch=max_batch, max_delay_s=max_delay_ms / 1e3, queue=queue, timeout_s=timeout_s,
+        load_s=load_timeout_s, memory_bytes=None if worker_memory is None else worker_memory << 20,
     )  # fmt: skip
     places = Places(
         host=host, http_port=http_port, grpc_port=grpc_port, admin_port=admin_port,

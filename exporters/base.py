@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploykit.data import ValueRange
+from deploykit.archives import unsafe_archive
+from deploykit.data import UNREADABLE, ValueRange
+from deploykit.errors import SourceError, first_line
 from deploykit.plugins import Plugin
 from deploykit.specs import Array, Feeds, Signature
 
@@ -17,6 +19,27 @@ OnnxRunner = Callable[[Path], Callable[[Feeds], dict[str, Array]]]
 
 DEFAULT_OPSET = 18
 MIN_OPSET = 13
+
+
+def check_archive(path: Path, writer: str) -> None:
+    """Look at the members of a zip archive before a framework unpacks it.
+
+    Args:
+        path: The file.
+        writer: The function that writes such files.
+
+    Raises:
+        SourceError: It is no zip archive, or one that no framework wrote.
+    """
+    expected = f"a file written by {writer}"
+    try:
+        why = unsafe_archive(path)
+    except UNREADABLE as exc:
+        raise SourceError(
+            f"cannot read {path}: it is no zip archive, or is damaged ({first_line(exc)})", expected=expected
+        ) from exc
+    if why:
+        raise SourceError(f"{path} {why}", expected=expected)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from deploykit.data import ValueRange, generate
 from deploykit.errors import SourceError, first_line
-from deploykit.exporters.base import ExportOptions, Source
+from deploykit.exporters.base import ExportOptions, Source, check_archive
 from deploykit.exporters.shapes import plan_inputs
 from deploykit.exporters.tensorflow_graph import import_tensorflow
 from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, declared
@@ -33,6 +33,7 @@ def open_keras_file(path: Path, options: ExportOptions) -> Source:
     Raises:
         SourceError: Damaged, with code inside, or with classes that only the user's program has.
     """
+    check_archive(path, "Keras 3's model.save")
     keras = _import_keras()
     try:
         model = keras.models.load_model(path, compile=False, safe_mode=True)

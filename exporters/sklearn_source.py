@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.errors import ExportError, OptionError, SourceError, first_line
-from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way
+from deploykit.exporters.base import DEFAULT_OPSET, Case, ExportOptions, Source, Way, check_archive
 from deploykit.exporters.foreign_onnx import finish
 from deploykit.exporters.shapes import observed_outputs, parse_input, plan_inputs
 from deploykit.exporters.sklearn_convert import as_wanted, convert
@@ -51,6 +51,7 @@ def open_skops(path: Path, options: ExportOptions) -> Source:
         SourceError: Damaged, or it holds types that nobody vouched for.
     """
     io = require("skops.io", extra="sklearn")
+    check_archive(path, "skops.io.dump")
     try:
         unknown = io.get_untrusted_types(file=path)
     except Exception as exc:

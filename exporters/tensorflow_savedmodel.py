@@ -13,6 +13,8 @@ from deploykit.exporters.tensorflow_source import Callee, TensorFlowSource, decl
 from deploykit.extras import require
 
 _DEFAULT = "serving_default"
+# Functions of tables and other resources that loading runs.
+_RUN_BY_LOADING = frozenset({"_create_resource", "_initialize", "_destroy_resource"})
 # A graph is a program: these run Python of this process, or touch files.
 _UNSAFE = frozenset(
     {"PyFunc", "PyFuncStateless", "EagerPyFunc", "ReadFile", "WriteFile", "MatchingFiles", "Save", "SaveV2", "PrintV2"}
@@ -34,15 +36,15 @@ def open_saved_model(path: Path, options: ExportOptions, signature: str = "") ->
     tf = import_tensorflow()
     try:
         loaded = _load(tf, path)
+    except SourceError:
+        raise
     except Exception as exc:
         raise SourceError(f"cannot read {path} ({first_line(exc)})", expected="a SavedModel directory") from exc
     label = f"{path}:{signature}" if signature else str(path)
     function = _choose(dict(loaded.signatures), signature, path)
     unsafe = sorted(_operators(function) & _UNSAFE)
     if unsafe:
-        raise SourceError(
-            f"{label} holds the operator {unsafe[0]}, which runs Python or touches files", hint="export it without that"
-        )
+        raise _unsafe(label, unsafe[0])
     takes = function.structured_input_signature[1]
     names = sorted(takes)
     outputs = sorted(function.structured_outputs)
@@ -74,6 +76,9 @@ def _load(tf: Any, path: Path) -> Any:
     file = path / "saved_model.pb"
     if file.is_file():
         saved.ParseFromString(file.read_bytes())
+    code = sorted(_run_by_loading(saved) & _UNSAFE)
+    if code:
+        raise _unsafe(path, code[0])
     owners = [n for graph in saved.meta_graphs for n in graph.object_graph_def.nodes if n.slot_variables]
     if not owners:
         return tf.saved_model.load(str(path))
@@ -86,6 +91,44 @@ def _load(tf: Any, path: Path) -> Any:
             if other.name != file.name:
                 (copy / other.name).symlink_to(other.resolve())
         return tf.saved_model.load(str(copy))
+
+
+def _run_by_loading(saved: Any) -> set[str]:
+    """Operators that run while TensorFlow loads a file, before anybody can look at it."""
+    found: set[str] = set()
+    for graph in saved.meta_graphs:
+        functions = {function.signature.name: function for function in graph.graph_def.library.function}
+        nodes = graph.object_graph_def.nodes
+        if not nodes:  # TensorFlow 1: one graph, of which the operator that begins it is run
+            found |= {node.op for node in graph.graph_def.node}
+        left = [
+            name
+            for node in nodes
+            for child in node.children
+            if child.local_name in _RUN_BY_LOADING and child.node_id < len(nodes)
+            for name in (
+                *nodes[child.node_id].function.concrete_functions,
+                nodes[child.node_id].bare_concrete_function.concrete_function_name,
+            )
+        ]
+        seen: set[str] = set()
+        while left:
+            name = left.pop()
+            if name in seen or name not in functions:
+                continue
+            seen.add(name)
+            for node in functions[name].node_def:
+                found.add(node.op)
+                left.append(node.op)
+                for value in node.attr.values():
+                    left += [value.func.name, *(function.name for function in value.list.func)]
+    return found
+
+
+def _unsafe(label: object, operator: str) -> SourceError:
+    return SourceError(
+        f"{label} holds the operator {operator}, which runs Python or touches files", hint="export it without that"
+    )
 
 
 def _choose(signatures: dict[str, Any], wanted: str, path: Path) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.archives import unsafe_archive
 from deploykit.errors import DataError, OptimizationError, OutputExistsError, first_line
 from deploykit.optimizers.base import Opener
 from deploykit.optimizers.histogram import CODES, Histogram
@@ -110,12 +111,15 @@ class Calibration:
             DataError: It is missing, damaged, or something else.
         """
         try:
+            if why := unsafe_archive(path, unpacked=False):
+                raise ValueError(f"it {why}")
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in ("about", "extremes", "sizes", "codes", "counts")}
             about = json.loads(arrays["about"].tobytes())
         except FileNotFoundError as exc:
             raise DataError(f"{path} does not exist", expected=_EXPECTED) from exc
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, RecursionError, MemoryError,
+                zipfile.BadZipFile, zlib.error) as exc:  # fmt: skip
             raise DataError(f"cannot read {path} ({first_line(exc)})", expected=_EXPECTED) from exc
         if not isinstance(about, dict) or about.get("schema") != _SCHEMA:
             raise DataError(f"{path} is no calibration of this version", expected=_EXPECTED)

@@ -72,6 +72,13 @@ class Device:
         return (".onnx",) if self.runtime == "ort" else (".onnx", ".xml")
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether it is the processor, in any of our own runtimes."""
+        if self.runtime == "ort":
+            return self.target in (ORT_PROVIDERS["cpu"], ORT_PROVIDERS["xnnpack"])
+        return self.runtime in OWN_RUNTIMES and self.target.lower() == "cpu"
+
+    @property
     def concurrent(self) -> bool:
         """Whether several threads may run one session at once."""
         if self.runtime not in OWN_RUNTIMES:

@@ -25,6 +25,7 @@ from deploykit.runtimes.base import (
     dtypes_of,
     traffic_bytes,
 )
+from deploykit.runtimes.onnx_check import check_onnx
 from deploykit.runtimes.ort_binding import DeviceBinding, device_of
 from deploykit.runtimes.ort_settings import plan
 from deploykit.runtimes.requests import Bound
@@ -86,13 +87,14 @@ class OrtSession(Session):
             other = "torch:cpu" if path.suffix == ".pt2" else "openvino:cpu"
             raise ModelError(f"ONNX Runtime cannot read {path}", expected="an .onnx file", hint=f"use --device {other}")
         check_provider(device)
-        _check_file(path)
+        seal = check_onnx(path)
         self.device = device
         self._path = path
         self._ort = ort
         self._plan = plan(ort, device, options)
         self.settings = {"optimize": options.optimize, **self._plan.as_dict()}
         self._session = self._create(self._plan.apply(ort))
+        seal.check()
         used = self._session.get_providers()
         if not used or used[0] != device.target:
             raise DeviceError(
@@ -266,19 +268,6 @@ def _spec(value: Any) -> TensorSpec:
         for axis, d in enumerate(value.shape)
     ]
     return TensorSpec(value.name, _TYPES.get(inner, inner), tuple(dims))
-
-
-def _check_file(path: Path) -> None:
-    """Look at external data before the runtime does; the weights themselves are not read."""
-    if path.stat().st_size == 0:
-        raise ModelError(f"{path} is empty", expected="an .onnx file")
-    from deploykit.extras import available
-
-    # A serving image may hold the runtime without onnx; an artifact there was verified when it was opened.
-    if available("onnx"):
-        from deploykit.modelfile import read_model
-
-        read_model(path, weights=False)
 
 
 def _clean(exc: Exception) -> str:

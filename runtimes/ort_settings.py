@@ -6,6 +6,7 @@ import difflib
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ _CONFIG = frozenset({
     "session.disable_quant_qdq", "session.disable_double_qdq_remover", "session.enable_quant_qdq_cleanup",
     "optimization.enable_gelu_approximation", "optimization.disable_specified_optimizers",
 })  # fmt: skip
+# Options that have a provider load a shared library: TensorRT's plugins, other providers' custom operators.
+_LIBRARIES = re.compile(r"plugin_lib|custom_op|op_package|extra_lib|library_path|backend_path", re.IGNORECASE)
 # Providers that ignore options they do not know, and those they know. The others refuse, in their own words.
 _OPTIONS: Mapping[str, frozenset[str]] = {CPU: frozenset(), _XNNPACK: frozenset({"intra_op_num_threads"})}
 # Flags that make TensorRT compute floating-point models in 16 bits.
@@ -110,6 +113,7 @@ def plan(ort: Any, device: Device, options: SessionOptions) -> OrtPlan:
     named = {key: given.pop(key) for key in NAMED if key in given}
     config = {key: _text(given.pop(key)) for key in list(given) if "." in key}
     _check_config(ort, config)
+    _refuse_libraries([*given, *config])
     threads = _count("intra_op_num_threads", named.get("intra_op_num_threads", options.threads))
     inter = _count("inter_op_num_threads", named.get("inter_op_num_threads", 1))
     mode = _choice("execution_mode", named.get("execution_mode", _MODES[0]), _MODES)
@@ -208,6 +212,13 @@ def _environment(device: Device, options: SessionOptions) -> dict[str, str]:
         return {}
     os.environ.setdefault(_TF32, "0")
     return {_TF32: os.environ[_TF32]}
+
+
+def _refuse_libraries(keys: Iterable[str]) -> None:
+    """Native code from elsewhere runs with all rights of this process, and there is no way to name it with its hash."""
+    for key in keys:
+        if _LIBRARIES.search(key):
+            raise DeviceError(f"{key} would load native code from a file", expected="operators that the runtime has")
 
 
 def _check_config(ort: Any, config: Mapping[str, str]) -> None:

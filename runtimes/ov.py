@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 
 from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import require
+from deploykit.modelfile import check_beside
 from deploykit.runtimes.base import (
     Device,
     ExecutedNode,
@@ -25,8 +27,10 @@ from deploykit.runtimes.base import (
     dtypes_of,
     traffic_bytes,
 )
+from deploykit.runtimes.onnx_check import check_onnx
 from deploykit.runtimes.ov_settings import VIRTUAL, configure
 from deploykit.runtimes.requests import Bound
+from deploykit.sealed import Seal
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 
 _TYPES = {
@@ -149,8 +153,7 @@ class OpenVinoSession(Session):
             )
         core = ov.Core()
         self.settings = configure(core, device, options)
-        if path.suffix == ".onnx":
-            _check_external_data(path)
+        seal = check_onnx(path) if path.suffix == ".onnx" else _check_ir(path)
         try:
             self._model = core.read_model(str(path))
         except Exception as exc:
@@ -166,6 +169,7 @@ class OpenVinoSession(Session):
         if path.suffix == ".onnx":
             inputs, outputs = _onnx_names(path, inputs, outputs)
         self._compiled = self._compile(core, self.settings)
+        seal.check()
         self.signature = Signature(
             tuple(_spec(p, name) for name, p in zip(inputs, self._compiled.inputs, strict=True)),
             tuple(_spec(p, name) for name, p in zip(outputs, self._compiled.outputs, strict=True)),
@@ -315,11 +319,18 @@ def _layer_name(name: str) -> str:
     return name.removesuffix("_original")
 
 
-def _check_external_data(path: Path) -> None:
-    """Look at external data before the runtime does."""
-    from deploykit.modelfile import read_model
-
-    read_model(path, weights=False)
+def _check_ir(path: Path) -> Seal:
+    """Look at a model in OpenVINO's own format; its weights lie beside it, under its name."""
+    seal = Seal()
+    weights = path.with_suffix(".bin")
+    beside = [weights] if os.path.lexists(weights) else []
+    for file in beside:
+        check_beside(file)
+    try:
+        seal.add([path, *beside])
+    except OSError as exc:
+        raise ModelError(f"cannot read {exc.filename or path}: {exc.strerror or exc}") from exc
+    return seal
 
 
 def _onnx_names(path: Path, inputs: list[str], outputs: list[str]) -> tuple[list[str], list[str]]:

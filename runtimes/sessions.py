@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit.errors import DeviceError, ModelError
+from deploykit.errors import ArtifactError, DeviceError, ModelError
 from deploykit.extras import available, install_command
 from deploykit.machine import allowed_cores
 from deploykit.runtimes.base import OWN_RUNTIMES, TORCH_RUNTIMES, Device, Session, SessionOptions, parse_device
@@ -70,11 +70,17 @@ def open_session(
         raise DeviceError(f"{threads} threads", expected="1 or more")
     if precision not in PRECISIONS:
         raise DeviceError(f"unknown precision {precision!r}", expected=" or ".join(PRECISIONS))
-    path, digest = _model_file(model)
+    path, artifact = _model_file(model)
     optimize = True if optimize is None else optimize
     session = _open(path, target, SessionOptions(threads or allowed_cores(), optimize, precision, settings))
+    if artifact is not None:
+        try:
+            artifact.check_unchanged()
+        except ArtifactError:
+            session.close()
+            raise
     if found is not None:
-        session.settings["tuned_notes"] = found.notes_for(path, digest)
+        session.settings["tuned_notes"] = found.notes_for(path, artifact.digest if artifact is not None else None)
     return session
 
 
@@ -125,6 +131,7 @@ def _own_settings(artifact: Artifact, device: str | Device | None) -> RuntimeSet
     if SETTINGS not in artifact.manifest.files:
         return None
     own = RuntimeSettings.load(artifact.path / SETTINGS)
+    own.check_contained(str(artifact.path / SETTINGS))
     return own if device is None or parse_device(own.device) == parse_device(device) else None
 
 
@@ -189,16 +196,16 @@ def default_devices() -> tuple[Device, ...]:
     return tuple(found)
 
 
-def _model_file(model: str | Path | Artifact) -> tuple[Path, str | None]:
-    """The model's file, and the artifact's digest where it is in one."""
+def _model_file(model: str | Path | Artifact) -> tuple[Path, Artifact | None]:
+    """The model's file, and the artifact that it is in."""
     if not isinstance(model, str | Path):
-        return model.model_path, model.digest
+        return model.model_path, model
     path = Path(model)
     if path.is_dir():
         from deploykit.artifact import Artifact
 
         artifact = Artifact.open(path)
-        return artifact.model_path, artifact.digest
+        return artifact.model_path, artifact
     expected = "an artifact directory, or an .onnx, .xml or .pt2 file"
     if not path.exists():
         raise ModelError(f"{path} does not exist", expected=expected)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _AGAIN = "tune the model again"
+_LIMIT_BYTES = 2**20
+_LARGEST = 2**20
+# Names of settings that have a runtime read, write or load a file: caches, dumps, profiles, plugins, kernels.
+_PLACE = re.compile(r"[/\\]|\.[A-Za-z]\w*$")
+_FILES = re.compile(r"path|(^|[^a-z])dir|file|folder|lib|plugin|cache|dump|prefix|(^|[^a-z])log", re.IGNORECASE)
 _WHEELS = {
     "ort": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-rocm"),
     "openvino": ("openvino",),
@@ -66,10 +72,12 @@ class RuntimeSettings:
         """
         file = Path(path)
         try:
+            if file.stat().st_size > _LIMIT_BYTES:
+                raise ValueError(f"it is larger than {_LIMIT_BYTES} bytes")
             found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as exc:
             raise DataError(f"{file} does not exist", expected="a file of tuned settings", hint=_AGAIN) from exc
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             raise DataError(f"{file} cannot be read as tuned settings ({exc})", expected="JSON", hint=_AGAIN) from exc
         return cls.from_dict(found, str(file))
 
@@ -98,8 +106,8 @@ class RuntimeSettings:
         if "device" not in values:
             raise DataError(f"{label} names no device", hint=_AGAIN)
         for name in ("threads", "sessions", "concurrency", "batch"):
-            if values.get(name) is not None and values[name] < 1:
-                raise DataError(f"{label}: {name} is {values[name]}", expected="1 or more", hint=_AGAIN)
+            if values.get(name) is not None and not 1 <= values[name] <= _LARGEST:
+                raise DataError(f"{label}: {name} is {values[name]}", expected=f"1 to {_LARGEST}", hint=_AGAIN)
         parse_device(values["device"])
         return cls(**values)
 
@@ -146,6 +154,22 @@ class RuntimeSettings:
                 session.close()
             raise
         return tuple(opened)
+
+    def check_contained(self, label: str) -> None:
+        """Refuse settings that name files, where they came with an artifact and not from the user.
+
+        Through them, an artifact of unknown origin could have a runtime write files or load libraries.
+
+        Raises:
+            DataError: One does.
+        """
+        for key, value in _flat(self.settings):
+            if _FILES.search(key) or (isinstance(value, str) and _PLACE.search(value)):
+                raise DataError(
+                    f"{label} has the setting {key!r:.100}, which names files",
+                    expected="settings without files in what an artifact brings",
+                    hint="if you trust it, name the settings yourself: --tuned FILE",
+                )
 
     def check_device(self, device: Device) -> None:
         """Refuse to be used on another device than the one it was tuned on.
@@ -221,6 +245,25 @@ def wheels_of(device: str | Device) -> tuple[str, ...]:
         DeviceError: No such device name.
     """
     return _WHEELS.get(parse_device(device).runtime, ())
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its own name, also inside others, and inside JSON that is given as text."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            yield key, value
+            return
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            yield str(name), None
+            yield from _flat(below, str(name))
+    elif isinstance(value, list):
+        for below in value:
+            yield from _flat(below, key)
+    else:
+        yield key, value
 
 
 def _names(kinds: tuple[type, ...]) -> str:

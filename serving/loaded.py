@@ -37,6 +37,7 @@ class Options:
         timeout_s: Seconds that any request may take.
         load_s: Seconds that a worker may take to load a model and to warm up.
         arena_bytes: Most bytes of the inputs, and of the outputs, of one request.
+        memory_bytes: Most memory of a worker of a CPU device; that of the machine by default.
     """
 
     device: str | None = None
@@ -49,6 +50,7 @@ class Options:
     timeout_s: float = 60.0
     load_s: float = 1800.0
     arena_bytes: int = 2**30
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,7 @@ def _own_settings(artifact: Artifact, device: str | None) -> RuntimeSettings | N
     if SETTINGS not in artifact.manifest.files:
         return None
     own = RuntimeSettings.load(artifact.path / SETTINGS)
+    own.check_contained(str(artifact.path / SETTINGS))
     return own if device is None or parse_device(own.device) == parse_device(device) else None
 
 

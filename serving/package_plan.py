@@ -157,6 +157,7 @@ def choose_settings(
             )  # fmt: skip
     elif SETTINGS in artifact.manifest.files:
         own = RuntimeSettings.load(artifact.path / SETTINGS)
+        own.check_contained(str(artifact.path / SETTINGS))
         if _has(runs, parse_device(own.device)) and wanted in (None, parse_device(own.device)):
             kept = own
         else:

@@ -64,7 +64,7 @@ Hire = Callable[[Loaded, Options, Callable[[], None], Callable[[Any], None]], Wo
 
 def hire(loaded: Loaded, options: Options, on_answer: Callable[[], None], on_end: Callable[[Any], None]) -> WorkerLike:
     """A worker process."""
-    job = {**loaded.job(), "max_batch": loaded.max_batch}
+    job = {**loaded.job(), "max_batch": loaded.max_batch, "memory_bytes": options.memory_bytes}
     return Worker(job, loaded.lanes, options.arena_bytes, options.load_s, on_answer, on_end)
 
 

@@ -25,7 +25,9 @@ import numpy as np
 from deploykit.artifact import Artifact, sha256_of
 from deploykit.data import ValueRange, generate
 from deploykit.errors import ArtifactError, DataError, DeploykitError, InferenceError, ModelError, first_line
-from deploykit.runtimes import RuntimeSettings, Session, open_session
+from deploykit.machine import inspect_machine
+from deploykit.runtimes import RuntimeSettings, Session, open_session, parse_device
+from deploykit.sealed import Seal
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.loaded import batch_symbol, signature_as_json
 from deploykit.serving.memory import keep_freed_memory
@@ -50,10 +52,14 @@ def main(lanes_json: str) -> int:
     if job is None:
         return 0
     try:
+        _confine(job)
         session, told = _load(job, len(lanes))
         runs = [request.run for request in session.requests(len(lanes))] if len(lanes) > 1 else [session.run]
     except DeploykitError as exc:
         lanes[0].send({"failed": str(exc)})
+        return 1
+    except (MemoryError, RecursionError) as exc:
+        lanes[0].send({"failed": f"{job['path']} cannot be loaded and warmed up: {first_line(exc)}"})
         return 1
     limit = job["arena_bytes"]
     for lane, run in zip(lanes[1:], runs[1:], strict=True):
@@ -61,6 +67,22 @@ def main(lanes_json: str) -> int:
     lanes[0].send(told)
     _serve(lanes[0], runs[0], session.signature, limit)
     return 0
+
+
+def _confine(job: Mapping[str, Any]) -> None:
+    """Limit what a model of unknown origin can take of the machine; a crash of it writes no core."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Drivers of accelerators map far more memory than they use.
+    if not parse_device(job["settings"]["device"]).on_cpu:
+        return
+    most = job.get("memory_bytes") or inspect_machine().memory_bytes
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if most is not None and (hard == resource.RLIM_INFINITY or most < hard):
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 class _Lane:
@@ -136,6 +158,7 @@ def _load(job: dict[str, Any], lanes: int) -> tuple[Session, dict[str, Any]]:
     path = Path(job["path"])
     model: Path | Artifact = path
     cases: list[dict[str, Array]] = []
+    seal = Seal()
     if path.is_dir():
         model = Artifact.open(path)
         digest = model.digest
@@ -143,11 +166,13 @@ def _load(job: dict[str, Any], lanes: int) -> tuple[Session, dict[str, Any]]:
     else:
         if not path.is_file():
             raise ModelError(f"{path} does not exist any more")
+        seal.add([path])
         digest = sha256_of(path)
     if digest != job["digest"]:
         raise ArtifactError(f"{path} has changed since it was looked at", hint="send the server SIGHUP")
     settings = RuntimeSettings.from_dict(job["settings"])
     session = open_session(model, tuned=settings)
+    seal.check()
     opened = time.perf_counter()
     signature = model.signature if isinstance(model, Artifact) else session.signature
     _compare(signature, session.signature, path)

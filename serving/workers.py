@@ -251,7 +251,8 @@ class Worker:
         except TimeoutError:
             self.kill()
             raise WorkerError(
-                f"{self._job['path']} was not loaded and warm within {self._load_s:g} s", hint="give it more time"
+                f"{self._job['path']} was not loaded and warm within {self._load_s:g} s",
+                hint="give it more time: --load-timeout",
             ) from None
         except asyncio.CancelledError:
             if not self._ended:  # it is we who are cancelled

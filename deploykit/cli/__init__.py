@@ -30,6 +30,8 @@ _COMMANDS = {
     "package": "Write what a serving target takes: Triton, OpenVINO Model Server, KServe, BentoML, MLflow, an image.",
     "smoke": "Ask the golden requests of a bundle, of a server or in process.",
     "serve": "Serve models over HTTP and gRPC, until a signal ends it.",
+    "sbom": "Write what an artifact is made of and by, with a model card.",
+    "sign": "Sign an artifact with a key of your own.",
     "run": "Run a recipe: the whole chain.",
     "cache": "List and prune what searches have kept.",
 }

@@ -38,6 +38,14 @@ _PORT = click.IntRange(0, 65535)
     "--timeout", "timeout_s", type=common.seconds, default="60s", show_default=True, metavar="TIME",
     help="That any request may take.",
 )  # fmt: skip
+@click.option(
+    "--load-timeout", "load_timeout_s", type=common.seconds, default="30m", show_default=True, metavar="TIME",
+    help="That a model may take to be loaded and warm.",
+)  # fmt: skip
+@click.option(
+    "--worker-memory", type=click.IntRange(64), metavar="MIB",
+    help="Most memory of a model's process on the CPU.  [default: the machine's]",
+)  # fmt: skip
 @click.option("--token-file", metavar="FILE", help="Bearer tokens, one a line; clients need one of them.")
 @click.option("--tls-cert", metavar="FILE", help="Certificate chain of the server, PEM.")
 @click.option("--tls-key", metavar="FILE", help="Its private key, PEM.")

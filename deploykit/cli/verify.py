@@ -30,6 +30,8 @@ from deploykit.cli import common
     "--report", metavar="DIR",
     help="Save that node as a runnable model, with its inputs and both outputs; must not exist.",
 )  # fmt: skip
+@click.option("--public-key", metavar="FILE", help="First check the artifact's signature with this key, PEM.")
+@click.option("--signature", metavar="FILE", help="The signature; by default MODEL.sig.")
 @common.json_option
 def command(
     model: str,
@@ -40,12 +42,19 @@ def command(
     min_cosine: float | None,
     bisect: bool,
     report: str | None,
+    public_key: str | None,
+    signature: str | None,
     as_json: bool,
 ) -> None:
     """Check a model's files and its outputs; exit code 1 where they are not the reference's."""
     from deploykit.errors import ParityError
-    from deploykit.pipeline import verify
+    from deploykit.pipeline import check_signature, verify
 
+    if signature is not None and public_key is None:
+        raise click.UsageError("--signature without --public-key")
+    if public_key is not None:
+        check_signature(model, public_key=public_key, signature=signature)
+        click.echo(f"signature: {model} is what the owner of {public_key} signed", err=as_json)
     records = verify(
         model, against=against, data=data, devices=devices, dims=common.parse_dims(dims), min_cosine=min_cosine,
         bisect=bisect, report=report, progress=common.progress(),

@@ -10,8 +10,8 @@ HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "p
 COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
-    ["apply"], ["verify"],
-    ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"], ["smoke"], ["run"], ["serve"],
+    ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
+    ["smoke"], ["run"], ["serve"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 

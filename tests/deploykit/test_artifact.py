@@ -248,7 +248,7 @@ def test_file_that_cannot_be_read(artifact: Artifact, monkeypatch: pytest.Monkey
     def denied(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("deploykit.artifact.sha256_of", denied)
+    monkeypatch.setattr("deploykit.artifact.hash_regular", denied)
     assert "Permission denied" in refused(artifact.path)
 
 

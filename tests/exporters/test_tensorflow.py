@@ -123,3 +123,34 @@ def test_damaged_directory(opened: Any, message: Any, tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "saved_model.pb").write_bytes(b"\x08\x01nonsense")
     assert "cannot read" in message(SourceError, lambda: opened(tmp_path / "saved"))
+
+
+def test_what_loading_would_run(opened: Any, message: Any, tmp_path: Path) -> None:
+    """A resource's initializer runs while TensorFlow loads the model."""
+    import tensorflow as tf
+
+    class Resource(tf.saved_model.experimental.TrackableResource):  # type: ignore[misc,name-defined]
+        def _create_resource(self) -> Any:
+            return tf.raw_ops.MutableHashTableV2(key_dtype=tf.int64, value_dtype=tf.int64)
+
+        def _initialize(self) -> None:
+            write(tf.constant("run"))
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def write(text: Any) -> None:
+        tf.io.write_file(str(tmp_path / "evil"), text)
+
+    class Module(tf.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.resource = Resource()
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])  # type: ignore[untyped-decorator]
+        def __call__(self, x: Any) -> dict[str, Any]:
+            return {"y": x + 1.0}
+
+    module = Module()
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures=module.__call__)
+    (tmp_path / "evil").unlink(missing_ok=True)
+    assert "WriteFile" in message(SourceError, lambda: opened(tmp_path / "saved"))
+    assert not (tmp_path / "evil").exists()
