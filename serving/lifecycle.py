@@ -19,6 +19,7 @@ from deploykit.serving.admin_app import admin_app
 from deploykit.serving.engine import ServingEngine
 from deploykit.serving.http_app import http_app
 from deploykit.serving.loaded import Options, Source
+from deploykit.serving.memory import keep_freed_memory
 from deploykit.serving.requests import RequestError
 from deploykit.serving.servers import Bound, GrpcServer, HttpServer, Places, listen
 from deploykit.serving.v2_types import Limits
@@ -47,6 +48,7 @@ def run(sources: Sequence[Source], options: Options, places: Places, on_ready: C
     async def all_of_it() -> int:
         return await _Life(sources, options, places, on_ready).live()
 
+    keep_freed_memory()
     if available("uvloop"):
         found: int = require("uvloop").run(all_of_it())
         return found

@@ -26,6 +26,7 @@ from deploykit.errors import ArtifactError, DataError, DeploykitError, Inference
 from deploykit.runtimes import RuntimeSettings, Session, open_session
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.loaded import batch_symbol, signature_as_json
+from deploykit.serving.memory import keep_freed_memory
 from deploykit.specs import Array, Feeds, Signature, fit_feeds
 
 _WARM_RUNS = 3
@@ -39,6 +40,7 @@ def main(lanes_json: str) -> int:
     # When the server ends is for the server to say, also where a signal is sent to all processes of a service.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
     os.dup2(2, 1)  # native libraries print to standard output
     lanes = [_Lane(*found) for found in json.loads(lanes_json)]
     job = lanes[0].receive()
