@@ -16,6 +16,8 @@ from deploykit.serving.arenas import Joined, size_of
 from deploykit.serving.requests import Busy, InferRequest
 from deploykit.specs import Array, Signature
 
+BATCH_BYTES = 2**28
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -32,7 +34,7 @@ class Policy:
     max_batch: int = 1
     max_delay_s: float = 0.0
     limit: int = 128
-    max_bytes: int = 2**28
+    max_bytes: int = BATCH_BYTES
     limit_bytes: int = 2**30
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from deploykit.errors import DeploykitError
 from deploykit.serving.loaded import Options, Source
 from deploykit.serving.repository import Repository
-from deploykit.serving.requests import InferRequest, InferResult, ModelInfo, NotReady, RequestError
+from deploykit.serving.requests import DeadlineExceeded, InferRequest, InferResult, ModelInfo, NotReady, RequestError
 from deploykit.serving.served import Hire, hire
 
 
@@ -113,7 +113,8 @@ class ServingEngine:
             outcome = exc.outcome
             raise
         except asyncio.CancelledError:
-            outcome = "cancelled"
+            late = request.deadline is not None and time.monotonic() >= request.deadline
+            outcome = DeadlineExceeded.outcome if late else "cancelled"
             raise
         finally:
             known = request.model if request.model in self.repository else ""

@@ -89,7 +89,7 @@ class _Life:
             for server in servers:
                 server.abandon()
             if self._grpc is not None:
-                await self._grpc.stop(0.0)
+                await self._grpc.stop(0.0, 0.0)
             for task in self._tasks:
                 task.cancel()
             await self._engine.stop()
@@ -127,7 +127,7 @@ class _Life:
         log.info("ending: accepting no more")
         ends = [servers[0].stop(self._places.linger_s)]
         if self._grpc is not None:
-            ends.append(self._grpc.stop(self._options.timeout_s))
+            ends.append(self._grpc.stop(self._places.linger_s, self._options.timeout_s))
         await asyncio.gather(*ends)
         await self._engine.drain()
         for server in servers[1:]:

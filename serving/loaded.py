@@ -16,7 +16,8 @@ from deploykit.specs import Signature, TensorSpec, terms
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9]\d{0,17}")
-_SUFFIXES = {".onnx": "ort:cpu", ".xml": "openvino:cpu"}
+_BARE = (".onnx", ".xml")
+_DEVICES = {".onnx": "ort:cpu", ".xml": "openvino:cpu", ".pt2": "torch:cpu"}
 PLATFORMS = {"ort": "onnxruntime_onnx", "openvino": "openvino", "torch": "pytorch", "torch-compile": "pytorch"}
 
 
@@ -33,7 +34,8 @@ class Options:
         max_delay_s: Seconds that a request may wait for others to be joined with.
         queue: Most requests that wait for a model.
         timeout_s: Seconds that any request may take.
-        arena_bytes: Most bytes of the inputs, and of the outputs, of one batch.
+        load_s: Seconds that a worker may take to load a model and to warm up.
+        arena_bytes: Most bytes of the inputs, and of the outputs, of one request.
     """
 
     device: str | None = None
@@ -44,7 +46,8 @@ class Options:
     max_delay_s: float = 0.0
     queue: int = 128
     timeout_s: float = 60.0
-    arena_bytes: int = 2**28
+    load_s: float = 1800.0
+    arena_bytes: int = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Source:
                 f"a model cannot be called {called!r}", expected="letters, digits, '.', '_' and '-'", hint="add --name"
             )
         if place.is_file():
-            if place.suffix not in _SUFFIXES:
+            if place.suffix not in _BARE:
                 raise ModelError(f"{place} cannot be served", expected="an artifact, an .onnx or an .xml file")
             return cls(called, place, versioned=False)
         if is_artifact(place):
@@ -165,7 +168,7 @@ def load(source: Source, options: Options) -> Loaded:
             digest = sha256_of(path)
         except OSError as exc:
             raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
-    settings = _settings(own, options, _SUFFIXES.get(suffix, "ort:cpu"))
+    settings = _settings(own, options, _DEVICES.get(suffix, "ort:cpu"))
     lanes = max(1, -(-settings.concurrency // settings.sessions))
     if not parse_device(settings.device).concurrent:
         lanes = 1

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from deploykit.errors import DeploykitError
 from deploykit.serving.arenas import Joined
-from deploykit.serving.batching import Batcher, Policy, Waiting, join, split
+from deploykit.serving.batching import BATCH_BYTES, Batcher, Policy, Waiting, join, split
 from deploykit.serving.checks import check_inputs, check_outputs
 from deploykit.serving.loaded import Loaded, Options, signature_of
 from deploykit.serving.metrics import Metrics
@@ -65,7 +65,7 @@ Hire = Callable[[Loaded, Options, Callable[[], None], Callable[[Any], None]], Wo
 def hire(loaded: Loaded, options: Options, on_answer: Callable[[], None], on_end: Callable[[Any], None]) -> WorkerLike:
     """A worker process."""
     job = {**loaded.job(), "max_batch": loaded.max_batch}
-    return Worker(job, loaded.lanes, options.arena_bytes, on_answer, on_end)
+    return Worker(job, loaded.lanes, options.arena_bytes, options.load_s, on_answer, on_end)
 
 
 class Served:
@@ -159,8 +159,9 @@ class Served:
         self._joins = bool(ready["batched"]) and self.loaded.max_batch > 1
         options = self._options
         self._batcher.policy = Policy(
-            self.loaded.max_batch if self._joins else 1, options.max_delay_s, options.queue, options.arena_bytes
-        )
+            self.loaded.max_batch if self._joins else 1, options.max_delay_s, options.queue,
+            min(options.arena_bytes, BATCH_BYTES),
+        )  # fmt: skip
         where = f"{self.loaded.name} version {self.loaded.version}"
         log.info("%s is ready (%.1f s to load, %.1f s to warm up)", where, ready["load_s"], ready["warm_s"])
         for note in ready["notes"]:

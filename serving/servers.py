@@ -8,13 +8,14 @@ import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from deploykit.errors import DeploykitError
 from deploykit.extras import require
+from deploykit.serving.requests import NotReady
 
 if TYPE_CHECKING:
-    from deploykit.serving.requests import Engine, RequestError
+    from deploykit.serving.requests import Engine, InferRequest, InferResult, RequestError
     from deploykit.serving.v2_types import Limits
 
 Scope = MutableMapping[str, Any]
@@ -250,7 +251,8 @@ class GrpcServer:
     ) -> None:
         from deploykit.serving.grpc_app import grpc_server
 
-        self._server = grpc_server(engine, limits=limits, tokens=places.tokens, refused=refused)
+        self._leaving = _Leaving(engine, refused)
+        self._server = grpc_server(cast("Engine", self._leaving), limits=limits, tokens=places.tokens, refused=refused)
         host = f"[{places.host}]" if ":" in places.host else places.host
         where = f"{host}:{port}"
         credentials = _grpc_credentials(places)
@@ -268,9 +270,46 @@ class GrpcServer:
         """Accept requests."""
         await self._server.start()
 
-    async def stop(self, grace_s: float) -> None:
-        """Accept nothing more, and answer what was accepted."""
+    async def stop(self, linger_s: float, grace_s: float) -> None:
+        """Accept nothing more, and answer what was accepted.
+
+        Args:
+            linger_s: How long new requests are told to go elsewhere. When the port is closed, gRPC cancels what it has
+                read and not handed over yet, which clients do not take for a reason to ask another server.
+            grace_s: How long what was accepted may take then.
+        """
+        self._leaving.on = True
+        await asyncio.sleep(linger_s)
         await self._server.stop(grace_s)
+
+
+class _Leaving:
+    """An engine that refuses new requests, once `on` is set.
+
+    Args:
+        engine: Answers everything until then.
+        refused: Told of what is refused.
+    """
+
+    def __init__(self, engine: Engine, refused: Callable[[str, RequestError], None]) -> None:
+        self._engine = engine
+        self._refused = refused
+        self.on = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """As the engine's.
+
+        Raises:
+            RequestError: As the engine's, or the server is ending.
+        """
+        if not self.on:
+            return await self._engine.infer(request)
+        error = NotReady("the server is ending", hint="ask another one")
+        self._refused(request.model if request.model in self._engine.names() else "", error)
+        raise error
 
 
 def _grpc_credentials(places: Places) -> Any:

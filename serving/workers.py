@@ -188,6 +188,7 @@ class Worker:
         job: What it loads.
         lanes: How many requests it runs side by side.
         limit: Most bytes of an arena.
+        load_s: Seconds that it may take to load the model and to warm up.
         on_answer: Called whenever a slot is free again.
         on_end: Called once, after it ended, however that came about.
     """
@@ -197,9 +198,11 @@ class Worker:
         job: Mapping[str, Any],
         lanes: int,
         limit: int,
+        load_s: float,
         on_answer: Callable[[], None],
         on_end: Callable[[Worker], None],
     ) -> None:
+        self._load_s = load_s
         self._job = {**job, "arena_bytes": limit}
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -224,9 +227,10 @@ class Worker:
         # The child has to find this very copy of DeployKit, also in a bare checkout and from another directory.
         home = str(Path(deploykit.__file__).resolve().parent.parent)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
+        # -P: what lies in the directory that the server was started in is none of its modules.
         # A session of its own: what a terminal or a supervisor sends to the group is the front's to decide about.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "deploykit.serving.worker", json.dumps(told)],
+            [sys.executable, "-P", "-m", "deploykit.serving.worker", json.dumps(told)],
             stdin=subprocess.DEVNULL, env=env, start_new_session=True,
             pass_fds=[fd for control, slots in told for fd in (control, *(fd for pair in slots for fd in pair))],
         )  # fmt: skip
@@ -234,7 +238,13 @@ class Worker:
             lane.begin()
         self.lanes[0].tell(self._job)
         try:
-            found = await asyncio.shield(self.lanes[0].ready)
+            async with asyncio.timeout(self._load_s):
+                found = await asyncio.shield(self.lanes[0].ready)
+        except TimeoutError:
+            self.kill()
+            raise WorkerError(
+                f"{self._job['path']} was not loaded and warm within {self._load_s:g} s", hint="give it more time"
+            ) from None
         except asyncio.CancelledError:
             if not self._ended:  # it is we who are cancelled
                 self.kill()

@@ -49,8 +49,7 @@ def command(models: tuple[str, ...], **rest: object) -> int:
     ARTIFACT is an artifact's directory, a directory of versions 1/, 2/, ... of such, or an .onnx file. A new version
     directory, or SIGHUP, swaps a model without a failed request. SIGTERM answers what was accepted, and ends.
     """
-    from deploykit.pipeline import serve
-    from deploykit.serving_models import say_on_stderr
+    from deploykit.serving_models import say_on_stderr, serve
 
     say_on_stderr()
 

@@ -11,7 +11,7 @@ COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"],
-    ["inspect"], ["benchmark"], ["report"], ["compare"], ["run"],
+    ["inspect"], ["benchmark"], ["report"], ["compare"], ["run"], ["serve"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 

@@ -135,6 +135,36 @@ def test_sigterm_answers_all_that_was_accepted(models, server, tmp_path):
     assert "all that was accepted is answered" in at.messages()
 
 
+def test_sigterm_tells_grpc_clients_to_go_elsewhere_and_breaks_nothing(models, server, tmp_path):
+    from tritonclient import grpc as client
+    from tritonclient.utils import InferenceServerException
+
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    at = server(tmp_path / "net", "--threads", "1")
+    answered, refused = [], []
+
+    def ask() -> None:
+        tensor = client.InferInput("x", [2, 4], "FP32").set_data_from_numpy(X)
+        with client.InferenceServerClient(f"127.0.0.1:{at.grpc}") as connection:
+            try:
+                while True:
+                    answered.append(float(connection.infer("net", [tensor]).as_numpy("y")[0, 1]))
+            except InferenceServerException as exc:
+                refused.append(exc.status())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while len(answered) < 100:
+        time.sleep(0.005)
+    at.signal(signal.SIGTERM)
+    assert at.wait() == 0
+    for thread in threads:
+        thread.join(60)
+    assert set(answered) == {3.0}
+    assert refused == ["StatusCode.UNAVAILABLE"] * 8
+
+
 def turning(turns: int) -> bytes:
     inputs = [
         {"name": "x", "shape": [64, 64], "datatype": "FP32", "data": [0.0] * 4096},

@@ -234,6 +234,36 @@ def test_a_worker_that_hangs_is_replaced(models, tmp_path):
     serve(tmp_path / "net.onnx", use, timeout_s=0.5)
 
 
+def test_a_model_that_takes_too_long_to_load_is_given_up(models, tmp_path):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+    with pytest.raises(WorkerError, match=r"not loaded and warm within 0\.001 s"):
+        serve(tmp_path / "net.onnx", None, load_s=0.001)
+
+
+def test_what_lies_where_the_server_was_started_is_not_imported(models, tmp_path, monkeypatch):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+    for name in ("numpy", "onnxruntime", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+
+    async def use(engine):
+        await engine.infer(InferRequest("net", {"x": X}))
+
+    serve(tmp_path / "net.onnx", use)
+
+
+def test_openvino_serves_too(models, tmp_path):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+
+    async def use(engine):
+        assert engine.info("net").platform == "openvino"
+        found = await asyncio.gather(*(engine.infer(InferRequest("net", {"x": X + n})) for n in range(5)))
+        for n, result in enumerate(found):
+            np.testing.assert_allclose(result.outputs["y"], 2 * (X + n))
+
+    serve(tmp_path / "net.onnx", use, device="openvino:cpu", max_batch=4)
+
+
 def test_a_changed_file_is_not_loaded(models, tmp_path):
     made = models.artifact(tmp_path / "net", models.scaled, 3.0)
     made.model_path.write_bytes(made.model_path.read_bytes() + b"\0")
