@@ -34,6 +34,9 @@ class Tokens:
     def __init__(self, tokens: Sequence[str]) -> None:
         self._digests = tuple(hashlib.sha256(token.encode()).digest() for token in tokens)
 
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
     def accept(self, authorization: bytes | None) -> bool:
         """Whether the value of a header `Authorization` holds a token."""
         if not self._digests:

@@ -41,6 +41,7 @@ from deploykit.serving.v2_types import (
     check_shape,
     datatype_of,
     dtype_of,
+    narrow,
     numpy_dtype,
     shown,
 )
@@ -329,10 +330,9 @@ def _typed(name: str, datatype: str, shape: tuple[int, ...], count: int, content
                     f"string {index} of {shown(name)} is not UTF-8", hint="send bytes as a tensor of UINT8"
                 ) from None
         return strings.reshape(shape)
-    try:
-        return np.array(values, numpy_dtype(datatype)).reshape(shape)
-    except OverflowError:
-        raise InvalidRequest(f"{shown(name)} holds values outside of {datatype}") from None
+    if numpy_dtype(datatype).kind in "iu":
+        return narrow(name, datatype, values).reshape(shape)
+    return np.array(values, numpy_dtype(datatype)).reshape(shape)
 
 
 def _response(result: InferResult) -> bytes:

@@ -13,6 +13,7 @@ A refusal is a JSON object {"error": "one line"}. Answers are not compressed, wh
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+
+_LOG = logging.getLogger("deploykit.serving")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -97,13 +100,12 @@ def http_app(
             Route("/v2/repository/models/{name}/unload", routes.unload, methods=["POST"]),
             Route("/v2/openapi.json", routes.openapi),
         ],
-        middleware=[Middleware(_Guard, tokens=Tokens(tokens))] if tokens else [],
+        middleware=[Middleware(_Guard, tokens=Tokens(tokens))],
         exception_handlers={
             RequestError: _on_request_error,
             HTTPException: _on_http_exception,
             Slow: _on_slow,
             Disconnected: _on_disconnected,
-            Exception: _on_bug,
         },
     )
     app.router.redirect_slashes = False
@@ -111,19 +113,25 @@ def http_app(
 
 
 class _Guard:
-    """Lets through who brings a token."""
+    """Lets through who brings a token, and keeps faults of ours from clients."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], tokens: Tokens) -> None:
         self._app = app
         self._tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if self._tokens and scope["type"] == "http" and scope["path"] not in OPEN:
             headers = dict(scope["headers"])
             if not self._tokens.accept(headers.get(b"authorization")):
-                response = _error(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-                return await response(scope, receive, send)
-        await self._app(scope, receive, send)
+                refusal = _error(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+                await refusal(scope, receive, send)
+                return
+        try:
+            await self._app(scope, receive, send)
+        except Exception:  # noqa: BLE001 - a bug of ours is logged, and the client is told no more than that
+            _LOG.exception("%s failed", scope.get("path"))
+            # Where the answer has begun this raises, and the server closes the connection.
+            await _error(500, "internal error")(scope, receive, send)
 
 
 def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
@@ -151,11 +159,6 @@ def _on_slow(request: Request, exc: Exception) -> Response:
 
 def _on_disconnected(request: Request, exc: Exception) -> Response:
     return _error(400, "the body ended too early", {"Connection": "close"})
-
-
-def _on_bug(request: Request, exc: Exception) -> Response:
-    # Starlette raises it again, and the server logs it.
-    return _error(500, "internal error")
 
 
 class _Infer:

@@ -16,6 +16,9 @@ _HEADERS_TOO_LARGE = (431, b"the headers are too large")
 # What a client may still send of a request that was answered before its end.
 _LINGER_BYTES = 256 * 2**20
 
+# What may wait for the app before no more is read.
+_HIGH_WATER_BYTES = 256 * 1024
+
 
 def uvicorn_settings(limits: Limits | None = None) -> dict[str, Any]:
     """Arguments for `uvicorn.Config`, beside the app and the address.
@@ -82,7 +85,12 @@ def guarded_protocol(limits: Limits) -> type[Any]:
                 if self._lingering > _LINGER_BYTES:
                     self.transport.close()
                 return
-            super().on_body(body)
+            cycle = self.cycle
+            # uvicorn copies every part into a bytearray and out of it again; bytes it passes on as they are.
+            cycle.body = cycle.body + body if cycle.body else body
+            if len(cycle.body) > _HIGH_WATER_BYTES:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, msg.encode())

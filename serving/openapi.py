@@ -24,15 +24,15 @@ def document(*, repository: bool, secured: bool) -> Json:
         "/v2/openapi.json": {"get": _operation("openapi", "This document", {"type": "object"})},
     }
     for base, suffix in (("/v2/models/{name}", ""), ("/v2/models/{name}/versions/{version}", "Version")):
-        path = [_path_parameter(part) for part in ("name", "version") if f"{{{part}}}" in base]
+        inside = [_path_parameter(part) for part in ("name", "version") if f"{{{part}}}" in base]
         paths[base] = {
-            "parameters": path,
+            "parameters": inside,
             "get": _operation(f"model{suffix}Metadata", "Inputs and outputs", _ref("ModelMetadata"), 404, 503),
         }
         ready = _operation(f"model{suffix}Ready", "Whether the model answers", _ref("ModelReady"), 404)
         ready["responses"]["503"] = _response("It does not", {"anyOf": [_ref("ModelReady"), _ref("Error")]})
-        paths[f"{base}/ready"] = {"parameters": path, "get": ready}
-        paths[f"{base}/infer"] = {"parameters": path, "post": _infer(f"model{suffix}Infer")}
+        paths[f"{base}/ready"] = {"parameters": inside, "get": ready}
+        paths[f"{base}/infer"] = {"parameters": inside, "post": _infer(f"model{suffix}Infer")}
     if repository:
         paths |= _repository_paths()
     for path, item in paths.items():

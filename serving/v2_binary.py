@@ -80,7 +80,7 @@ def write_tensor(array: Array) -> memoryview:
 
 
 def _write_strings(array: Array) -> bytes:
-    parts = []
+    parts: list[bytes] = []
     for item in array.reshape(-1).tolist():
         data = item if isinstance(item, bytes) else str(item).encode()
         parts += (_LENGTH.pack(len(data)), data)

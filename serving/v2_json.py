@@ -27,6 +27,7 @@ from deploykit.serving.v2_types import (
     check_shape,
     datatype_of,
     dtype_of,
+    narrow,
     numpy_dtype,
     shown,
 )
@@ -102,7 +103,7 @@ def parse_request(
     for name, value in said.items():
         if name not in _FIELDS and isinstance(value, (dict, list)):
             raise InvalidRequest(f"unknown field {shown(name)}", expected=", ".join(sorted(_FIELDS)))
-    identity = said.get("id", "")
+    identity = said.get("id") or ""
     if not isinstance(identity, str) or len(identity) > _TEXT:
         raise InvalidRequest("the id is no string, or a long one", expected=f"at most {_TEXT} characters")
     parameters = read_parameters("the request", said.get("parameters"), limits)
@@ -225,11 +226,11 @@ def _inputs(said: object, tail: memoryview, limits: Limits) -> dict[str, Array]:
         shape, count = check_shape(name, dims, limits)
         size = parameters.get("binary_data_size")
         if size is None:
-            if "data" not in item:
+            if item.get("data") is None:
                 raise InvalidRequest(f"{shown(name)} has neither data nor binary_data_size")
             arrays[name] = _from_json(name, datatype, shape, count, item["data"])
             continue
-        if "data" in item:
+        if item.get("data") is not None:
             raise InvalidRequest(f"{shown(name)} has both data and binary_data_size")
         if type(size) is not int or not 0 <= size <= len(tail) - at:
             raise InvalidRequest(
@@ -268,12 +269,11 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], count: int, dat
         strings[:] = flat
         return strings.reshape(shape)
     dtype = numpy_dtype(datatype)
-    try:
-        with np.errstate(over="ignore"):
-            array: Array = np.array(flat, np.float64 if datatype == "BF16" else dtype)
-            array = array.astype(dtype, copy=False)
-    except OverflowError:
-        raise InvalidRequest(f"data of {shown(name)} hold values outside of {datatype}") from None
+    if dtype.kind in "iu":
+        return narrow(name, datatype, flat).reshape(shape)
+    with np.errstate(over="ignore"):
+        array: Array = np.array(flat, np.float64 if datatype == "BF16" else dtype)
+        array = array.astype(dtype, copy=False)
     if kind == "f" and not np.isfinite(array).all():
         raise InvalidRequest(f"data of {shown(name)} hold values too large for {datatype}")
     return array.reshape(shape)

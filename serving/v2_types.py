@@ -130,9 +130,31 @@ def dtype_of(array: Array) -> str:
 @lru_cache(maxsize=32)
 def numpy_dtype(datatype: str) -> np.dtype[Any]:
     """Little-endian dtype of numbers as they lie in a body."""
-    if datatype == "BF16":
-        return np.dtype(require("ml_dtypes").bfloat16)
-    return np.dtype(DTYPES[datatype]).newbyteorder("<")
+    kind: np.dtype[Any] = np.dtype(require("ml_dtypes").bfloat16 if datatype == "BF16" else DTYPES[datatype])
+    return kind if datatype == "BF16" else kind.newbyteorder("<")
+
+
+def narrow(name: str, datatype: str, values: Sequence[int]) -> Array:
+    """Whole numbers as an array of their type; numpy before version 2 wraps what is out of range.
+
+    Raises:
+        InvalidRequest: One is out of range.
+    """
+    dtype = numpy_dtype(datatype)
+    info = np.iinfo(dtype)
+    try:
+        if datatype == "UINT64":
+            if min(values, default=0) < 0:
+                raise OverflowError
+            return np.array(values, dtype)
+        wide: Array = np.array(values, np.int64)
+        if wide.size and not info.min <= wide.min() <= wide.max() <= info.max:
+            raise OverflowError
+    except OverflowError:
+        raise InvalidRequest(
+            f"{shown(name)} holds values outside of {datatype}", expected=f"{info.min} to {info.max}"
+        ) from None
+    return wide.astype(dtype, copy=False)
 
 
 def metadata(spec: TensorSpec) -> dict[str, Any]:

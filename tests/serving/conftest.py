@@ -131,7 +131,11 @@ class FakeEngine:
             except asyncio.CancelledError:
                 self.cancelled.append(request.id)
                 raise
-        failures = {"busy": Busy("the queue is full"), "lost": WorkerLost("the worker died"), "loading": NotReady("no")}
+        failures = {
+            "busy": Busy("the queue is full"),
+            "lost": WorkerLost("the worker died"),
+            "loading": NotReady("still loading"),
+        }
         if request.model in failures:
             raise failures[request.model]
         if request.model == "bug":
