@@ -45,6 +45,9 @@ def check_outputs(signature: Signature, wanted: tuple[str, ...] | None) -> None:
             raise InvalidRequest(f"the model has no output {name!r}", expected=", ".join(known))
 
 
+_terms = lru_cache(maxsize=1024)(terms)
+
+
 @lru_cache(maxsize=64)
 def _native(dtype: str) -> np.dtype[Any] | None:
     return None if dtype in ("string", "bfloat16") else np.dtype(dtype)
@@ -70,7 +73,7 @@ def _check_shape(
         if isinstance(dim, int):
             if dim != size:
                 raise InvalidRequest(f"{spec.name!r} has shape {list(shape)}", expected=str(spec))
-        elif len(terms(dim)) == 1 and sizes.setdefault(dim, size) != size:
+        elif len(_terms(dim)) == 1 and sizes.setdefault(dim, size) != size:
             raise InvalidRequest(
                 f"dimension {dim!r} of {spec.name!r} is {size}", expected=f"{sizes[dim]}, as in another input"
             )
@@ -78,7 +81,7 @@ def _check_shape(
 
 def _check_sums(spec: TensorSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> None:
     for dim, size in zip(spec.shape or (), shape, strict=False):
-        parts = terms(dim)
+        parts = _terms(dim)
         if len(parts) == 1 or any(isinstance(p, str) and p not in sizes for p in parts):
             continue
         wanted = sum(sizes[p] if isinstance(p, str) else p for p in parts)

@@ -258,6 +258,7 @@ def _request(asked: Any, raw: list[memoryview], limits: Limits, remaining: float
         ends = time.monotonic() + remaining
         deadline = ends if deadline is None else min(deadline, ends)
     refuse_sequences(parameters)
+    # Of HTTP; here every answer is binary.
     parameters.pop("binary_data_output", None)
     outputs = [output.name for output in asked.outputs]
     if len(outputs) > limits.tensors or len(set(outputs)) < len(outputs):

@@ -1,11 +1,16 @@
 """How uvicorn has to be set for `http_app`: fast, and with the limits that it lacks itself.
 
-uvicorn waits forever for the rest of a request's headers, takes any number of them, and reads on without end what
-follows a refusal. Here a connection that is late, or that sends more than a limit, is closed.
+uvicorn waits forever for the rest of a request's headers, and for a client to read its answer; it takes any number of
+headers, and reads on without end what follows a refusal. Here a connection that is late, or that sends more than a
+limit, is closed.
+
+It also takes the body of a request that offers another protocol (Java's client offers HTTP/2 with every first request)
+for that protocol, or for the next request. Here the offer is not heard.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from deploykit.extras import require
@@ -18,6 +23,8 @@ _LINGER_BYTES = 256 * 2**20
 
 # What may wait for the app before no more is read.
 _HIGH_WATER_BYTES = 256 * 1024
+
+_UPGRADE = re.compile(rb"(\r\n)upgrade(\s*:)", re.IGNORECASE)
 
 
 def uvicorn_settings(limits: Limits | None = None) -> dict[str, Any]:
@@ -51,7 +58,9 @@ def guarded_protocol(limits: Limits) -> type[Any]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._timer: Any = None
+            self._unread: Any = None
             self._in_head = False
+            self._awaits_head = True
             self._head_bytes = 0
             self._lingering = 0
 
@@ -61,9 +70,12 @@ def guarded_protocol(limits: Limits) -> type[Any]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
+            self._end_unread()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._awaits_head:
+                data = _deaf(data)
             super().data_received(data)
             if self._in_head:
                 self._head_bytes += len(data)
@@ -77,7 +89,14 @@ def guarded_protocol(limits: Limits) -> type[Any]:
 
         def on_headers_complete(self) -> None:
             self._end_head()
+            self._awaits_head = False
+            if self.parser.should_upgrade():
+                raise ValueError("an offer of another protocol that came in pieces")
             super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._awaits_head = True
+            super().on_message_complete()
 
         def on_body(self, body: bytes) -> None:
             if self.cycle.response_complete:
@@ -92,13 +111,34 @@ def guarded_protocol(limits: Limits) -> type[Any]:
                 self.flow.pause_reading()
             cycle.message_event.set()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._unread is None:
+                self._unread = self.loop.call_later(limits.body_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._end_unread()
+
+        def _end_unread(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
+
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, msg.encode())
 
         def _begin_head(self) -> None:
             self._in_head = True
             self._head_bytes = 0
-            self._timer = self.loop.call_later(limits.head_s, self._refuse, *_REQUEST_TIMEOUT)
+            self._timer = self.loop.call_later(limits.head_s, self._late)
+
+        def _late(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                # The start of a further request behind one that is not answered yet; perhaps it is not read on purpose.
+                self._timer = self.loop.call_later(limits.head_s, self._late)
+            else:
+                self._refuse(*_REQUEST_TIMEOUT)
 
         def _end_head(self) -> None:
             self._in_head = False
@@ -116,3 +156,12 @@ def guarded_protocol(limits: Limits) -> type[Any]:
             self.transport.close()
 
     return Guarded
+
+
+def _deaf(data: bytes) -> bytes:
+    """The beginning of a request without its offer of another protocol."""
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[:end]
+    if _UPGRADE.search(head) is None:
+        return data
+    return _UPGRADE.sub(rb"\1ignored\2", head) + data[len(head) :]

@@ -175,16 +175,35 @@ def load(source: Source, options: Options) -> Loaded:
     return Loaded(source.name, version, path, digest, signature, settings, options.max_batch or settings.batch, lanes)
 
 
-def digest_now(source: Source) -> tuple[str, str]:
-    """Version and digest of what would be loaded now, without checking the files.
+@dataclass(frozen=True, slots=True)
+class State:
+    """What would be loaded now, without a look into its files.
+
+    Attributes:
+        version: The newest.
+        digest: As of `Loaded`.
+        stamp: Changes when any of its files does, as while they are still being copied.
+    """
+
+    version: str
+    digest: str
+    stamp: tuple[tuple[str, int, int], ...]
+
+
+def state_now(source: Source) -> State:
+    """What would be loaded now.
 
     Raises:
         DeploykitError: There is nothing.
     """
     version, path = source.newest()
-    if path.is_file():
-        return version, sha256_of(path)
-    return version, manifest_digest(path)
+    try:
+        digest = sha256_of(path) if path.is_file() else manifest_digest(path)
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        stamp = tuple((str(p), (found := p.stat()).st_size, found.st_mtime_ns) for p in files)
+    except OSError as exc:
+        raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    return State(version, digest, stamp)
 
 
 def _own_settings(artifact: Artifact, device: str | None) -> RuntimeSettings | None:

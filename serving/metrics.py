@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from deploykit.extras import require
@@ -32,21 +35,48 @@ class Gauges:
     workers: int
 
 
-@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How often something was how large; a request passes several, so that it only counts.
+
+    Args:
+        bounds: Upper ends of its buckets, rising.
+    """
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one more."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def state(self) -> tuple[list[tuple[str, int]], float]:
+        """Upper ends with how many are no larger, and the sum, as Prometheus wants them."""
+        ends = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        return list(zip(ends, accumulate(self._counts), strict=True)), self._sum
+
+
 class ModelMetrics:
-    """The counters of one version of a model.
+    """What is counted of one version of a model.
 
     Attributes:
-        queue: Seconds that a request waited.
-        compute: Seconds that a batch ran.
-        rows: Rows of a batch.
+        queue: Seconds that requests waited.
+        compute: Seconds that batches ran.
+        rows: Rows of batches.
         restarts: Workers that died and were replaced.
     """
 
-    queue: Any
-    compute: Any
-    rows: Any
-    restarts: Any
+    __slots__ = ("compute", "queue", "restarts", "rows")
+
+    def __init__(self) -> None:
+        self.queue = Histogram(_SECONDS)
+        self.compute = Histogram(_SECONDS)
+        self.rows = Histogram(_ROWS)
+        self.restarts = 0
 
     def ran(self, rows: int, compute_s: float) -> None:
         """A batch ran."""
@@ -55,49 +85,21 @@ class ModelMetrics:
 
 
 class Metrics:
-    """All counters of a server, in a registry of their own.
+    """All that a server counts. For one thread.
 
     Args:
         gauges: Gives the state of all models when it is asked for.
-
-    Raises:
-        MissingDependencyError: prometheus-client is not installed.
     """
 
     def __init__(self, gauges: Callable[[], Iterable[Gauges]]) -> None:
-        prometheus = require("prometheus_client", extra="serve")
-        self._prometheus = prometheus
         self._gauges = gauges
-        self._registry = registry = prometheus.CollectorRegistry(auto_describe=True)
-        self._requests = prometheus.Counter(
-            "deploykit_requests", "Requests, by how they ended.", ("model", "outcome"), registry=registry
-        )
-        self._seconds = prometheus.Histogram(
-            "deploykit_request_seconds", "From a request's acceptance to its answer.", ("model",),
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self._queue = prometheus.Histogram(
-            "deploykit_queue_seconds", "How long requests waited for a worker.", _LABELS,
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self._compute = prometheus.Histogram(
-            "deploykit_compute_seconds", "How long the model ran, a batch.", _LABELS,
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self._rows = prometheus.Histogram(
-            "deploykit_batch_rows", "Rows that ran at once.", _LABELS, buckets=_ROWS, registry=registry
-        )
-        self._restarts = prometheus.Counter(
-            "deploykit_worker_restarts", "Workers that died and were replaced.", _LABELS, registry=registry
-        )
-        registry.register(self)
-        self._known: dict[tuple[str, str], Any] = {}
+        self._requests: Counter[tuple[str, str]] = Counter()
+        self._seconds: dict[str, Histogram] = {}
+        self._models: dict[tuple[str, str], ModelMetrics] = {}
 
     def of(self, model: str, version: str) -> ModelMetrics:
-        """The counters of one version of a model."""
-        return ModelMetrics(
-            *(m.labels(model, version) for m in (self._queue, self._compute, self._rows, self._restarts))
-        )
+        """What is counted of one version of a model."""
+        return self._models.setdefault((model, version), ModelMetrics())
 
     def ended(self, model: str, outcome: str, seconds: float) -> None:
         """A request ended.
@@ -108,33 +110,68 @@ class Metrics:
             outcome: "ok", "cancelled", or that of a `RequestError`.
             seconds: Since it was accepted.
         """
-        key = (model, outcome)
-        if key not in self._known:
-            self._known[key] = self._requests.labels(*key)
-        self._known[key].inc()
+        self._requests[model, outcome] += 1
         if outcome == "ok":
-            if (model, "") not in self._known:
-                self._known[model, ""] = self._seconds.labels(model)
-            self._known[model, ""].observe(seconds)
+            if model not in self._seconds:
+                self._seconds[model] = Histogram(_SECONDS)
+            self._seconds[model].observe(seconds)
 
     def collect(self) -> Iterable[Any]:
-        """Called by the registry: what is read off the models and not counted."""
-        family = require("prometheus_client.core", extra="serve").GaugeMetricFamily
-        made = {
-            name: family(f"deploykit_{name}", text, labels=_LABELS)
-            for name, text in (
-                ("queue_depth", "Requests that wait for a worker."),
-                ("in_flight", "Requests that workers have."),
-                ("workers", "Workers that answer."),
-            )
-        }
+        """Everything, as families of Prometheus; its registry calls this.
+
+        Raises:
+            MissingDependencyError: prometheus-client is not installed.
+        """
+        core = require("prometheus_client.core", extra="serve")
+        requests = core.CounterMetricFamily(
+            "deploykit_requests", "Requests, by how they ended.", labels=("model", "outcome")
+        )
+        for labels, count in self._requests.items():
+            requests.add_metric(labels, count)
+        yield requests
+        seconds = core.HistogramMetricFamily(
+            "deploykit_request_seconds", "From a request's acceptance to its answer.", labels=("model",)
+        )
+        for model, histogram in self._seconds.items():
+            seconds.add_metric((model,), *histogram.state())
+        yield seconds
+        for name, text in (
+            ("queue", "How long requests waited for a worker, in seconds."),
+            ("compute", "How long the model ran, a batch, in seconds."),
+            ("rows", "Rows that ran at once."),
+        ):
+            full = "deploykit_batch_rows" if name == "rows" else f"deploykit_{name}_seconds"
+            family = core.HistogramMetricFamily(full, text, labels=_LABELS)
+            for labels, found in self._models.items():
+                family.add_metric(labels, *getattr(found, name).state())
+            yield family
+        restarts = core.CounterMetricFamily(
+            "deploykit_worker_restarts", "Workers that died and were replaced.", labels=_LABELS
+        )
+        for labels, found in self._models.items():
+            restarts.add_metric(labels, found.restarts)
+        yield restarts
+        yield from self._states(core.GaugeMetricFamily)
+
+    def _states(self, family: Any) -> Iterable[Any]:
+        """What is read off the models and not counted."""
+        depth = family("deploykit_queue_depth", "Requests that wait for a worker.", labels=_LABELS)
+        in_flight = family("deploykit_in_flight", "Requests that workers have.", labels=_LABELS)
+        workers = family("deploykit_workers", "Workers that answer.", labels=_LABELS)
         for found in self._gauges():
             labels = (found.model, found.version)
-            made["queue_depth"].add_metric(labels, found.waiting)
-            made["in_flight"].add_metric(labels, found.running)
-            made["workers"].add_metric(labels, found.workers)
-        return list(made.values())
+            depth.add_metric(labels, found.waiting)
+            in_flight.add_metric(labels, found.running)
+            workers.add_metric(labels, found.workers)
+        return depth, in_flight, workers
 
     def text(self) -> tuple[bytes, str]:
-        """The page that Prometheus reads, and its content type."""
-        return self._prometheus.generate_latest(self._registry), self._prometheus.CONTENT_TYPE_LATEST
+        """The page that Prometheus reads, and its content type.
+
+        Raises:
+            MissingDependencyError: prometheus-client is not installed.
+        """
+        prometheus = require("prometheus_client", extra="serve")
+        registry = prometheus.CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return prometheus.generate_latest(registry), prometheus.CONTENT_TYPE_LATEST

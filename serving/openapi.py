@@ -139,9 +139,8 @@ def _repository_paths() -> Json:
     paths: Json = {"/v2/repository/index": {"post": index}}
     for verb, text in (("load", "Load a model, or its newest version"), ("unload", "Answer no more requests to it")):
         operation = _operation(f"repository{verb.title()}", text, {"type": "object"}, 400, 404, 408, 413, 500, 503)
-        operation["requestBody"] = _body(
-            {"parameters": {"type": "object", "properties": {"unload_dependents": {"const": False}}}}
-        )
+        told = {"type": "object", "properties": {"unload_dependents": {"const": False}}, "additionalProperties": False}
+        operation["requestBody"] = _body({"parameters": told})
         paths[f"/v2/repository/models/{{name}}/{verb}"] = {"parameters": [_path_parameter("name")], "post": operation}
     return paths
 

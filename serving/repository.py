@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deploykit.errors import DeploykitError
-from deploykit.serving.loaded import Loaded, Options, Source, digest_now, load, versions_in
+from deploykit.serving.loaded import Loaded, Options, Source, State, load, state_now, versions_in
 from deploykit.serving.metrics import Gauges, Metrics
 from deploykit.serving.requests import NotReady, UnknownModel
 from deploykit.serving.served import Hire, Served, hire
@@ -30,7 +29,7 @@ class _Model:
         wanted: Whether it is to answer, which it is not once it was unloaded.
         state: READY, LOADING or UNAVAILABLE.
         reason: Why the newest version does not answer.
-        refused: Version and digest of what could not be loaded, which is not tried again until it changes.
+        refused: What could not be loaded, which is not tried again until it changes.
     """
 
     source: Source
@@ -38,7 +37,7 @@ class _Model:
     wanted: bool = True
     state: str = LOADING
     reason: str = ""
-    refused: tuple[str, str] | None = None
+    refused: State | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -152,11 +151,11 @@ class Repository:
         model = self._model(name)
         async with model.lock:
             model.wanted = True
-            newest: tuple[str, str] | None = None
+            newest: State | None = None
             try:
-                newest = await asyncio.to_thread(digest_now, model.source)
+                newest = await asyncio.to_thread(state_now, model.source)
                 at = model.current.loaded if model.current else None
-                if at is not None and newest == (at.version, at.digest):
+                if at is not None and (newest.version, newest.digest) == (at.version, at.digest):
                     return False
                 if not again and newest == model.refused:
                     return False
@@ -214,16 +213,23 @@ class Repository:
                 log.error("%s goes on as it is: %s", name, exc)
 
     async def watch(self, pause_s: float) -> None:
-        """Look for new versions for ever."""
+        """Look for new versions for ever, and for what replaced a model whose workers cannot be started any more."""
         while True:
             await asyncio.sleep(pause_s)
             for name, model in self._models.items():
-                if not model.source.versioned or not model.wanted or model.lock.locked():
-                    continue
-                with contextlib.suppress(DeploykitError):
-                    version, _ = model.source.newest()
-                    if model.current is None or version != model.current.loaded.version:
-                        await self._try(name)
+                if model.wanted and not model.lock.locked() and await self._is_stale(model):
+                    await self._try(name)
+
+    async def _is_stale(self, model: _Model) -> bool:
+        if model.current is not None and model.current.fault:
+            return True
+        if not model.source.versioned:
+            return False
+        try:
+            version, _ = await asyncio.to_thread(model.source.newest)
+        except DeploykitError:  # all are gone: what answers goes on
+            return False
+        return model.current is None or version != model.current.loaded.version
 
     async def _try(self, name: str) -> None:
         try:

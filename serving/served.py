@@ -186,7 +186,7 @@ class Served:
         if since is None or self._stopping:  # it never was ready: whoever starts it knows
             return
         log.warning("%s: worker %d died; another one is started", self.loaded.name, worker.pid)
-        self._metrics.restarts.inc()
+        self._metrics.restarts += 1
         if self._loop.time() - since >= _STEADY_S:
             self._failures = 0
         self._replace(worker)

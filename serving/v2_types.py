@@ -53,7 +53,7 @@ class Limits:
         json_lists: Opening brackets and braces in it, for the same reason.
         parameters: Parameters in one request, in one tensor.
         inflate_ratio: Inflated bytes for one byte that was sent, beyond the first MiB.
-        body_s: Seconds for a body to arrive.
+        body_s: Seconds for a body to arrive, and for an answer to be read.
         head_s: Seconds for the headers of a request to arrive.
         head_bytes: Bytes of the headers of a request.
     """

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 import deploykit
 from deploykit.errors import WorkerError
+from deploykit.extras import require
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.requests import Failed, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.specs import Array
@@ -72,6 +74,7 @@ class Lane:
         self._rest = b""
         self._on_answer = on_answer
         self._on_end = on_end
+        self._orjson = require("orjson", extra="serve")
         self._loop = asyncio.get_running_loop()
         self._opened = False
         self.ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
@@ -98,8 +101,13 @@ class Lane:
 
     def tell(self, told: Mapping[str, Any]) -> None:
         """Send a line."""
+        left = memoryview(self._orjson.dumps(told) + b"\n")
         with contextlib.suppress(ConnectionError):  # that it is gone, the reader says
-            self._socket.sendall(json.dumps(told).encode() + b"\n")
+            while left:
+                try:
+                    left = left[self._socket.send(left) :]
+                except BlockingIOError:  # thousands of tensors: the worker reads on
+                    select.select((), (self._socket,), ())
 
     def send(self, tensors: Sequence[Joined], done: Done) -> None:
         """Have the worker run the model.
@@ -135,7 +143,7 @@ class Lane:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            self._told(json.loads(line))
+            self._told(self._orjson.loads(line))
 
     def _told(self, told: dict[str, Any]) -> None:
         if "slot" not in told:

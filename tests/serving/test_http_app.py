@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -336,3 +337,83 @@ def test_a_refusal_does_not_wait_for_the_body(served):
             sock.sendall(bytes(1_000_000))
         sock.sendall(b"GET /v2/health/live HTTP/1.1\r\n\r\n")
         assert rest(sock)[0] == 200
+
+
+HTTP2 = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+WEBSOCKET = b"Connection: Upgrade\r\nUPGRADE: websocket\r\n"
+
+
+@pytest.mark.parametrize("offer", [HTTP2, WEBSOCKET], ids=["HTTP/2", "websocket"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_offer_of_another_protocol_is_not_heard(served, offer, apart):
+    head = b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: %d\r\n" % len(X) + offer + b"\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as sock:
+        for _ in range(2):
+            sock.sendall(head if apart else head + X)
+            if apart:
+                time.sleep(0.05)
+                sock.sendall(X)
+            status, answer, _ = rest(sock)
+            assert status == 200 and answer["model_name"] == "nan"
+
+
+def test_an_offer_in_pieces_is_refused_and_its_body_is_no_request(impatient):
+    inner = b"GET /v2/health/live HTTP/1.1\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
+        sock.sendall(b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: %d\r\nUpg" % len(inner))
+        time.sleep(0.1)
+        sock.sendall(b"rade: h2c\r\nConnection: Upgrade\r\n\r\n" + inner)
+        status, answer, connection = rest(sock)
+        assert status == 400 and connection == "close" and list(answer) == ["error"]
+        assert sock.recv(100) == b""
+
+
+def test_a_body_with_the_words_of_an_offer_stays_as_it_is(served):
+    text = "\r\nUpgrade: h2c\r\n" * 3
+    body = text.encode()
+    array = len(body).to_bytes(4, "little") + body
+    item = {"name": "x", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(array)}}
+    head = json.dumps({"inputs": [item]}).encode()
+    length = {"Inference-Header-Content-Length": str(len(head))}
+    status, answer, _ = ask(served.port, "POST", "/v2/models/echo_BYTES/infer", head + array, length)
+    assert status == 200 and answer["outputs"][0]["data"] == [text]
+
+
+def test_a_body_that_waits_to_be_asked_for(served):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as sock:
+        sock.sendall(
+            b"POST /v2/models/nan/infer HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(X)
+        )
+        assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(X)
+        assert rest(sock)[0] == 200
+        sock.sendall(b"POST /v2/models/nothing/infer HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n")
+        assert rest(sock)[0] == 404
+
+
+def test_the_start_of_a_further_request_does_not_end_the_one_before(impatient):
+    body = json.dumps({**json.loads(X), "parameters": {"timeout": 1_500_000}}).encode()
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
+        sock.sendall(b"POST /v2/models/slow/infer HTTP/1.1\r\nContent-Length: %d\r\n\r\n%sGET /v2" % (len(body), body))
+        assert rest(sock)[0] == 504
+        assert rest(sock)[0] == 408
+
+
+def test_an_answer_that_is_not_read_is_given_up(impatient):
+    array = np.zeros((40, 3, 224, 224), np.float32)
+    item = {
+        "name": "x",
+        "datatype": "FP32",
+        "shape": list(array.shape),
+        "parameters": {"binary_data_size": array.nbytes},
+    }
+    head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
+        sock.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nInference-Header-Content-Length: %d\r\n" % len(head))
+        sock.sendall(b"Content-Length: %d\r\n\r\n" % (len(head) + array.nbytes) + head + array.tobytes())
+        until(lambda: not impatient.server.server_state.connections)
+        received = 0
+        with suppress(ConnectionResetError):
+            while part := sock.recv(2**20):
+                received += len(part)
+        assert received < array.nbytes

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from deploykit.errors import ArtifactError, DeploykitError, WorkerError
 from deploykit.serving.engine import ServingEngine
 from deploykit.serving.loaded import Options, Source
-from deploykit.serving.requests import InferRequest, NotReady, UnknownModel
+from deploykit.serving.requests import InferRequest, NotReady, RequestError, UnknownModel
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
@@ -111,6 +113,49 @@ def test_a_version_that_does_not_load_leaves_the_old_one_and_is_tried_again_when
     serve(Source.at(tmp_path / "net"), use=use)
 
 
+def test_a_version_that_is_still_being_copied_is_loaded_once_it_is_whole(models, tmp_path):
+    models.artifact(tmp_path / "net" / "1", models.scaled, 1.0)
+    good = models.artifact(tmp_path / "good", models.scaled, 2.0).path
+
+    async def use(engine):
+        watch = asyncio.ensure_future(engine.repository.watch(0.02))
+        there = tmp_path / "net" / "2"
+        there.mkdir()
+        shutil.copy(good / "manifest.json", there)
+        while not any("lacks" in entry["reason"] for entry in engine.index()):
+            await asyncio.sleep(0.01)
+        (there / "model.onnx").write_bytes((good / "model.onnx").read_bytes()[:50])
+        await asyncio.sleep(0.1)
+        assert await factor(engine) == 1.0
+        for name in ("model.onnx", "golden.npz"):
+            shutil.copy(good / name, there)
+        while engine.info("net").versions != ("2",):
+            await asyncio.sleep(0.01)
+        assert await factor(engine) == 2.0
+        watch.cancel()
+
+    serve(Source.at(tmp_path / "net"), use=use)
+
+
+def test_a_newest_version_that_is_taken_away_gives_its_place_back(models, tmp_path):
+    models.artifact(tmp_path / "net" / "1", models.scaled, 1.0)
+    models.artifact(tmp_path / "net" / "2", models.scaled, 2.0)
+
+    async def use(engine):
+        watch = asyncio.ensure_future(engine.repository.watch(0.02))
+        assert await factor(engine) == 2.0
+        (tmp_path / "net" / "2").rename(tmp_path / "away")
+        while engine.info("net").versions != ("1",):
+            await asyncio.sleep(0.01)
+        assert await factor(engine) == 1.0
+        (tmp_path / "net" / "1").rename(tmp_path / "away1")
+        await asyncio.sleep(0.1)
+        assert await factor(engine) == 1.0
+        watch.cancel()
+
+    serve(Source.at(tmp_path / "net"), use=use)
+
+
 def test_a_version_that_kills_its_worker_leaves_the_old_one(models, tmp_path):
     models.artifact(tmp_path / "net" / "1", models.scaled, 1.0)
 
@@ -138,6 +183,28 @@ def test_a_directory_that_was_replaced_is_loaded_on_a_rescan(models, tmp_path):
         await load.some()
         await load.end()
         assert load.answers[-1] == ("1", 2.0)
+
+    serve(Source.at(tmp_path / "net"), use=use)
+
+
+def test_what_replaced_a_model_answers_once_the_workers_of_the_old_one_are_gone(models, tmp_path):
+    models.artifact(tmp_path / "net", models.scaled, 1.0)
+    models.artifact(tmp_path / "new", models.scaled, 2.0)
+
+    async def use(engine):
+        watch = asyncio.ensure_future(engine.repository.watch(0.02))
+        (tmp_path / "net").rename(tmp_path / "old")
+        (tmp_path / "new").rename(tmp_path / "net")
+        await asyncio.sleep(0.1)
+        assert await factor(engine) == 1.0  # nobody has asked for another one
+        os.kill(engine.repository.get("net").pids[0], signal.SIGKILL)
+        while True:
+            try:
+                if await factor(engine) == 2.0:
+                    break
+            except RequestError:
+                await asyncio.sleep(0.02)
+        watch.cancel()
 
     serve(Source.at(tmp_path / "net"), use=use)
 
