@@ -11,11 +11,12 @@ from typing import Any
 from deploykit.artifact import MANIFEST, SETTINGS, Artifact, is_artifact, manifest_digest, sha256_of
 from deploykit.errors import ArtifactError, ModelError
 from deploykit.machine import allowed_cores
-from deploykit.runtimes import Device, RuntimeSettings, parse_device
+from deploykit.runtimes import RuntimeSettings, parse_device
 from deploykit.specs import Signature, TensorSpec, terms
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9]\d{0,17}")
+_THREADS = ("intra_op_num_threads", "INFERENCE_NUM_THREADS")
 _BARE = (".onnx", ".xml")
 _DEVICES = {".onnx": "ort:cpu", ".xml": "openvino:cpu", ".pt2": "torch:cpu"}
 PLATFORMS = {"ort": "onnxruntime_onnx", "openvino": "openvino", "torch": "pytorch", "torch-compile": "pytorch"}
@@ -170,8 +171,6 @@ def load(source: Source, options: Options) -> Loaded:
             raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
     settings = _settings(own, options, _DEVICES.get(suffix, "ort:cpu"))
     lanes = max(1, -(-settings.concurrency // settings.sessions))
-    if not parse_device(settings.device).concurrent:
-        lanes = 1
     return Loaded(source.name, version, path, digest, signature, settings, options.max_batch or settings.batch, lanes)
 
 
@@ -225,13 +224,16 @@ def _settings(own: RuntimeSettings | None, options: Options, usual: str) -> Runt
     if found is None:
         found = RuntimeSettings(str(parse_device(options.device or usual)))
     instances = options.instances or found.sessions
-    threads = options.threads
-    if threads is None:
+    threads, kept = options.threads, dict(found.settings)
+    if threads is not None:
+        for key in _THREADS:  # by the runtime's own names they would win
+            kept.pop(key, None)
+    else:
         # Tuned threads were tuned for the tuned number of sessions.
         tuned = found.threads if instances == found.sessions else None
         threads = tuned or max(1, allowed_cores() // instances)
     concurrency = max(found.concurrency, 1) if instances == found.sessions else instances
-    return replace(found, sessions=instances, threads=threads, concurrency=max(concurrency, instances))
+    return replace(found, sessions=instances, threads=threads, concurrency=max(concurrency, instances), settings=kept)
 
 
 def batch_symbol(signature: Signature) -> str | None:
@@ -262,8 +264,3 @@ def signature_as_json(signature: Signature) -> dict[str, Any]:
         side: [(s.name, s.dtype, None if s.shape is None else list(s.shape)) for s in specs]
         for side, specs in (("inputs", signature.inputs), ("outputs", signature.outputs))
     }
-
-
-def device_of(loaded: Loaded) -> Device:
-    """Where it runs."""
-    return parse_device(loaded.settings.device)

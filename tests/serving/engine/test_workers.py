@@ -13,9 +13,10 @@ import pytest
 from onnx import helper
 
 from deploykit.errors import ArtifactError, DeploykitError, ModelError, WorkerError
+from deploykit.machine import allowed_cores
 from deploykit.runtimes import RuntimeSettings
 from deploykit.serving.engine import ServingEngine
-from deploykit.serving.loaded import Options, Source
+from deploykit.serving.loaded import Options, Source, load
 from deploykit.serving.requests import InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.specs import Signature
 
@@ -262,6 +263,30 @@ def test_openvino_serves_too(models, tmp_path):
             np.testing.assert_allclose(result.outputs["y"], 2 * (X + n))
 
     serve(tmp_path / "net.onnx", use, device="openvino:cpu", max_batch=4)
+
+
+def test_threads_that_are_asked_for_win_over_tuned_ones(models, tmp_path):
+    tuned = RuntimeSettings("ort:cpu", threads=4, settings={"intra_op_num_threads": 4})
+    models.artifact(tmp_path / "net", models.scaled, 3.0, settings=tuned)
+    source = Source.at(tmp_path / "net")
+    assert load(source, Options()).settings == tuned
+    asked = load(source, Options(threads=1)).settings
+    assert (asked.threads, asked.settings) == (1, {})
+    assert load(source, Options(instances=2)).settings.threads == max(1, allowed_cores() // 2)
+    assert load(source, Options(device="openvino:cpu")).settings.settings == {}
+
+
+def test_streams_that_a_tuner_found_each_have_a_request(models, tmp_path):
+    tuned = RuntimeSettings("openvino:cpu", threads=2, concurrency=2, settings={"NUM_STREAMS": 2})
+    models.artifact(tmp_path / "net", models.scaled, 3.0, settings=tuned)
+
+    async def use(engine):
+        assert engine.repository.get("net").loaded.lanes == 2
+        found = await asyncio.gather(*(engine.infer(InferRequest("net", {"x": X + n})) for n in range(40)))
+        for n, result in enumerate(found):
+            np.testing.assert_allclose(result.outputs["y"], 3 * (X + n))
+
+    serve(tmp_path / "net", use, threads=None)
 
 
 def test_a_changed_file_is_not_loaded(models, tmp_path):
