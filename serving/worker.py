@@ -2,13 +2,15 @@
 
 LANES is JSON: for each lane the descriptor of a socket, and those of the arenas of its slots, for inputs and outputs.
 The first line that comes in on the first lane says what to load; once it is loaded and warm, every lane answers
-requests in a thread of its own, one after another. When the other end of a socket is gone, the process ends.
+requests in a thread of its own, one after another. When the other end is gone, the process ends at once: nobody waits
+for what it computes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -43,6 +45,7 @@ def main(lanes_json: str) -> int:
     keep_freed_memory()
     os.dup2(2, 1)  # native libraries print to standard output
     lanes = [_Lane(*found) for found in json.loads(lanes_json)]
+    threading.Thread(target=lanes[0].end_with_it, daemon=True).start()
     job = lanes[0].receive()
     if job is None:
         return 0
@@ -80,6 +83,13 @@ class _Lane:
         except ConnectionError:
             return None
         return json.loads(line) if line.endswith(b"\n") else None
+
+    def end_with_it(self) -> None:
+        """Wait until the other end is gone, and end the process then, whatever it computes."""
+        watched = select.poll()
+        watched.register(self._socket.fileno(), 0)  # a hang-up is always told
+        watched.poll()
+        os._exit(0)
 
     def send(self, told: dict[str, Any]) -> None:
         """Tell something."""

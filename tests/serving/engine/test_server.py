@@ -195,6 +195,21 @@ def test_sigterm_waits_for_what_computes_and_a_second_signal_does_not(models, se
             time.sleep(0.01)
 
 
+def test_kill_9_of_the_server_leaves_no_worker_that_computes_on(models, server, tmp_path):
+    models.turning(tmp_path / "net.onnx")
+    at = server(tmp_path / "net.onnx", "--threads", "1")
+    (pid,) = at.workers()
+    connection = HTTPConnection("127.0.0.1", at.http, timeout=60)
+    connection.request("POST", "/v2/models/net/infer", turning(10**9))
+    while b'deploykit_in_flight{model="net",version="1"} 1.0' not in at.ask("GET", "/metrics", port=at.admin)[1]:
+        time.sleep(0.01)
+    at.signal(signal.SIGKILL)
+    at.wait()
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    connection.close()
+
+
 def test_kill_9_of_a_worker_is_a_503_for_those_in_flight_and_nothing_for_others(models, server, tmp_path):
     models.turning(tmp_path / "net.onnx")
     at = server(tmp_path / "net.onnx", "--threads", "1")
