@@ -21,22 +21,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
-from server_clients import Echo, Load, RawHttp, Server, Told, infer_request, machine, spread
+from server_clients import Load, RawHttp, Told, infer_request, ready_grpc, spread
+from server_faults import faults
+from server_process import SHAPE, SLOTS, Echo, Server, layers, machine, relu
 
 import deploykit
 from deploykit.artifact import Artifact
@@ -44,39 +40,7 @@ from deploykit.progress import TerminalProgress
 from deploykit.runtimes import open_session
 from deploykit.serving.memory import keep_freed_memory
 
-PARTS = ("latency", "throughput", "overload", "faults")
 LATENCY_MS, SHARE, FLAT = 1.0, 0.9, 0.05
-EVENTS = ("new version", "SIGHUP", "kill -9 of a worker", "SIGTERM")
-# Requests that a process is given beside those in the queue: one runs, and one lies ready.
-SLOTS = 2
-SHAPE = (1, 3, 224, 224)
-
-
-def save(path: Path, nodes: list[Any], inputs: Any, outputs: Any, constants: Any = ()) -> Path:
-    """A model file."""
-    graph = helper.make_graph(
-        nodes, "net", [helper.make_tensor_value_info(*i) for i in inputs],
-        [helper.make_tensor_value_info(*o) for o in outputs],
-        [numpy_helper.from_array(array, name) for name, array in constants],
-    )  # fmt: skip
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
-    return path
-
-
-def relu(path: Path) -> Path:
-    """x [1, 3, 224, 224] -> y, the next thing to identity that a runtime still computes."""
-    value = (TensorProto.FLOAT, SHAPE)
-    return save(path, [helper.make_node("Relu", ["x"], ["y"])], [("x", *value)], [("y", *value)])
-
-
-def layers(path: Path, depth: int = 20, width: int = 1024) -> Path:
-    """x [batch, width] -> y, some milliseconds of products."""
-    draw = np.random.default_rng(0)
-    weights = [draw.standard_normal((width, width)).astype(np.float32) / 32 for _ in range(2)]
-    names = ["x", *(f"t{i}" for i in range(depth - 1)), "y"]
-    nodes = [helper.make_node("MatMul", [names[i], f"w{i % 2}"], [names[i + 1]]) for i in range(depth)]
-    value = (TensorProto.FLOAT, ["batch", width])
-    return save(path, nodes, [("x", *value)], [("y", *value)], [(f"w{i}", w) for i, w in enumerate(weights)])
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------
@@ -177,25 +141,6 @@ def encode_http(module: Any, x: np.ndarray) -> None:
     module.InferenceServerClient.generate_request_body([given], outputs=[taken])
 
 
-def ready_grpc(port: int, x: np.ndarray) -> Callable[[], bytes]:
-    """A call of gRPC with a message that is made once and an answer that stays bytes."""
-    import grpc
-    from tritonclient.grpc import service_pb2
-
-    asked = service_pb2.ModelInferRequest(model_name="net", raw_input_contents=[x.tobytes()])
-    asked.inputs.add(name="x", datatype="FP32", shape=x.shape)
-    message = asked.SerializeToString()
-    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=unlimited)
-    method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-
-    def ask() -> bytes:
-        found: bytes = method(message)
-        return found
-
-    return ask
-
-
 # --- throughput -------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +237,8 @@ def overload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     statuses = {status: load.count(status) for status in sorted({t.status for t in load.answers})}
     late = spread(load.late_s, 1e3)
     print(f"answers: {statuses}; broken {len(load.broken)}, not connected {load.refused}")
+    for at, why in load.broken[:3]:
+        print(f"broken after {at:.1f} s: {why}")
     print(f"accepted: {len(accepted) / times[-1]:.0f} a second; p50 {took['p50']:.0f} ms, p99 {took['p99']:.0f} ms")
     print(f"{options.queue + SLOTS + 1} answers took p50 {bound['p50']:.0f} ms, p99 {bound['p99']:.0f} ms")
     print(f"the client was late by {late['p50']:.1f} ms, p99 {late['p99']:.1f} ms, which is in the times above")
@@ -317,141 +264,7 @@ def bounds(accepted: list[Told], before: int) -> list[float]:
     return [float(ends[n] - t.due_s) for n, t in zip(last, accepted, strict=True) if n < len(ends)]
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
-
-
-def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What is lost by a new version, SIGHUP, kill -9 of a worker, and SIGTERM, while clients ask."""
-    deploykit.export(layers(folder / "layers.onnx", depth=4), folder / "made")
-    shutil.copytree(folder / "made", folder / "net" / "1")
-    x = np.random.default_rng(0).standard_normal((1, 1024)).astype(np.float32)
-    request = infer_request("net", {"x": x})
-    marks: dict[str, float] = {}
-    with Server(folder / "net", "--threads", "1", "--instances", "2", log=folder / "faults.log") as server:
-        over_grpc = [GrpcClient(server.grpc, x) for _ in range(2)]
-        load = Load(server.http, request)
-
-        def events() -> Iterator[None]:
-            yield from idle(load, 50)
-            marks["new version"] = time.perf_counter()
-            shutil.copytree(folder / "made", folder / "copy")
-            (folder / "copy").rename(folder / "net" / "2")
-            while b'"model_version":"2"' not in load.answers[-1].body:
-                yield
-            yield from idle(load, 50)
-            marks["SIGHUP"] = time.perf_counter()
-            deploykit.export(layers(folder / "other.onnx", depth=3), folder / "next")
-            before = server.workers()
-            (folder / "net" / "2").rename(folder / "old")
-            (folder / "next").rename(folder / "net" / "2")
-            server.process.send_signal(signal.SIGHUP)
-            while len(now := server.workers()) != 2 or set(now) & set(before):
-                yield
-            yield from idle(load, 50)
-            marks["kill -9 of a worker"] = time.perf_counter()
-            victim = now[0]
-            os.kill(victim, signal.SIGKILL)
-            while len(now := server.workers()) != 2 or victim in now or server.metrics()["deploykit_workers"] != 2:
-                yield
-            yield from idle(load, 50)
-            marks["SIGTERM"] = time.perf_counter()
-            server.process.send_signal(signal.SIGTERM)
-            while True:
-                yield
-
-        steps = events()
-        started = time.perf_counter()
-        load.closed(options.clients, options.patience, tick=lambda now: next(steps))
-        ended = server.process.wait(options.patience)
-        for client in over_grpc:
-            client.end()
-    return judge(load, over_grpc, {name: at - started for name, at in marks.items()}, started, ended)
-
-
-def idle(load: Load, count: int) -> Iterator[None]:
-    """Wait for some answers."""
-    wanted = len(load.answers) + count
-    while len(load.answers) < wanted:
-        yield
-
-
-class GrpcClient:
-    """Asks without a pause over gRPC, in a thread, until the server is gone; `codes` holds when and what it was told.
-
-    Args:
-        port: Of the server.
-        x: What it sends.
-    """
-
-    def __init__(self, port: int, x: np.ndarray) -> None:
-        self.codes: list[tuple[float, str, str]] = []
-        self._ask = ready_grpc(port, x)
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        import grpc
-
-        while not self._ended:
-            try:
-                self._ask()
-                self.codes.append((time.perf_counter(), "OK", ""))
-            except grpc.RpcError as exc:
-                self.codes.append((time.perf_counter(), exc.code().name, exc.details()))
-                time.sleep(0.01)
-
-    def end(self) -> None:
-        """Ask no more."""
-        self._ended = True
-        self._thread.join()
-
-
-def judge(
-    load: Load, over_grpc: list[GrpcClient], marks: dict[str, float], started: float, code: int
-) -> dict[str, Any]:
-    """Print what was told after each event, and say whether anything is lost."""
-    names = ["", *marks]
-    begins = np.array([0.0, *marks.values()])
-
-    def phase(at: float) -> str:
-        return names[int(np.searchsorted(begins, at, "right")) - 1]
-
-    found: dict[str, dict[str, int]] = {name: {} for name in names}
-
-    def count(at: float, what: str) -> None:
-        here = found[phase(at)]
-        here[what] = here.get(what, 0) + 1
-
-    for told in load.answers:
-        clean = told.status == 503 and b"died" in told.body
-        count(told.due_s + told.took_s, "HTTP 503, its worker died" if clean else f"HTTP {told.status}")
-    for at, _ in load.broken:
-        count(at, "HTTP LOST")
-    for client in over_grpc:
-        for at, status, text in client.codes:
-            count(at - started, f"gRPC {_told(status, text)}")
-    for name, counts in found.items():
-        print(f"{name or 'before':20} {', '.join(f'{what}: {n}' for what, n in sorted(counts.items()))}")
-    print(f"exit code {code}; {load.refused} HTTP clients were not let in any more")
-    harmless = {"HTTP 200", "gRPC OK"}
-    allowed = {
-        "kill -9 of a worker": harmless | {"HTTP 503, its worker died", "gRPC UNAVAILABLE, its worker died"},
-        "SIGTERM": harmless | {"gRPC UNAVAILABLE, not accepted"},
-    }
-    met = {f"{name}: nothing accepted is lost": set(found[name]) <= allowed.get(name, harmless) for name in names[1:]}
-    died = sum(n for what, n in found["kill -9 of a worker"].items() if "its worker died" in what)
-    met[f"only those in flight on the killed worker, {SLOTS} at most, are told that it died"] = died <= SLOTS
-    met["all events came, and the server ended with 0"] = len(marks) == len(EVENTS) and code == 0
-    return {"found": found, "code": code, "met": met}
-
-
-def _told(status: str, text: str) -> str:
-    if status == "UNAVAILABLE" and "died" in text:
-        return "UNAVAILABLE, its worker died"
-    if status == "UNAVAILABLE" and any(word in text for word in ("GOAWAY", "refused", "is ending", "being stopped")):
-        return "UNAVAILABLE, not accepted"
-    return status if status == "OK" else f"{status}, LOST: {text[:200]}"
+PARTS = {"latency": latency, "throughput": throughput, "overload": overload, "faults": faults}
 
 
 def main() -> int:
@@ -482,7 +295,7 @@ def main() -> int:
         here = machine()
         print(f"\n{part}: {here['cpu']}, {here['cores']} cores, load {here['load']}")
         with tempfile.TemporaryDirectory(prefix="server-") as scratch:
-            figures[part] = {"machine": here, **globals()[part](options, Path(scratch))}
+            figures[part] = {"machine": here, **PARTS[part](options, Path(scratch))}
         for goal, met in figures[part]["met"].items():
             print(f"{'met' if met else 'NOT MET':8} {goal}")
     if options.json:

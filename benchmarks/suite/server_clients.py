@@ -1,29 +1,23 @@
-"""What `server.py` measures with: a server as a process, and clients that cost little beside it."""
+"""What `server.py` measures with: clients that cost little beside a server."""
 
 from __future__ import annotations
 
 import heapq
 import json
-import os
 import re
 import select
-import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import deploykit
-
 _KINDS = {"float32": "FP32", "int64": "INT64"}
-_READ_BYTES = 2**20
+READ_BYTES = 2**20
 _POLL_S = 0.05
+_AT_ONCE = 16
 
 
 def infer_request(name: str, inputs: Mapping[str, np.ndarray]) -> bytes:
@@ -46,159 +40,8 @@ def infer_request(name: str, inputs: Mapping[str, np.ndarray]) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
-class Server:
-    """`deploykit serve` in a process of its own, on ports that are free.
-
-    Args:
-        args: Models and options.
-        log: Where it writes what it says.
-    """
-
-    def __init__(self, *args: str | Path, log: Path) -> None:
-        home = str(Path(deploykit.__file__).resolve().parent.parent)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
-        self.log = log
-        ports = ["--http-port", "0", "--grpc-port", "0", "--admin-port", "0"]
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploykit", "serve", *map(str, args), *ports],
-                stdout=subprocess.PIPE, stderr=stream, env=env, text=True,
-            )  # fmt: skip
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line.startswith("ready: "):
-            raise SystemExit(f"the server did not start:\n{log.read_text()}")
-        self.http, self.grpc, self.admin = (int(port) for port in re.findall(r":(\d+)", line))
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                for pid in [*self.workers(), self.process.pid]:
-                    os.kill(pid, signal.SIGKILL)
-                self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-    def pids(self) -> list[int]:
-        """The process and its children."""
-        try:
-            files = list(Path(f"/proc/{self.process.pid}/task").glob("*/children"))
-            return [self.process.pid, *(int(pid) for file in files for pid in file.read_text().split())]
-        except OSError:
-            return []
-
-    def workers(self) -> list[int]:
-        """The processes that hold models."""
-        return [p for p in self.pids() if b"deploykit.serving.worker" in _read(f"/proc/{p}/cmdline")]
-
-    def memory(self) -> int:
-        """Bytes that the process and its children have, what they share counted once."""
-        total = 0
-        for pid in self.pids():
-            found = re.search(rb"^Pss: +(\d+) kB", _read(f"/proc/{pid}/smaps_rollup"), re.MULTILINE)
-            total += int(found[1]) * 1024 if found else 0
-        return total
-
-    def metrics(self) -> dict[str, float]:
-        """Sums over labels of what the admin port tells."""
-        with socket.create_connection(("127.0.0.1", self.admin)) as link:
-            link.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            text = b"".join(iter(lambda: link.recv(_READ_BYTES), b"")).decode()
-        found: dict[str, float] = {}
-        for name, value in re.findall(r"^(\w+)(?:\{[^}]*\})? ([\d.e+-]+)\r?$", text, re.MULTILINE):
-            found[name] = found.get(name, 0.0) + float(value)
-        return found
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError:
-        return b""
-
-
-class Echo:
-    """A process that reads so many bytes and writes so many, for ever: what the way alone costs.
-
-    Args:
-        taken: Bytes of a request; over gRPC it may have any number.
-        given: Bytes of an answer.
-        grpc: Over gRPC, which answers the protocol's method for inference with them; else over a plain connection.
-    """
-
-    _GRPC = """
-import asyncio, sys
-import grpc, grpc.aio, uvloop
-given = bytes(int(sys.argv[2]))
-async def answer(data, context):
-    return given
-async def main():
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
-    method = {"ModelInfer": grpc.unary_unary_rpc_method_handler(answer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", method),))
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
-    await server.start()
-    await server.wait_for_termination()
-from deploykit.serving.memory import keep_freed_memory
-keep_freed_memory()
-uvloop.run(main())
-"""
-
-    _CODE = """
-import socket, sys
-taken, given = int(sys.argv[1]), bytes(int(sys.argv[2]))
-with socket.create_server(("127.0.0.1", 0)) as server:
-    print(server.getsockname()[1], flush=True)
-    link, _ = server.accept()
-link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-room = bytearray(taken)
-while True:
-    at = 0
-    while at < taken:
-        got = link.recv_into(memoryview(room)[at:])
-        if not got:
-            sys.exit()
-        at += got
-    link.sendall(given)
-"""
-
-    def __init__(self, taken: int, given: int, *, grpc: bool = False) -> None:
-        code = self._GRPC if grpc else self._CODE
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(taken), str(given)], stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline())
-        self._given = given
-
-    def link(self) -> Callable[[bytes], None]:
-        """What sends and waits for the answer, on a connection of its own."""
-        link = _connect(self.port)
-        room = memoryview(bytearray(self._given))
-
-        def ask(request: bytes) -> None:
-            link.sendall(request)
-            at = 0
-            while at < self._given:
-                at += link.recv_into(room[at:])
-
-        return ask
-
-    def end(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-def _connect(port: int) -> socket.socket:
+def connect(port: int) -> socket.socket:
+    """A connection that sends at once what it is given."""
     link = socket.create_connection(("127.0.0.1", port))
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return link
@@ -213,7 +56,7 @@ class RawHttp:
     """
 
     def __init__(self, port: int, nbytes: int = 2**21) -> None:
-        self._link = _connect(port)
+        self._link = connect(port)
         self._room = memoryview(bytearray(nbytes))
 
     def ask(self, request: bytes) -> memoryview:
@@ -243,6 +86,57 @@ class RawHttp:
 def _length(head: bytes) -> int:
     found = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
     return int(found[1]) if found else 0
+
+
+def ready_grpc(port: int, x: np.ndarray) -> Callable[[], bytes]:
+    """A call of gRPC with a message that is made once and an answer that stays bytes."""
+    import grpc
+    from tritonclient.grpc import service_pb2
+
+    asked = service_pb2.ModelInferRequest(model_name="net", raw_input_contents=[x.tobytes()])
+    asked.inputs.add(name="x", datatype="FP32", shape=x.shape)
+    message = asked.SerializeToString()
+    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=unlimited)
+    method = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+    def ask() -> bytes:
+        found: bytes = method(message)
+        return found
+
+    return ask
+
+
+class GrpcClient:
+    """Asks without a pause over gRPC, in a thread, until the server is gone; `codes` holds when and what it was told.
+
+    Args:
+        port: Of the server.
+        x: What it sends.
+    """
+
+    def __init__(self, port: int, x: np.ndarray) -> None:
+        self.codes: list[tuple[float, str, str]] = []
+        self._ask = ready_grpc(port, x)
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        import grpc
+
+        while not self._ended:
+            try:
+                self._ask()
+                self.codes.append((time.perf_counter(), "OK", ""))
+            except grpc.RpcError as exc:
+                self.codes.append((time.perf_counter(), exc.code().name, exc.details()))
+                time.sleep(0.01)
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._ended = True
+        self._thread.join()
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +195,10 @@ class Load:
         due = list(times)
         heapq.heapify(due)
         while due or self._busy:
-            while due and due[0] <= self._now():
+            # Not all at once after a pause: what was answered meanwhile leaves connections free.
+            for _ in range(_AT_ONCE):
+                if not due or due[0] > self._now():
+                    break
                 at = heapq.heappop(due)
                 self.late_s.append(self._now() - at)
                 self._open(at)
@@ -334,7 +231,7 @@ class Load:
             self._send(self._idle.pop(), due)
             return
         try:
-            made = _connect(self.port)
+            made = connect(self.port)
         except OSError:
             self.refused += 1
             return
@@ -372,7 +269,7 @@ class Load:
 
     def _take(self, link: _Link, *, again: bool) -> None:
         try:
-            data = link.socket.recv(_READ_BYTES)
+            data = link.socket.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError as exc:
@@ -425,11 +322,3 @@ def spread(values: Sequence[float] | np.ndarray, scale: float = 1.0) -> dict[str
     """Quantiles, as they are printed."""
     found = np.asarray(values, float) * scale
     return {f"p{q:g}": float(np.percentile(found, q)) for q in (10, 50, 90, 99)} if found.size else {}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures are of: the machine, and how busy it is with other things."""
-    from deploykit.machine import inspect_machine
-
-    found = inspect_machine()
-    return {"cpu": found.cpu, "cores": found.cores_allowed, "load": round(os.getloadavg()[0], 2)}

@@ -107,7 +107,7 @@ def test_the_bound_of_a_queue_counts_answers(suite: Callable[[str], Any]) -> Non
     [(503, b"the process that computed the request died", True), (500, b"internal error", False)],
 )
 def test_a_fault_that_loses_something_is_told(suite: Callable[[str], Any], status: int, text: bytes, met: bool) -> None:
-    server, clients = suite("server"), suite("server_clients")
+    server, clients = suite("server_faults"), suite("server_clients")
     load = clients.Load(0, b"")
     load.answers += [clients.Told(at, 0.1, 200, b"") for at in (0.5, 1.5, 2.5, 3.5, 4.5)]
     load.answers.append(clients.Told(3.2, 0.1, status, text))
