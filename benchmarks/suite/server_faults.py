@@ -18,6 +18,8 @@ from server_process import SLOTS, Server, layers
 import deploykit
 
 EVENTS = ("new version", "SIGHUP", "kill -9 of a worker", "SIGTERM")
+NOT_ACCEPTED = "UNAVAILABLE, not accepted"
+AGAIN = "failed, asked again after it was not accepted"
 
 
 def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -97,15 +99,21 @@ def judge(
     for at, _ in load.broken:
         count(at, "HTTP LOST")
     for client in over_grpc:
+        refused = False
         for at, status, text in client.codes:
-            count(at - started, f"gRPC {_told(status, text)}")
+            what = _told(status, text)
+            if refused and "LOST" in what:
+                # gRPC cancels what it has read and not handed over when the port closes; this client had been told.
+                what = AGAIN
+            refused = refused or what == NOT_ACCEPTED
+            count(at - started, f"gRPC {what}")
     for name, counts in found.items():
         print(f"{name or 'before':20} {', '.join(f'{what}: {n}' for what, n in sorted(counts.items()))}")
     print(f"exit code {code}; {load.refused} HTTP clients were not let in any more")
     harmless = {"HTTP 200", "gRPC OK"}
     allowed = {
         "kill -9 of a worker": harmless | {"HTTP 503, its worker died", "gRPC UNAVAILABLE, its worker died"},
-        "SIGTERM": harmless | {"gRPC UNAVAILABLE, not accepted"},
+        "SIGTERM": harmless | {f"gRPC {NOT_ACCEPTED}", f"gRPC {AGAIN}"},
     }
     met = {f"{name}: nothing accepted is lost": set(found[name]) <= allowed.get(name, harmless) for name in names[1:]}
     died = sum(n for what, n in found["kill -9 of a worker"].items() if "its worker died" in what)
@@ -118,5 +126,5 @@ def _told(status: str, text: str) -> str:
     if status == "UNAVAILABLE" and "died" in text:
         return "UNAVAILABLE, its worker died"
     if status == "UNAVAILABLE" and any(word in text for word in ("GOAWAY", "refused", "is ending", "being stopped")):
-        return "UNAVAILABLE, not accepted"
+        return NOT_ACCEPTED
     return status if status == "OK" else f"{status}, LOST: {text[:200]}"

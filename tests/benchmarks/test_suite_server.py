@@ -116,3 +116,19 @@ def test_a_fault_that_loses_something_is_told(suite: Callable[[str], Any], statu
     assert all(found["met"].values()) is met
     load.broken.append((4.2, "closed after 0 bytes of the answer"))
     assert not server.judge(load, [], marks, 0.0, 0)["met"]["SIGTERM: nothing accepted is lost"]
+
+
+def test_a_client_of_grpc_is_told_once_that_the_server_ends(suite: Callable[[str], Any]) -> None:
+    faults, clients = suite("server_faults"), suite("server_clients")
+    marks = {name: float(at) for at, name in enumerate(faults.EVENTS, 1)}
+
+    def lost(*codes: tuple[float, str, str]) -> bool:
+        client = object.__new__(clients.GrpcClient)
+        client.codes = list(codes)
+        met: dict[str, bool] = faults.judge(clients.Load(0, b""), [client], marks, 0.0, 0)["met"]
+        return not met["SIGTERM: nothing accepted is lost"]
+
+    ending = (4.2, "UNAVAILABLE", "the server is ending; ask another one")
+    assert not lost((4.1, "OK", ""), ending, (4.3, "CANCELLED", "CANCELLED"))
+    assert lost((4.1, "CANCELLED", "CANCELLED"), ending)
+    assert lost((4.1, "UNAVAILABLE", "Socket closed"))
