@@ -244,7 +244,8 @@ def overload(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(f"{options.queue + SLOTS + 1} answers took p50 {bound['p50']:.0f} ms, p99 {bound['p99']:.0f} ms")
     print(f"the client was late by {late['p50']:.1f} ms, p99 {late['p99']:.1f} ms, which is in the times above")
     first, most = np.median(memory[:fifth]) / 2**20, memory.max() / 2**20
-    print(f"memory after {settled:.0f} s: {first:.1f} MB in the first fifth, {growth:+.1%} in the last, peak {most:.1f} MB")
+    told = f"{first:.1f} MB in the first fifth, {growth:+.1%} in the last, at most {most:.1f} MB"
+    print(f"memory after {settled:.0f} s: {told}")
     met = {
         "every request is answered, or refused with 429 or 503":
             len(load.answers) == len(times) and set(statuses) <= {200, 429, 503},
