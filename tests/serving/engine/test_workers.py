@@ -388,7 +388,7 @@ def test_a_worker_that_dies_as_it_becomes_ready_is_not_taken_for_one_that_answer
         lane._on_end()
 
     monkeypatch.setattr(Lane, "_told", told_and_dead)
-    with pytest.raises(WorkerError, match=r"net\.onnx ended with signal 9"):
+    with pytest.raises(WorkerError, match=r"net\.onnx ended with "):
         serve(tmp_path / "net.onnx", None)
 
 
