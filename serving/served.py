@@ -261,7 +261,10 @@ class Served:
         check_outputs(self.signature, request.outputs)
 
     def _expire(self, entry: Waiting) -> None:
-        where = "waited" if self._batcher.discard(entry) else "ran"
+        where = "ran"
+        if self._batcher.discard(entry):
+            where = "waited"
+            self._metrics.queue.observe(time.monotonic() - entry.arrived)  # the longest waits are not to be left out
         _fail(entry, DeadlineExceeded(f"the request's time ran out while it {where}"))
 
     def _pump(self) -> None:

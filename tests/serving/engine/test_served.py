@@ -156,10 +156,11 @@ def test_a_request_whose_time_runs_out_while_it_waits_never_runs(fake):
     async def run():
         made = await fake()
         running = [ask(made.served, n) for n in range(2)]
-        late = ask(made.served, 2, deadline=time.monotonic() + 0.01)
+        late = ask(made.served, 2, deadline=time.monotonic() + 0.5)
         after = ask(made.served, 3)
         with pytest.raises(DeadlineExceeded, match="while it waited"):
             await late
+        assert made.served._metrics.queue.state()[0][-1] == ("+Inf", 1)
         asked = []
         while made.lane.sent:
             asked += [float(part[0, 0]) for part in made.lane.answer()]
