@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.artifact import Artifact, sha256_of
+from deploykit.artifact import Artifact
 from deploykit.data import ValueRange, generate
 from deploykit.errors import ArtifactError, DataError, DeploykitError, InferenceError, ModelError, first_line
 from deploykit.runtimes import RuntimeSettings, Session, open_session
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
-from deploykit.serving.loaded import batch_symbol, signature_as_json
+from deploykit.serving.loaded import batch_symbol, digest_of, signature_as_json
 from deploykit.serving.memory import keep_freed_memory
 from deploykit.specs import Array, Feeds, Signature, fit_feeds
 
@@ -143,7 +143,7 @@ def _load(job: dict[str, Any], lanes: int) -> tuple[Session, dict[str, Any]]:
     else:
         if not path.is_file():
             raise ModelError(f"{path} does not exist any more")
-        digest = sha256_of(path)
+        digest = digest_of(path)
     if digest != job["digest"]:
         raise ArtifactError(f"{path} has changed since it was looked at", hint="send the server SIGHUP")
     settings = RuntimeSettings.from_dict(job["settings"])

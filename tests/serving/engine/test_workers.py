@@ -17,7 +17,7 @@ from deploykit.errors import ArtifactError, DeploykitError, ModelError, WorkerEr
 from deploykit.machine import allowed_cores
 from deploykit.runtimes import RuntimeSettings
 from deploykit.serving.engine import ServingEngine
-from deploykit.serving.loaded import Options, Source, load
+from deploykit.serving.loaded import Options, Source, load, state_now
 from deploykit.serving.requests import InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.serving.workers import Lane, Worker
 from deploykit.specs import Signature
@@ -338,6 +338,21 @@ def test_a_refused_input_never_reaches_a_worker(models, tmp_path):
         assert 'deploykit_workers{model="net",version="1"} 1.0' in text
 
     serve(tmp_path / "net.onnx", use)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("net.xml", "net.bin"), ("a.onnx", "a.onnx.data"), ("a.onnx", "a.onnx_data")]
+)
+def test_other_weights_make_another_model(tmp_path, name, weights):
+    (tmp_path / name).write_bytes(b"graph")
+    source, seen = Source.at(tmp_path / name), set()
+    for data in (None, b"1", b"2"):
+        if data:
+            (tmp_path / weights).write_bytes(data)
+        found = load(source, Options()).digest
+        assert state_now(source).digest == found
+        seen.add(found)
+    assert len(seen) == 3
 
 
 def test_what_can_be_served_and_what_it_is_called(models, tmp_path, monkeypatch):
