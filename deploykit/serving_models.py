@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,10 @@ def serve(
         raise DeploykitError(f"{len(names)} names for {len(models)} models", expected="a name for each, or none")
     if repository_api and admin_port is None:
         raise DeploykitError("repository control is for the admin port only", hint="add --admin-port")
+    if repository_api and not _is_local(host) and token_file is None and client_ca is None:
+        raise DeploykitError(
+            f"whoever reaches {host} could load and unload models", hint="add --token-file or --client-ca"
+        )
     given = [None if path is None else str(path) for path in (tls_cert, tls_key, client_ca)]
     check_tls(*given)
     called: list[str | None] = list(names) or [None] * len(models)
@@ -95,6 +100,13 @@ def serve(
         cert=given[0], key=given[1], client_ca=given[2], repository_api=repository_api,
     )  # fmt: skip
     return run(sources, options, places, on_ready or (lambda bound: None))
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_tokens(file: str | Path) -> tuple[str, ...]:

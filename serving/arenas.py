@@ -22,6 +22,8 @@ from deploykit.specs import Array
 # Where a tensor may begin: what vector instructions and caches like.
 _ALIGN = 64
 _FIRST_BYTES = 2**16
+# What an arena keeps from one request to the next.
+_KEPT_BYTES = 2**26
 
 
 class ArenaFull(Exception):
@@ -62,6 +64,7 @@ class Arena:
         self._limit = limit
         self._map: mmap.mmap | None = None
         self._size = 0
+        self._used = 0
 
     @classmethod
     def create(cls, limit: int) -> Arena:
@@ -81,6 +84,7 @@ class Arena:
         Raises:
             ArenaFull: It would be larger than it may be.
         """
+        self._used = max(self._used, nbytes)
         if nbytes <= self._size:
             return
         if nbytes > self._limit:
@@ -95,6 +99,7 @@ class Arena:
         Raises:
             ArenaFull: The other side made it larger than it may be, or says so.
         """
+        self._used = max(self._used, nbytes)
         if nbytes <= self._size:
             return
         size = os.fstat(self.descriptor).st_size
@@ -112,6 +117,15 @@ class Arena:
         if self._map is None or offset < 0 or offset + dtype.itemsize * math.prod(shape) > self._size:
             raise ArenaFull(f"a tensor of shape {tuple(shape)} at {offset} of {self._size} bytes")
         return np.ndarray(tuple(shape), dtype, self._map, offset)
+
+    def trim(self) -> None:
+        """Give the system back what an unusually large request took: its bytes are 0 then, for both sides."""
+        if min(self._used, self._size) > _KEPT_BYTES and self._map is not None and hasattr(mmap, "MADV_REMOVE"):
+            self._map.madvise(mmap.MADV_REMOVE, _KEPT_BYTES, self._size - _KEPT_BYTES)
+        self._used = 0
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give up the memory, as soon as no array looks at it."""

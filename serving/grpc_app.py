@@ -23,6 +23,7 @@ from deploykit.serving.front import (
     server_metadata,
 )
 from deploykit.serving.grpc_messages import HEALTH, RAW_INPUTS, RAW_OUTPUTS, SERVICE, join_raw, messages, split_raw
+from deploykit.serving.http_body import Room
 from deploykit.serving.requests import (
     Engine,
     InferRequest,
@@ -180,6 +181,7 @@ class _Service:
         self._limits = limits
         self._repository = repository
         self._refused = refused
+        self._room = Room(limits.held_bytes)
         self._made = messages()
 
     def _answer(self, kind: str, /, **fields: Any) -> bytes:
@@ -233,8 +235,13 @@ class _Service:
             raise Refused("this server was not started with the repository methods")
 
     async def infer(self, data: bytes, context: Any) -> bytes:
+        with self._room.hold() as take:
+            return await self._infer(data, context, take)
+
+    async def _infer(self, data: bytes, context: Any, take: Callable[[int], None]) -> bytes:
         known = ""
         try:
+            take(len(data))
             rest, raw = split_raw(data, RAW_INPUTS)
             asked = _parse("ModelInferRequest", rest)
             version = asked.model_version or None
@@ -300,7 +307,7 @@ def _inputs(said: Any, raw: list[memoryview], limits: Limits) -> dict[str, Array
             raise InvalidRequest(f"input {shown(name)} is there twice" if name else f"input {index} has no name")
         refuse_extensions(name, _parameters(item.parameters, limits))
         datatype = check_datatype(name, item.datatype)
-        shape, count = check_shape(name, tuple(item.shape), limits)
+        shape, count = check_shape(name, tuple(item.shape), limits, datatype)
         if raw:
             if item.HasField("contents") and item.contents.ByteSize():
                 raise InvalidRequest(f"{shown(name)} has contents beside raw_input_contents")

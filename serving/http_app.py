@@ -26,7 +26,7 @@ from deploykit.serving.front import (
     refuse_load_parameters,
     server_metadata,
 )
-from deploykit.serving.http_body import Disconnected, Slow, read_body, whole_number
+from deploykit.serving.http_body import Disconnected, Room, Slow, read_body, whole_number
 from deploykit.serving.openapi import document
 from deploykit.serving.requests import Engine, InferRequest, InferResult, InvalidRequest, Refused, RequestError
 from deploykit.serving.v2_json import parse_object, parse_request, read_parameters, write_response
@@ -168,8 +168,13 @@ class _Infer:
         self._engine = engine
         self._limits = limits
         self._refused = refused
+        self._room = Room(limits.held_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._room.hold() as take:
+            await self._answer(scope, receive, send, take)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
         name = scope["path_params"]["name"]
         version = scope["path_params"].get("version")
         known = ""
@@ -182,7 +187,7 @@ class _Infer:
             length = None if said is None else whole_number("Inference-Header-Content-Length", said)
             if length is not None and length > limits.body_bytes:
                 raise _header_too_long(length)
-            body = await read_body(headers, receive, limits, length or 0)
+            body = await read_body(headers, receive, limits, length or 0, take)
             if length is not None and length > len(body):
                 raise _header_too_long(length)
             request, wanted = parse_request(body, length, model=name, version=version, limits=limits)

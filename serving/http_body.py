@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from deploykit.serving.requests import InvalidRequest, TooLarge
+from deploykit.serving.requests import Busy, InvalidRequest, TooLarge
 from deploykit.serving.v2_types import Limits, shown
 
 Message = MutableMapping[str, Any]
@@ -29,6 +30,43 @@ class Slow(Exception):
     """The client took longer than a body may take."""
 
 
+class Room:
+    """How many bytes all bodies may take that are there at once.
+
+    Args:
+        limit: Bytes; a body that is the only one may take more.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Room for one body, to be told of each part that arrives, before it is kept.
+
+        Yields:
+            Takes the size of a part; it raises `Busy` where there is no room.
+        """
+        own = 0
+
+        def take(size: int) -> None:
+            nonlocal own
+            if self._held > own and self._held + size > self._limit:
+                raise Busy("the bodies of other requests take all the room there is", hint="send it again later")
+            own += size
+            self._held += size
+
+        try:
+            yield take
+        finally:
+            self._held -= own
+
+
+def _any_size(size: int) -> None:
+    """Room without an end."""
+
+
 def whole_number(name: str, value: bytes) -> int:
     """The value of a header that counts bytes.
 
@@ -41,7 +79,11 @@ def whole_number(name: str, value: bytes) -> int:
 
 
 async def read_body(
-    headers: dict[bytes, bytes], receive: Receive, limits: Limits, header_length: int = 0
+    headers: dict[bytes, bytes],
+    receive: Receive,
+    limits: Limits,
+    header_length: int = 0,
+    take: Callable[[int], None] = _any_size,
 ) -> memoryview:
     """All of a body, inflated.
 
@@ -50,8 +92,10 @@ async def read_body(
         receive: ASGI's.
         limits: Of the model.
         header_length: Where binary data begin, so that they can be laid where arrays like to lie.
+        take: Of `Room.hold`.
 
     Raises:
+        Busy: There is no room.
         TooLarge: It is over a limit, as sent or as inflated.
         InvalidRequest: Its encoding is unknown, or is not what it says.
         Slow: It did not arrive in time.
@@ -69,10 +113,10 @@ async def read_body(
     try:
         async with asyncio.timeout(limits.body_s):
             if encoding != b"identity":
-                return await _inflated(receive, _ENCODINGS[encoding], limits)
+                return await _inflated(receive, _ENCODINGS[encoding], limits, take)
             if size is None:
-                return await _counted(receive, limits)
-            return await _placed(receive, size, header_length, limits)
+                return await _counted(receive, limits, take)
+            return await _placed(receive, size, header_length, take)
     except TimeoutError:
         raise Slow from None
 
@@ -88,9 +132,10 @@ async def _chunks(receive: Receive) -> tuple[bytes, bool]:
     return message.get("body", b""), bool(message.get("more_body", False))
 
 
-async def _placed(receive: Receive, size: int, header_length: int, limits: Limits) -> memoryview:
+async def _placed(receive: Receive, size: int, header_length: int, take: Callable[[int], None]) -> memoryview:
     """A body of known size, each part copied once, to its place."""
     chunk, more = await _chunks(receive)
+    take(len(chunk))
     if not more:
         return memoryview(chunk)
     start = -header_length % _ALIGN
@@ -108,9 +153,10 @@ async def _placed(receive: Receive, size: int, header_length: int, limits: Limit
         if not more:
             return view[:at]
         chunk, more = await _chunks(receive)
+        take(len(chunk))
 
 
-async def _counted(receive: Receive, limits: Limits) -> memoryview:
+async def _counted(receive: Receive, limits: Limits, take: Callable[[int], None]) -> memoryview:
     """A chunked body."""
     parts: list[bytes] = []
     total = 0
@@ -120,11 +166,12 @@ async def _counted(receive: Receive, limits: Limits) -> memoryview:
         total += len(chunk)
         if total > limits.body_bytes:
             raise _too_large(limits)
+        take(len(chunk))
         parts.append(chunk)
     return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
 
 
-async def _inflated(receive: Receive, window: int, limits: Limits) -> memoryview:
+async def _inflated(receive: Receive, window: int, limits: Limits, take: Callable[[int], None]) -> memoryview:
     inflater = zlib.decompressobj(window)
     out = bytearray()
     sent = 0
@@ -136,9 +183,11 @@ async def _inflated(receive: Receive, window: int, limits: Limits) -> memoryview
             raise _too_large(limits)
         while chunk:
             try:
-                out += inflater.decompress(chunk, _STEP)
+                part = inflater.decompress(chunk, _STEP)
             except zlib.error:
                 raise InvalidRequest("the body is not compressed as Content-Encoding says") from None
+            take(len(part))
+            out += part
             if len(out) > limits.body_bytes:
                 raise _too_large(limits)
             if len(out) > _STEP and len(out) > sent * limits.inflate_ratio:

@@ -59,6 +59,7 @@ def guarded_protocol(limits: Limits) -> type[Any]:
             super().__init__(*args, **kwargs)
             self._timer: Any = None
             self._unread: Any = None
+            self._trail: Any = None
             self._in_head = False
             self._awaits_head = True
             self._head_bytes = 0
@@ -71,6 +72,7 @@ def guarded_protocol(limits: Limits) -> type[Any]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._end_head()
             self._end_unread()
+            self._end_trail()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -96,11 +98,14 @@ def guarded_protocol(limits: Limits) -> type[Any]:
 
         def on_message_complete(self) -> None:
             self._awaits_head = True
+            self._end_trail()
             super().on_message_complete()
 
         def on_body(self, body: bytes) -> None:
             if self.cycle.response_complete:
                 self._lingering += len(body)
+                if self._trail is None:
+                    self._trail = self.loop.call_later(limits.body_s, self.transport.close)
                 if self._lingering > _LINGER_BYTES:
                     self.transport.close()
                 return
@@ -124,6 +129,11 @@ def guarded_protocol(limits: Limits) -> type[Any]:
             if self._unread is not None:
                 self._unread.cancel()
                 self._unread = None
+
+        def _end_trail(self) -> None:
+            if self._trail is not None:
+                self._trail.cancel()
+                self._trail = None
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, msg.encode())

@@ -49,10 +49,22 @@ def run(sources: Sequence[Source], options: Options, places: Places, on_ready: C
         return await _Life(sources, options, places, on_ready).live()
 
     keep_freed_memory()
+    _allow_descriptors()
     if available("uvloop"):
         found: int = require("uvloop").run(all_of_it())
         return found
     return asyncio.run(all_of_it())
+
+
+def _allow_descriptors() -> None:
+    """Have as many connections and workers as the system allows; the usual 1024 descriptors are soon taken."""
+    try:
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, OSError, ValueError):  # another system, or one that says no
+        log.debug("the limit of open files stays as it is")
 
 
 class _Life:

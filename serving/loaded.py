@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Loaded:
         name: What clients call it.
         version: A whole number.
         path: The artifact's directory or the model's file.
-        digest: sha256 of the artifact's manifest, which holds those of all other files, or of the model's file.
+        digest: sha256 of the artifact's manifest, which holds those of all other files, or `digest_of` a bare file.
         signature: The artifact's; None of a bare file, which only a worker parses.
         settings: How it is opened.
         max_batch: Most rows that are joined, if its signature allows that.
@@ -168,12 +169,28 @@ def load(source: Source, options: Options) -> Loaded:
     else:
         own, signature, suffix = None, None, path.suffix
         try:
-            digest = sha256_of(path)
+            digest = digest_of(path)
         except OSError as exc:
             raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc
     settings = _settings(own, options, _DEVICES.get(suffix, "ort:cpu"))
     lanes = max(1, -(-settings.concurrency // settings.sessions))
     return Loaded(source.name, version, path, digest, signature, settings, options.max_batch or settings.batch, lanes)
+
+
+def bare_files(path: Path) -> list[Path]:
+    """A bare model file, and what holds its weights by custom, if that is there."""
+    names = [f"{path.stem}.bin"] if path.suffix == ".xml" else [f"{path.name}.data", f"{path.name}_data"]
+    return [path, *(file for name in names if (file := path.with_name(name)).is_file())]
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a bare model file, and of the file beside it that holds its weights by custom, if there is one.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    found = [sha256_of(file) for file in bare_files(path)]
+    return found[0] if len(found) == 1 else sha256(" ".join(found).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +216,7 @@ def state_now(source: Source) -> State:
     """
     version, path = source.newest()
     try:
-        digest = sha256_of(path) if path.is_file() else manifest_digest(path)
+        digest = digest_of(path) if path.is_file() else manifest_digest(path)
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         stamp = tuple((str(p), (found := p.stat()).st_size, found.st_mtime_ns) for p in files)
     except OSError as exc:

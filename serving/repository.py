@@ -161,7 +161,7 @@ class Repository:
                     return False
                 model.state, model.reason = LOADING, ""
                 await self._swap(model, await asyncio.to_thread(load, model.source, self._options))
-            except DeploykitError as exc:
+            except Exception as exc:
                 model.state, model.reason, model.refused = UNAVAILABLE, str(exc), newest
                 raise
             model.state, model.refused = READY, None
@@ -207,10 +207,7 @@ class Repository:
         for name, model in self._models.items():
             if not model.wanted or (model.lock.locked() and not again):
                 continue
-            try:
-                await self.refresh(name, again=again)
-            except DeploykitError as exc:
-                log.error("%s goes on as it is: %s", name, exc)
+            await self._try(name, again=again)
 
     async def watch(self, pause_s: float) -> None:
         """Look for new versions for ever, and for what replaced a model whose workers cannot be started any more."""
@@ -218,7 +215,7 @@ class Repository:
             await asyncio.sleep(pause_s)
             for name, model in self._models.items():
                 if model.wanted and not model.lock.locked() and await self._is_stale(model):
-                    await self._try(name)
+                    await self._try(name, again=False)
 
     async def _is_stale(self, model: _Model) -> bool:
         if model.current is not None and model.current.fault:
@@ -227,15 +224,16 @@ class Repository:
             return False
         try:
             version, _ = await asyncio.to_thread(model.source.newest)
-        except DeploykitError:  # all are gone: what answers goes on
+        except (DeploykitError, OSError):  # all are gone, or cannot be seen: what answers goes on
             return False
         return model.current is None or version != model.current.loaded.version
 
-    async def _try(self, name: str) -> None:
+    async def _try(self, name: str, *, again: bool) -> None:
         try:
-            await self.refresh(name, again=False)
-        except DeploykitError as exc:
-            log.error("%s goes on as it is: %s", name, exc)
+            await self.refresh(name, again=again)
+        except Exception as exc:  # who looks for new versions has to go on looking
+            known = isinstance(exc, DeploykitError)
+            log.error("%s goes on as it is: %s", name, exc, exc_info=not known)
 
     async def drain(self) -> None:
         """Wait until every accepted request is answered."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, first_line
 from deploykit.serving.arenas import Joined
 from deploykit.serving.batching import BATCH_BYTES, Batcher, Policy, Waiting, join, split
 from deploykit.serving.checks import check_inputs, check_outputs
@@ -19,12 +19,14 @@ from deploykit.serving.loaded import Loaded, Options, signature_of
 from deploykit.serving.metrics import Metrics
 from deploykit.serving.requests import (
     DeadlineExceeded,
+    Failed,
     InferRequest,
     InferResult,
     ModelInfo,
     NotReady,
     RequestError,
 )
+from deploykit.serving.v2_types import datatype_of
 from deploykit.serving.workers import Answer, Done, Worker
 from deploykit.specs import Signature
 
@@ -144,18 +146,20 @@ class Served:
         tasks = [self._loop.create_task(self._hire_one()) for _ in range(self.loaded.settings.sessions)]
         try:
             found = await asyncio.gather(*tasks)
+            self._adopt(found[0])
         except BaseException:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.stop()
             raise
-        self._adopt(found[0])
 
     def _adopt(self, ready: dict[str, Any]) -> None:
         """Take over what a worker says of the model."""
         if self.loaded.signature is None:
             self.signature = signature_of(ready["signature"])
+        for spec in self.signature:
+            datatype_of(spec.dtype)  # no protocol could name it in an answer
         self._joins = bool(ready["batched"]) and self.loaded.max_batch > 1
         options = self._options
         self._batcher.policy = Policy(
@@ -201,13 +205,14 @@ class Served:
             await gone.wait()
         while not self._stopping:
             if self._failures:
-                await asyncio.sleep(min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._failures - 1)))
+                await asyncio.sleep(min(_LAST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 16)))
             self._failures += 1
             try:
                 await self._hire_one()
                 return
-            except DeploykitError as exc:
-                log.error("%s: no worker can be started: %s", self.loaded.name, exc)
+            except Exception as exc:  # whatever it is, the model would never answer again
+                known = isinstance(exc, DeploykitError)
+                log.error("%s: no worker can be started: %s", self.loaded.name, exc, exc_info=not known)
                 if not self._workers:
                     self.fault = str(exc)
                     self._give_up(NotReady(f"{self.loaded.name} cannot be run at the moment"))
@@ -256,7 +261,10 @@ class Served:
         check_outputs(self.signature, request.outputs)
 
     def _expire(self, entry: Waiting) -> None:
-        where = "waited" if self._batcher.discard(entry) else "ran"
+        where = "ran"
+        if self._batcher.discard(entry):
+            where = "waited"
+            self._metrics.queue.observe(time.monotonic() - entry.arrived)  # the longest waits are not to be left out
         _fail(entry, DeadlineExceeded(f"the request's time ran out while it {where}"))
 
     def _pump(self) -> None:
@@ -296,9 +304,13 @@ class Served:
             self._running -= len(batch)
             if isinstance(found, RequestError):
                 self._refused(batch, found)
-            else:
+                return
+            try:
                 self._answered(batch, found, now)
-            self._rest()
+            except Exception as exc:  # memory, most likely: those who wait have to be told
+                log.exception("%s: an answer cannot be passed on", self.loaded.name)
+                for entry in batch:
+                    _fail(entry, Failed(f"the answer cannot be passed on: {first_line(exc)}"))
 
         try:
             lane.send(join(self.signature, batch), done)
@@ -349,11 +361,11 @@ class Served:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _rest(self) -> None:
-        if not self._accepted and not self._running:
+        if not self._accepted:
             self._idle.set()
 
     async def drain(self) -> None:
-        """Wait until every accepted request is answered."""
+        """Wait until every accepted request is answered; what a worker still computes for nobody does not count."""
         await self._idle.wait()
 
     def kill(self) -> None:

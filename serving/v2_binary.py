@@ -48,17 +48,18 @@ def _read_strings(name: str, count: int, data: memoryview) -> Array:
     if count * _LENGTH.size > total:
         raise InvalidRequest(f"{shown(name)} has {total} bytes of data, too few for {count} strings")
     out = np.empty(count, object)
+    raw = data.tobytes()  # whose parts cost less than a view's
     for index in range(count):
         if total - at < _LENGTH.size:
             raise InvalidRequest(f"{shown(name)} ends after {index} of {count} strings")
-        (length,) = _LENGTH.unpack_from(data, at)
+        (length,) = _LENGTH.unpack_from(raw, at)
         at += _LENGTH.size
         if length > total - at:
             raise InvalidRequest(
                 f"string {index} of {shown(name)} says that it has {length} bytes", expected=f"at most {total - at}"
             )
         try:
-            out[index] = str(data[at : at + length], "utf-8")
+            out[index] = raw[at : at + length].decode()
         except UnicodeDecodeError:
             raise InvalidRequest(
                 f"string {index} of {shown(name)} is not UTF-8", hint="send bytes as a tensor of UINT8"
@@ -82,6 +83,6 @@ def write_tensor(array: Array) -> memoryview:
 def _write_strings(array: Array) -> bytes:
     parts: list[bytes] = []
     for item in array.reshape(-1).tolist():
-        data = item if isinstance(item, bytes) else str(item).encode()
+        data = item if isinstance(item, bytes) else str(item).encode("utf-8", "surrogateescape")
         parts += (_LENGTH.pack(len(data)), data)
     return b"".join(parts)

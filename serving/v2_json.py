@@ -9,7 +9,6 @@ no such limits.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -223,7 +222,7 @@ def _inputs(said: object, tail: memoryview, limits: Limits) -> dict[str, Array]:
         dims = item.get("shape")
         if not isinstance(dims, list):
             raise InvalidRequest(f"shape of {shown(name)} is no list")
-        shape, count = check_shape(name, dims, limits)
+        shape, count = check_shape(name, dims, limits, datatype)
         size = parameters.get("binary_data_size")
         if size is None:
             if item.get("data") is None:
@@ -305,7 +304,6 @@ def write_response(result: InferResult, wanted: Wanted) -> tuple[bytes, list[mem
     orjson = require("orjson", extra="serve")
     outputs = []
     tensors = []
-    exact = True
     for name, array in result.outputs.items():
         item: dict[str, Any] = {"name": name, "datatype": datatype_of(dtype_of(array)), "shape": list(array.shape)}
         if wanted.outputs.get(name, wanted.binary):
@@ -313,31 +311,35 @@ def write_response(result: InferResult, wanted: Wanted) -> tuple[bytes, list[mem
             item["parameters"] = {"binary_data_size": len(data)}
             tensors.append(data)
         else:
-            item["data"], finite = _to_json(array)
-            exact = exact and finite
+            item["data"] = _to_json(array)
         outputs.append(item)
     answer: dict[str, Any] = {"model_name": result.model, "model_version": result.version, "outputs": outputs}
     if result.id:
         answer = {"id": result.id, **answer}
-    head: bytes = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY) if exact else _words(answer)
-    return head, tensors
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), tensors
 
 
-def _to_json(array: Array) -> tuple[Array | list[Any], bool]:
-    """Values in row-major order, and whether JSON has all of them."""
+def _to_json(array: Array) -> Any:
+    """Values in row-major order, as orjson takes them."""
     if array.dtype.kind in "OUS":
-        items = array.reshape(-1).tolist()
-        return [i.decode("utf-8", "replace") if isinstance(i, bytes) else str(i) for i in items], True
+        return [_text(item) for item in array.reshape(-1).tolist()]
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
     flat: Array = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(-1)
-    return flat, flat.dtype.kind != "f" or not np.isinf(flat).any()
+    return _words(flat) if flat.dtype.kind == "f" and np.isinf(flat).any() else flat
 
 
-def _words(answer: dict[str, Any]) -> bytes:
-    """JSON with the words NaN, Infinity and -Infinity in it."""
-    outputs = [
-        {**item, "data": item["data"].tolist()} if isinstance(item.get("data"), np.ndarray) else item
-        for item in answer["outputs"]
-    ]
-    return json.dumps({**answer, "outputs": outputs}, allow_nan=True, separators=(",", ":")).encode()
+def _text(item: object) -> str:
+    """A string of a model, which need not be UTF-8."""
+    data = item if isinstance(item, bytes) else str(item).encode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "replace")
+
+
+def _words(flat: Array) -> Any:
+    """Numbers with the words NaN, Infinity and -Infinity among them."""
+    orjson = require("orjson", extra="serve")
+    parts = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    for word, where in ((b"NaN", np.isnan(flat)), (b"Infinity", flat == np.inf), (b"-Infinity", flat == -np.inf)):
+        for index in np.flatnonzero(where).tolist():
+            parts[index] = word
+    return orjson.Fragment(b"[" + b",".join(parts) + b"]")

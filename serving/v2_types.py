@@ -47,6 +47,7 @@ class Limits:
         body_bytes: Body of a request, as sent and as inflated; more where the declared shapes of a model need more,
             less where they are fixed and smaller.
         elements: Elements of one tensor; more where the declared shapes need more.
+        strings: Strings of one tensor, each an object of its own; more where the declared shapes need more.
         dims: Dimensions of one tensor.
         tensors: Inputs and outputs named in one request; more where the model has more.
         json_values: Commas in the JSON of a request: parsed values take ten times the memory of their text.
@@ -56,10 +57,12 @@ class Limits:
         body_s: Seconds for a body to arrive, and for an answer to be read.
         head_s: Seconds for the headers of a request to arrive.
         head_bytes: Bytes of the headers of a request.
+        held_bytes: Bytes of all bodies that are there at once, on one port; one may always be there.
     """
 
     body_bytes: int = 64 * _MIB
     elements: int = 64 * _MIB
+    strings: int = _MIB
     dims: int = 32
     tensors: int = 64
     json_values: int = 8 * _MIB
@@ -69,6 +72,7 @@ class Limits:
     body_s: float = 60.0
     head_s: float = 10.0
     head_bytes: int = 64 * 1024
+    held_bytes: int = 1024 * _MIB
 
     def of(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch: int = 0) -> Limits:
         """The limits for a model, by what it declares."""
@@ -90,6 +94,7 @@ def _limits_of(
         limits,
         body_bytes=body,
         elements=max(limits.elements, most),
+        strings=max(limits.strings, *(n for s, (n, *_) in zip(inputs, needed, strict=True) if s.dtype == "string"), 0),
         dims=max(limits.dims, *(len(spec.shape or ()) for spec in (*inputs, *outputs)), 0),
         tensors=max(limits.tensors, len(inputs), len(outputs)),
         json_values=max(limits.json_values, 2 * sum(count for count, *_ in needed)),
@@ -180,7 +185,7 @@ def check_datatype(name: str, datatype: object) -> str:
     return datatype
 
 
-def check_shape(name: str, shape: Sequence[object], limits: Limits) -> tuple[tuple[int, ...], int]:
+def check_shape(name: str, shape: Sequence[object], limits: Limits, datatype: str = "") -> tuple[tuple[int, ...], int]:
     """The shape of a tensor in a request, and its number of elements.
 
     Raises:
@@ -200,4 +205,6 @@ def check_shape(name: str, shape: Sequence[object], limits: Limits) -> tuple[tup
         if room > limits.elements:
             raise TooLarge(f"{shown(name)} has too many elements", expected=f"at most {limits.elements}")
         sizes.append(dim)
+    if datatype == "BYTES" and count > limits.strings:
+        raise TooLarge(f"{shown(name)} has {count} strings", expected=f"at most {limits.strings}")
     return tuple(sizes), count

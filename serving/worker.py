@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.artifact import Artifact, sha256_of
+from deploykit.artifact import Artifact
 from deploykit.data import ValueRange, generate
 from deploykit.errors import ArtifactError, DataError, DeploykitError, InferenceError, ModelError, first_line
 from deploykit.machine import inspect_machine
 from deploykit.runtimes import RuntimeSettings, Session, open_session, parse_device
 from deploykit.sealed import Seal
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
-from deploykit.serving.loaded import batch_symbol, signature_as_json
+from deploykit.serving.loaded import bare_files, batch_symbol, digest_of, signature_as_json
 from deploykit.serving.memory import keep_freed_memory
 from deploykit.specs import Array, Feeds, Signature, fit_feeds
 
@@ -166,8 +166,8 @@ def _load(job: dict[str, Any], lanes: int) -> tuple[Session, dict[str, Any]]:
     else:
         if not path.is_file():
             raise ModelError(f"{path} does not exist any more")
-        seal.add([path])
-        digest = sha256_of(path)
+        seal.add(bare_files(path))
+        digest = digest_of(path)
     if digest != job["digest"]:
         raise ArtifactError(f"{path} has changed since it was looked at", hint="send the server SIGHUP")
     settings = RuntimeSettings.from_dict(job["settings"])

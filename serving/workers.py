@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -27,6 +27,8 @@ from deploykit.extras import require
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.requests import Failed, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.specs import Array
+
+log = logging.getLogger("deploykit.serving")
 
 # Slots a lane: one runs, and one lies ready.
 DEPTH = 2
@@ -72,6 +74,7 @@ class Lane:
         self._free = deque(range(DEPTH))
         self._order: deque[int] = deque()
         self._rest = b""
+        self._unsent = bytearray()
         self._on_answer = on_answer
         self._on_end = on_end
         self._orjson = require("orjson", extra="serve")
@@ -101,13 +104,25 @@ class Lane:
 
     def tell(self, told: Mapping[str, Any]) -> None:
         """Send a line."""
-        left = memoryview(self._orjson.dumps(told) + b"\n")
-        with contextlib.suppress(ConnectionError):  # that it is gone, the reader says
-            while left:
-                try:
-                    left = left[self._socket.send(left) :]
-                except BlockingIOError:  # thousands of tensors: the worker reads on
-                    select.select((), (self._socket,), ())
+        waits = bool(self._unsent)
+        self._unsent += self._orjson.dumps(told) + b"\n"
+        if not waits and not self._send_on():  # thousands of tensors: the worker reads on
+            self._loop.add_writer(self._socket.fileno(), self._writable)
+
+    def _send_on(self) -> bool:
+        """Send what is left, as far as it goes; whether that is all."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            return False
+        except ConnectionError:  # that it is gone, the reader says
+            self._unsent.clear()
+        return True
+
+    def _writable(self) -> None:
+        if self._send_on():
+            self._loop.remove_writer(self._socket.fileno())
 
     def send(self, tensors: Sequence[Joined], done: Done) -> None:
         """Have the worker run the model.
@@ -141,9 +156,18 @@ class Lane:
             self.close()
             self._on_end()
             return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._told(self._orjson.loads(line))
+        try:
+            for line in lines:
+                self._told(self._orjson.loads(line))
+        except Exception:
+            # Whoever waits for what cannot be read would wait in vain, and so would all behind it.
+            log.exception("a worker said something that cannot be understood, and is ended")
+            self.close()
+            self._on_end()
 
     def _told(self, told: dict[str, Any]) -> None:
         if "slot" not in told:
@@ -152,10 +176,13 @@ class Lane:
             return
         number = told["slot"]
         slot = self._slots[number]
+        answer = _answer(slot, told)
         done, slot.done = slot.done, None
         self._order.remove(number)
         if done is not None:
-            done(_answer(slot, told))
+            done(answer)
+        slot.given.trim()
+        slot.taken.trim()
         self._free.append(number)
         self._on_answer()
 
@@ -163,7 +190,9 @@ class Lane:
         """Give up the socket, which ends the worker, and tell who still waits."""
         if self._opened:
             self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
         self._opened = False
+        self._unsent.clear()
         self._socket.close()
         self._theirs.close()
         if not self.ready.done():
@@ -215,7 +244,13 @@ class Worker:
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = False
-        self.lanes = [Lane(limit, on_answer, self._end) for _ in range(lanes)]
+        self.lanes: list[Lane] = []
+        try:
+            for _ in range(lanes):
+                self.lanes.append(Lane(limit, on_answer, self._end))
+        except OSError as exc:
+            self.close()
+            raise WorkerError(f"no memory can be shared with a process ({exc.strerror or exc})") from exc
 
     @property
     def pid(self) -> int:
@@ -237,11 +272,15 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
         # -P: what lies in the directory that the server was started in is none of its modules.
         # A session of its own: what a terminal or a supervisor sends to the group is the front's to decide about.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "deploykit.serving.worker", json.dumps(told)],
-            stdin=subprocess.DEVNULL, env=env, start_new_session=True,
-            pass_fds=[fd for control, slots in told for fd in (control, *(fd for pair in slots for fd in pair))],
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "deploykit.serving.worker", json.dumps(told)],
+                stdin=subprocess.DEVNULL, env=env, start_new_session=True,
+                pass_fds=[fd for control, slots in told for fd in (control, *(fd for pair in slots for fd in pair))],
+            )  # fmt: skip
+        except OSError as exc:
+            self.close()
+            raise WorkerError(f"no process can be started ({exc.strerror or exc})") from exc
         for lane in self.lanes:
             lane.begin()
         self.lanes[0].tell(self._job)
@@ -258,15 +297,20 @@ class Worker:
             if not self._ended:  # it is we who are cancelled
                 self.kill()
                 raise
-            code = await self.wait()
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise WorkerError(f"the process that loads {self._job['path']} ended with {how}") from None
+            raise await self._died() from None
         if "failed" in found:
             self.close()
             await self.wait()
             raise WorkerError(found["failed"])
+        if self._ended:  # between what it said and now: whoever is told of its end waits for us
+            raise await self._died()
         ready: dict[str, Any] = found["ready"]
         return ready
+
+    async def _died(self) -> WorkerError:
+        code = await self.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return WorkerError(f"the process that loads {self._job['path']} ended with {how}")
 
     def _end(self) -> None:
         if self._ended:

@@ -417,3 +417,37 @@ def test_an_answer_that_is_not_read_is_given_up(impatient):
             while part := sock.recv(2**20):
                 received += len(part)
         assert received < array.nbytes
+
+
+# Bodies of others.
+
+
+def test_bodies_take_no_more_room_than_there_is(running, fake_engine):
+    with running(fake_engine(), Limits(held_bytes=300_000)) as served:
+        large = X + b" " * 200_000
+        declared = b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (len(large) + 1)
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as sock:
+            sock.sendall(declared + large)
+            until(lambda: ask(served.port, "POST", "/v2/models/nan/infer", large)[0] == 429)
+            status, answer, _ = ask(served.port, "POST", "/v2/models/nan/infer", gzip.compress(large), GZIP)
+            assert status == 429 and "take all the room" in answer["error"]
+            assert chunked(served.port, [large])[0] == 429
+            assert ask(served.port, "POST", "/v2/models/nan/infer", X)[0] == 200
+            assert ("nan", "Busy") in served.engine.refused
+            sock.sendall(b" ")
+            assert rest(sock)[0] == 200
+        for _ in range(3):
+            assert ask(served.port, "POST", "/v2/models/nan/infer", large + large[len(X) :])[0] == 200
+
+
+GZIP = {"Content-Encoding": "gzip"}
+
+
+def test_what_follows_an_answer_has_an_end_too(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
+        sock.sendall(b"POST /v2/models/nothing/infer HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        assert rest(sock)[0] == 404
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(600):
+                sock.sendall(b" ")
+                time.sleep(0.02)

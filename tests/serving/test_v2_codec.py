@@ -195,6 +195,9 @@ def test_nan_is_null_and_infinity_is_a_word():
     assert json.loads(nan)["outputs"][0]["data"] == [1.5, None] and b"NaN" not in nan
     words = answer({"y": np.array([np.nan, np.inf, -np.inf, 0.5], np.float32)}, Wanted())[0]
     assert b"[NaN,Infinity,-Infinity,0.5]" in words
+    array = np.array([[1e-30, np.inf], [-3.25e20, 0.1]], np.float32)
+    found = np.array(json.loads(answer({"y": array}, Wanted())[0])["outputs"][0]["data"], np.float32)
+    np.testing.assert_array_equal(found, array.ravel())
 
 
 def test_float32_is_written_with_the_digits_of_float32():
@@ -369,3 +372,21 @@ def test_strings_whose_lengths_lie(data):
 def test_bool_is_zero_or_one():
     with pytest.raises(InvalidRequest, match="other bytes than 0 and 1"):
         read_tensor("x", "BOOL", (2,), 2, memoryview(b"\1\2"))
+
+
+def test_there_is_a_limit_for_strings():
+    limits = Limits(strings=10)
+    assert check_shape("x", [2, 5], limits, "BYTES") == ((2, 5), 10)
+    assert check_shape("x", [11], limits, "FP32") == ((11,), 11)
+    with pytest.raises(TooLarge, match="11 strings"):
+        check_shape("x", [11], limits, "BYTES")
+    text, number = TensorSpec("x", "string", (20, "n")), TensorSpec("y", "float32", (1000,))
+    assert limits.of((text, number), ()).strings == 20
+    assert limits.of((number,), ()).strings == 10
+
+
+def test_strings_of_a_model_that_are_not_utf_8_are_written_as_they_are():
+    array = np.array(["ü", b"\xff\xfe", b"\xff\xfe".decode("utf-8", "surrogateescape")], object)
+    assert bytes(write_tensor(array)) == b"\2\0\0\0\xc3\xbc" + 2 * b"\2\0\0\0\xff\xfe"
+    head, _ = write_response(InferResult("net", "1", {"y": array}, "", 0.0, 0.0, 0), Wanted())
+    assert json.loads(head)["outputs"][0]["data"] == ["ü", "\ufffd\ufffd", "\ufffd\ufffd"]

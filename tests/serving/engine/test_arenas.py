@@ -110,3 +110,22 @@ def test_the_other_side_cannot_take_memory_away():
     write(arena, [Joined("x", "uint8", (np.ones(10, np.uint8),))])
     with pytest.raises(PermissionError):
         os.ftruncate(arena.descriptor, 0)
+
+
+def test_what_a_large_request_took_is_given_back():
+    arena = Arena.create(2**28)
+    whole = np.ones(2**27, np.uint8)
+    for array, kept in ((whole, 2**26), (whole[:100], 2**26), (whole, 2**26)):
+        placed, total = write(arena, [Joined("x", "uint8", (array,))])
+        np.testing.assert_array_equal(read(arena, placed, total)["x"], array)
+        arena.trim()
+        assert os.fstat(arena.descriptor).st_blocks * 512 <= kept
+    with pytest.raises(ArenaFull):
+        arena.reserve(2**29)
+    arena.trim()
+    arena.close()
+    small = Arena.create(2**17)
+    with pytest.raises(ArenaFull):
+        small.reserve(2**29)
+    small.trim()
+    small.close()

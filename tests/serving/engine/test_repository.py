@@ -209,6 +209,28 @@ def test_what_replaced_a_model_answers_once_the_workers_of_the_old_one_are_gone(
     serve(Source.at(tmp_path / "net"), use=use)
 
 
+def test_what_nobody_expected_does_not_end_the_search_for_new_versions(models, tmp_path, monkeypatch):
+    models.artifact(tmp_path / "net" / "1", models.scaled, 2.0)
+
+    def broken(*_):
+        raise ValueError("a fault of ours")
+
+    async def use(engine):
+        watching = asyncio.ensure_future(engine.repository.watch(0.01))
+        with monkeypatch.context() as patch:
+            patch.setattr("deploykit.serving.repository.state_now", broken)
+            await engine.repository.rescan()
+            models.artifact(tmp_path / "net" / "2", models.scaled, 3.0)
+            while "a fault of ours" not in str(engine.index()):
+                await asyncio.sleep(0.01)
+            assert await factor(engine) == 2
+        await engine.repository.rescan()
+        assert not watching.done() and await factor(engine) == 3
+        watching.cancel()
+
+    serve(Source.at(tmp_path / "net"), use=use)
+
+
 def test_models_are_unloaded_and_loaded(models, tmp_path):
     models.artifact(tmp_path / "net", models.scaled, 1.0)
     models.artifact(tmp_path / "other", models.scaled, 5.0)

@@ -156,10 +156,11 @@ def test_a_request_whose_time_runs_out_while_it_waits_never_runs(fake):
     async def run():
         made = await fake()
         running = [ask(made.served, n) for n in range(2)]
-        late = ask(made.served, 2, deadline=time.monotonic() + 0.01)
+        late = ask(made.served, 2, deadline=time.monotonic() + 0.5)
         after = ask(made.served, 3)
         with pytest.raises(DeadlineExceeded, match="while it waited"):
             await late
+        assert made.served._metrics.queue.state()[0][-1] == ("+Inf", 1)
         asked = []
         while made.lane.sent:
             asked += [float(part[0, 0]) for part in made.lane.answer()]
@@ -173,7 +174,7 @@ def test_a_request_whose_time_runs_out_while_it_waits_never_runs(fake):
 def test_a_request_whose_time_runs_out_while_it_runs_is_told_so_and_the_lane_goes_on(fake):
     async def run():
         made = await fake()
-        late = ask(made.served, 0, deadline=time.monotonic() + 0.01)
+        late = ask(made.served, 0, deadline=time.monotonic() + 0.5)
         with pytest.raises(DeadlineExceeded, match="while it ran"):
             await late
         with pytest.raises(DeadlineExceeded, match="after its deadline"):
@@ -336,6 +337,48 @@ def test_where_no_worker_can_be_started_requests_are_refused_until_one_can(fake)
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("failures", [1, 3000])
+def test_whatever_keeps_a_worker_from_starting_another_is_tried(fake, monkeypatch, failures):
+    monkeypatch.setattr("deploykit.serving.served._LAST_PAUSE_S", 0.001)
+
+    async def run():
+        made = await fake()
+        made.served._failures = failures - 1
+        made.workers[0].failures += [OSError("too many open files"), KeyError("ready")]
+        made.workers[0].die(WorkerLost("killed"))
+        while not made.served.ready:
+            await asyncio.sleep(0.001)
+        task = ask(made.served, 4)
+        await settle()
+        made.workers[-1].lanes[0].answer()
+        assert float((await task).outputs["y"][0, 0]) == 8
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_cannot_be_passed_on_is_an_error_for_those_who_wait(fake, monkeypatch):
+    async def run():
+        made = await fake()
+        task = ask(made.served)
+        await settle()
+
+        def none(*_):
+            raise MemoryError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("deploykit.serving.served.split", none)
+            made.lane.answer()
+            with pytest.raises(Failed, match="no memory"):
+                await task
+        assert made.served.running == 0
+        task = ask(made.served, 4)
+        await settle()
+        made.lane.answer()
+        assert float((await task).outputs["y"][0, 0]) == 8
+
+    asyncio.run(run())
+
+
 def test_a_model_that_does_not_load_says_why_and_leaves_nothing(fake):
     async def run():
         with pytest.raises(WorkerError, match="corrupt"):
@@ -366,6 +409,19 @@ def test_draining_waits_for_all_and_stopping_refuses_the_rest(fake):
             await made.served.infer(request())
         for task in left[:2]:
             task.cancel()
+
+    asyncio.run(run())
+
+
+def test_what_runs_for_nobody_does_not_hold_the_end_up(fake):
+    async def run():
+        made = await fake()
+        task = ask(made.served, deadline=time.monotonic() + 0.2)
+        with pytest.raises(DeadlineExceeded):
+            await task
+        assert made.served.running == 1
+        await made.served.drain()
+        await made.served.stop()
 
     asyncio.run(run())
 

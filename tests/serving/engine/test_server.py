@@ -361,6 +361,7 @@ def run(*args: object) -> tuple[int, str]:
         (["net", "--tls-cert", "x.pem"], 1, "TLS needs a certificate and its key"),
         (["net", "--tls-cert", "x.pem", "--tls-key", "x.key"], 1, "certificates cannot be used"),
         (["net", "--repository-api"], 1, "add --admin-port"),
+        (["net", "--repository-api", "--admin-port", "0", "--host", "0.0.0.0"], 1, "add --token-file or --client-ca"),
         (["net", "--name", "a", "--name", "b"], 1, "2 names for 1 models"),
         (["net", "--token-file", "x"], 1, "cannot read the tokens"),
         (["net", "--device", "ort:nowhere"], 1, "unknown device"),

@@ -6,18 +6,20 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from deploykit.errors import ArtifactError, DeploykitError, ModelError, WorkerError
 from deploykit.machine import allowed_cores
 from deploykit.runtimes import RuntimeSettings
 from deploykit.serving.engine import ServingEngine
-from deploykit.serving.loaded import Options, Source, load
+from deploykit.serving.loaded import Options, Source, load, state_now
 from deploykit.serving.requests import InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
+from deploykit.serving.workers import Lane, Worker
 from deploykit.specs import Signature
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -289,6 +291,15 @@ def test_streams_that_a_tuner_found_each_have_a_request(models, tmp_path):
     serve(tmp_path / "net", use, threads=None)
 
 
+def test_a_model_of_complex_numbers_is_not_served(models, tmp_path):
+    kind = TensorProto.COMPLEX64
+    models.write(
+        tmp_path / "net.onnx", [helper.make_node("Identity", ["x"], ["y"])], [("x", kind, ["n"])], [("y", kind, ["n"])]
+    )
+    with pytest.raises(DeploykitError, match="complex64"):
+        serve(tmp_path / "net.onnx", None)
+
+
 def test_a_changed_file_is_not_loaded(models, tmp_path):
     made = models.artifact(tmp_path / "net", models.scaled, 3.0)
     made.model_path.write_bytes(made.model_path.read_bytes() + b"\0")
@@ -329,6 +340,21 @@ def test_a_refused_input_never_reaches_a_worker(models, tmp_path):
     serve(tmp_path / "net.onnx", use)
 
 
+@pytest.mark.parametrize(
+    ("name", "weights"), [("net.xml", "net.bin"), ("a.onnx", "a.onnx.data"), ("a.onnx", "a.onnx_data")]
+)
+def test_other_weights_make_another_model(tmp_path, name, weights):
+    (tmp_path / name).write_bytes(b"graph")
+    source, seen = Source.at(tmp_path / name), set()
+    for data in (None, b"1", b"2"):
+        if data:
+            (tmp_path / weights).write_bytes(data)
+        found = load(source, Options()).digest
+        assert state_now(source).digest == found
+        seen.add(found)
+    assert len(seen) == 3
+
+
 def test_what_can_be_served_and_what_it_is_called(models, tmp_path, monkeypatch):
     models.artifact(tmp_path / "net", models.scaled, 3.0)
     models.artifact(tmp_path / "many" / "2", models.scaled, 3.0)
@@ -352,3 +378,70 @@ def test_what_can_be_served_and_what_it_is_called(models, tmp_path, monkeypatch)
             Source.at(tmp_path / path)
     with pytest.raises(ModelError, match=r"cannot be called 'a/b'.*--name"):
         Source.at(tmp_path / "net", "a/b")
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def job(path: Path) -> dict:
+    source = Source.at(path)
+    return {**load(source, Options(threads=1)).job(), "max_batch": 1}
+
+
+def nobody(*_: object) -> None:
+    """Of whom nothing is wanted."""
+
+
+def test_a_worker_that_dies_as_it_becomes_ready_is_not_taken_for_one_that_answers(models, tmp_path, monkeypatch):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+    told = Lane._told
+
+    def told_and_dead(lane, found):
+        told(lane, found)
+        lane.close()
+        lane._on_end()
+
+    monkeypatch.setattr(Lane, "_told", told_and_dead)
+    with pytest.raises(WorkerError, match=r"net\.onnx ended with "):
+        serve(tmp_path / "net.onnx", None)
+
+
+def test_what_cannot_be_started_leaves_no_descriptors(models, tmp_path, monkeypatch):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+    found = job(tmp_path / "net.onnx")
+
+    def none(*args, **kwargs):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    async def run():
+        before = descriptors()
+        monkeypatch.setattr(subprocess, "Popen", none)
+        with pytest.raises(WorkerError, match="no process can be started"):
+            await Worker(found, 2, 2**20, 60.0, nobody, nobody).start()
+        monkeypatch.setattr(os, "memfd_create", none)
+        with pytest.raises(WorkerError, match="no memory can be shared"):
+            Worker(found, 2, 2**20, 60.0, nobody, nobody)
+        assert descriptors() == before
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_cannot_be_understood_is_replaced(models, tmp_path, monkeypatch):
+    models.turning(tmp_path / "net.onnx")
+
+    async def use(engine):
+        served = engine.repository.get("net")
+        (worker,) = served._workers
+        waits = asyncio.ensure_future(engine.infer(InferRequest("net", turning_inputs(10**9))))
+        while not served.running:
+            await asyncio.sleep(0.001)
+        worker.lanes[0]._take(b"no JSON\n")
+        with pytest.raises(WorkerLost):
+            await waits
+        while not served.ready:
+            await asyncio.sleep(0.01)
+        await engine.infer(InferRequest("net", turning_inputs(1)))
+        assert not is_alive(worker.pid)
+
+    serve(tmp_path / "net.onnx", use)
