@@ -180,9 +180,10 @@ def test_a_directory_that_was_replaced_is_loaded_on_a_rescan(models, tmp_path):
         (tmp_path / "net").rename(tmp_path / "old")
         (tmp_path / "new").rename(tmp_path / "net")
         await engine.repository.rescan()
+        assert await factor(engine) == 2.0  # what was accepted before may be answered by the old one after that
         await load.some()
         await load.end()
-        assert load.answers[-1] == ("1", 2.0)
+        assert set(load.answers) == {("1", 1.0), ("1", 2.0)}
 
     serve(Source.at(tmp_path / "net"), use=use)
 
