@@ -160,17 +160,23 @@ def _package(name: str, version: str, hashes: tuple[str, ...]) -> dict[str, Any]
     return {**made, "licenses": licenses} if licenses else made
 
 
+def _field(found: metadata.PackageMetadata, name: str) -> str:
+    """Of a distribution's metadata; empty where it says nothing, which newer libraries make a KeyError of."""
+    values = found.get_all(name)
+    return str(values[0]) if values else ""
+
+
 def _licenses(name: str, version: str) -> list[dict[str, Any]]:
     try:
         found = metadata.metadata(name)
     except (metadata.PackageNotFoundError, ValueError):
         return []
-    if found["Version"] != version:
+    if _field(found, "Version") != version:
         return []
-    if expression := found["License-Expression"]:
+    if expression := _field(found, "License-Expression"):
         return [{"expression": expression}]
     known = [_CLASSIFIERS[c] for c in found.get_all("Classifier") or () if c in _CLASSIFIERS]
     if known:
         return [{"license": {"id": spdx}} for spdx in dict.fromkeys(known)]
-    text = " ".join((found["License"] or "").split())
+    text = " ".join(_field(found, "License").split())
     return [{"license": {"name": text}}] if 0 < len(text) <= _PLAIN_TEXT else []
