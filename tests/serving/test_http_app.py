@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import http.client
+import io
 import json
 import logging
 import socket
@@ -215,9 +216,23 @@ def impatient(running, fake_engine):
 
 
 def rest(sock):
-    response = http.client.HTTPResponse(sock)
-    response.begin()
-    return response.status, json.loads(response.read()), response.getheader("connection")
+    """The next answer, and not a byte of what follows it."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += received(sock, 1)
+    line, _, fields = head.partition(b"\r\n")
+    headers = http.client.parse_headers(io.BytesIO(fields))
+    body = received(sock, int(headers["content-length"]))
+    return int(line.split()[1]), json.loads(body), headers.get("connection")
+
+
+def received(sock, count):
+    found = b""
+    while len(found) < count:
+        part = sock.recv(count - len(found))
+        assert part, "the connection ended within an answer"
+        found += part
+    return found
 
 
 @pytest.mark.parametrize(
