@@ -147,7 +147,8 @@ def test_a_healthy_float_model_is_not_blamed(net: Any, device: str) -> None:
 def test_a_healthy_int8_model_is_not_blamed(net: Any, tmp_path: Path, device: str) -> None:
     target = tmp_path / "int8.onnx"
     data = Dataset.from_arrays({"x": RNG.standard_normal((8, 3, 32, 32)).astype(F32)})
-    optimize(net(), StaticConfig(batch_size=1), target, check=lambda path: None, data=data,
+    # SmoothQuant may put a product before the Gemm, by what it measures here: in so small a net its pairs would count.
+    optimize(net(), StaticConfig(batch_size=1, smooth="off"), target, check=lambda path: None, data=data,
              open_model=lambda path: open_session(path, threads=1).run)  # fmt: skip
     here = inspect_machine()
     modern = replace(here, flags=here.flags | {"vnni": True})  # without it, int8 is a finding of its own
