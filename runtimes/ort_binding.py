@@ -18,6 +18,8 @@ _DEVICES = {
     "DmlExecutionProvider": "dml",
 }
 
+_NUMBERS = "fiub"  # kinds of dtypes whose arrays are plain memory
+
 
 def device_of(provider: str, options: Mapping[str, str]) -> tuple[str, int]:
     """ONNX Runtime's name and number of the device whose memory a provider works in."""
@@ -118,12 +120,9 @@ class ReusedOutputs:
             return self._first(feeds, shapes)
         if self._mine.outputs is None:
             return self._plain(feeds)
-        binding = self._mine.binding
-        for name, array in feeds.items():
-            given = np.ascontiguousarray(array) if array.ndim else array
-            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(given))
+        self._bind(self._mine.binding, feeds)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(self._mine.binding)
         except Exception:  # noqa: BLE001 - whatever it is, a plain run fails of it too
             # Unless it is outputs that have other shapes for inputs of the same shapes: there is no buffer to keep.
             self._mine.outputs = self._mine.binding = None
@@ -131,18 +130,33 @@ class ReusedOutputs:
         return dict(self._mine.outputs)
 
     def _first(self, feeds: Feeds, shapes: Any) -> dict[str, Array]:
-        """See how large the outputs are, and bind what they came in."""
+        """Have the outputs allocated, and keep where they lie."""
         self._mine.outputs = self._mine.binding = None
-        found = self._plain(feeds)
         self._mine.shapes = shapes
-        # Strings and empty arrays have no buffer, and None is an optional output that is not there.
-        arrays = [*feeds.values(), *found.values()]
-        if all(isinstance(a, np.ndarray) and a.dtype.kind in "fiub" and a.size for a in arrays):
-            binding = self._session.io_binding()
-            for name in self._names:
-                binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(found[name]))
+        if not all(array.dtype.kind in _NUMBERS for array in feeds.values()):
+            return self._plain(feeds)
+        binding = self._session.io_binding()
+        self._bind(binding, feeds)
+        for name in self._names:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        found = {name: value.numpy() for name, value in zip(self._names, values, strict=True)}
+        # Strings are copied, and so might numbers be by another version: then the next run would not be seen in them.
+        if all(
+            a.dtype.kind in _NUMBERS and a.size and a.ctypes.data == v.data_ptr()
+            for a, v in zip(found.values(), values, strict=True)
+        ):
+            for name, value in zip(self._names, values, strict=True):
+                binding.bind_ortvalue_output(name, value)
             self._mine.outputs, self._mine.binding = found, binding
         return dict(found)
+
+    def _bind(self, binding: Any, feeds: Feeds) -> None:
+        """Have inputs read where they lie; the binding keeps them alive."""
+        for name, array in feeds.items():
+            given = np.ascontiguousarray(array) if array.ndim else array
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(given))
 
     def _plain(self, feeds: Feeds) -> dict[str, Array]:
         return dict(zip(self._names, self._session.run(None, dict(feeds)), strict=True))
