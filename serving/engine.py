@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 
 from deploykit.errors import DeploykitError
+from deploykit.serving.dispatch import Hire, hire
 from deploykit.serving.loaded import Options, Source
 from deploykit.serving.repository import Repository
 from deploykit.serving.requests import DeadlineExceeded, InferRequest, InferResult, ModelInfo, NotReady, RequestError
-from deploykit.serving.served import Hire, hire
 
 
 class ServingEngine:

@@ -33,6 +33,7 @@ class Options:
         instances: Processes a model, each with a session of its own.
         threads: Threads inside one request; all allowed cores, shared among the instances, by default.
         max_batch: Most rows of requests that are joined; what the settings were tuned for by default.
+        force_batching: Join requests also where that changes their numbers.
         max_delay_s: Seconds that a request may wait for others to be joined with.
         queue: Most requests that wait for a model.
         timeout_s: Seconds that any request may take.
@@ -46,6 +47,7 @@ class Options:
     instances: int | None = None
     threads: int | None = None
     max_batch: int | None = None
+    force_batching: bool = False
     max_delay_s: float = 0.0
     queue: int = 128
     timeout_s: float = 60.0

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deploykit.errors import DeploykitError
+from deploykit.serving.dispatch import Hire, hire
 from deploykit.serving.loaded import Loaded, Options, Source, State, load, state_now, versions_in
 from deploykit.serving.metrics import Gauges, Metrics
 from deploykit.serving.requests import NotReady, UnknownModel
-from deploykit.serving.served import Hire, Served, hire
+from deploykit.serving.served import Served
 
 log = logging.getLogger("deploykit.serving")
 
