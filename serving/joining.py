@@ -174,9 +174,7 @@ def try_rows(
     return Joining(possible=True)
 
 
-def moved_output(
-    run: Run, first: Mapping[str, Array], second: Mapping[str, Array], mixed: Mapping[str, Array]
-) -> str:
+def moved_output(run: Run, first: Mapping[str, Array], second: Mapping[str, Array], mixed: Mapping[str, Array]) -> str:
     """The output of which a row has another bit where the rows beside it have other values; empty where none has.
 
     Where one batch gives other bits every time, that shows nothing, and no output is named.

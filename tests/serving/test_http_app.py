@@ -50,6 +50,11 @@ def test_health_is_json_and_follows_the_engine(running, fake_engine):
         assert ask(served.port, "GET", "/v2/models/nothing")[0] == 404
 
 
+def test_metadata_say_whether_requests_are_joined(served):
+    told = {name: ask(served.port, "GET", f"/v2/models/{name}")[1]["parameters"] for name in ("identity", "dynamic")}
+    assert told == {"identity": {"max_batch_size": 8}, "dynamic": {"max_batch_size": 0, "batching": "not joined"}}
+
+
 def test_the_repository_is_off_unless_asked_for(running, fake_engine):
     engine = fake_engine()
     with running(engine, None) as served:

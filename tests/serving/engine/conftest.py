@@ -233,7 +233,11 @@ def fake() -> Callable[..., Any]:
     """`await fake(max_batch=..., ...)`: a version of a model whose workers are `found.workers`."""
 
     async def make(
-        max_batch: int = 1, instances: int = 1, batched: bool = True, failures: Any = (), lanes: int = 1,
+        max_batch: int = 1,
+        instances: int = 1,
+        batched: bool = True,
+        failures: Any = (),
+        lanes: int = 1,
         **options: Any,
     ) -> SimpleNamespace:
         workers: list[FakeWorker] = []

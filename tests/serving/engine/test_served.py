@@ -416,7 +416,8 @@ def test_what_failed_is_gone_without_the_garbage_collector(fake, how):
         x = np.ones((1, 4), np.float32)
         kept = weakref.ref(x)
         deadline = time.monotonic() + 0.1 if how == "late" else None
-        asked = [ask(made.served), asyncio.ensure_future(made.served.infer(InferRequest("net", {"x": x}, deadline=deadline)))]
+        asked = [ask(made.served)]
+        asked.append(asyncio.ensure_future(made.served.infer(InferRequest("net", {"x": x}, deadline=deadline))))
         del x
         await settle()
         if how == "failed":
