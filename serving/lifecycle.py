@@ -8,6 +8,7 @@ second such signal ends it at once. SIGHUP has it look for newer versions of its
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -105,6 +106,7 @@ class _Life:
             for task in self._tasks:
                 task.cancel()
             await self._engine.stop()
+            gc.unfreeze()  # where somebody's program has called us, it goes on
 
     async def _serve(self, servers: list[HttpServer], limits: Limits) -> int:
         port = self._places.grpc_port
