@@ -84,7 +84,7 @@ class ServingEngine:
             UnknownModel: There is none.
             NotReady: It is not loaded.
         """
-        return self.repository.get(name, version).info()
+        return self.repository.get(name, version).info(self.repository.versions(name))
 
     def model_ready(self, name: str, version: str | None = None) -> bool:
         """Whether a model answers.

@@ -88,10 +88,10 @@ def grpc_server(
     most = limits.body_bytes
     for name in engine.names():
         try:
-            info = engine.info(name)
+            found = [engine.info(name, version) for version in engine.info(name).versions]
         except RequestError:
             continue
-        most = max(most, limits.of(info.inputs, info.outputs, info.max_batch).body_bytes)
+        most = max(most, *(limits.of(info.inputs, info.outputs, info.max_batch).body_bytes for info in found))
     server = aio.server(
         options=[
             ("grpc.max_receive_message_length", most + _HEAD_BYTES),

@@ -82,12 +82,16 @@ class Served:
         """Of the workers that answer."""
         return tuple(worker.pid for worker in self._workers)
 
-    def info(self) -> ModelInfo:
-        """What a client may know of it."""
+    def info(self, versions: tuple[str, ...] = ()) -> ModelInfo:
+        """What a client may know of it.
+
+        Args:
+            versions: Of the model, those that answer; by default this one alone.
+        """
         loaded = self.loaded
         dispatch = self._dispatch
         return ModelInfo(
-            loaded.name, (loaded.version,), loaded.platform, self.signature.inputs, self.signature.outputs,
+            loaded.name, versions or (loaded.version,), loaded.platform, self.signature.inputs, self.signature.outputs,
             dispatch.batcher.policy.max_batch if dispatch.joins else 0, self._remark,
         )  # fmt: skip
 

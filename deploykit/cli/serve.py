@@ -49,6 +49,10 @@ _PORT = click.IntRange(0, 65535)
     "--worker-memory", type=click.IntRange(64), metavar="MIB",
     help="Most memory of a model's process on the CPU.  [default: the machine's]",
 )  # fmt: skip
+@click.option(
+    "--versions", default="latest:1", show_default=True, metavar="WHICH",
+    help="That answer, of a directory of versions: latest:N, all, or 1,3.",
+)  # fmt: skip
 @click.option("--token-file", metavar="FILE", help="Bearer tokens, one a line; clients need one of them.")
 @click.option("--tls-cert", metavar="FILE", help="Certificate chain of the server, PEM.")
 @click.option("--tls-key", metavar="FILE", help="Its private key, PEM.")

@@ -436,8 +436,8 @@ def test_what_can_be_served_and_what_it_is_called(models, tmp_path, monkeypatch)
     shutil.copytree(tmp_path / "net", tmp_path / "many" / "x")
     models.scaled(tmp_path / "bare.onnx", 2.0)
     many = Source.at(tmp_path / "many")
-    assert (many.name, many.versioned, many.newest()[0]) == ("many", True, "10")
-    assert Source.at(tmp_path / "net").newest() == ("1", (tmp_path / "net").resolve())
+    assert (many.name, many.versioned, many.at_version()[0]) == ("many", True, "10")
+    assert Source.at(tmp_path / "net").at_version() == ("1", (tmp_path / "net").resolve())
     assert Source.at(tmp_path / "bare.onnx").name == "bare"
     assert Source.at(tmp_path / "net", "other").name == "other"
     monkeypatch.chdir(tmp_path / "net")
