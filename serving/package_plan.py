@@ -259,7 +259,8 @@ def _neighbours(requests: Sequence[dict[str, Array]]) -> tuple[dict[str, Array],
     """Two requests that may stand beside each other, small and with other values.
 
     Where no other golden request has rows of the same shape, the second is the last row of the first, turned around, as
-    often as the first has rows: values stay those that the model takes, and a result over all rows is another one.
+    often as the first has rows: values stay those that the model takes, and a result over all rows is another one. Reals
+    are halved too, so that the largest of all is another one.
     """
     ordered = sorted(requests, key=lambda r: sum(a.nbytes for a in r.values()))
     first = ordered[0]
@@ -268,7 +269,8 @@ def _neighbours(requests: Sequence[dict[str, Array]]) -> tuple[dict[str, Array],
         if same and any(not np.array_equal(other[n][:1], a[:1]) for n, a in first.items()):
             return first, other
     turned = {n: np.repeat(a[-1:], len(a), axis=0) for n, a in first.items()}
-    return first, {n: np.ascontiguousarray(a[..., ::-1] if a.ndim > 1 else a) for n, a in turned.items()}
+    halved = {n: (a / 2).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in turned.items()}
+    return first, {n: np.ascontiguousarray(a[..., ::-1] if a.ndim > 1 else a) for n, a in halved.items()}
 
 
 def plan_batch(
