@@ -259,8 +259,8 @@ def _neighbours(requests: Sequence[dict[str, Array]]) -> tuple[dict[str, Array],
     """Two requests that may stand beside each other, small and with other values.
 
     Where no other golden request has rows of the same shape, the second is the last row of the first, turned around, as
-    often as the first has rows: values stay those that the model takes, and a result over all rows is another one. Reals
-    are halved too, so that the largest of all is another one.
+    often as the first has rows: values stay those that the model takes, and a result over all rows is another one.
+    Reals are halved too, so that the largest of all is another one.
     """
     ordered = sorted(requests, key=lambda r: sum(a.nbytes for a in r.values()))
     first = ordered[0]

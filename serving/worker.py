@@ -203,13 +203,14 @@ def _load(job: dict[str, Any]) -> tuple[Session, dict[str, Any], Feeds]:
             trial.give_up(exc)
     joining, force = trial.joining, trial.force
     remark = joining.remark(force=force)
+    way_out = " (--force-batching joins them all the same)" if joining.possible and remark and not force else ""
     told = {
         "ready": {
             "signature": signature_as_json(signature),
             "batched": joining.allowed(force=force),
             "batching": remark,
             "bytes": trial.nbytes,
-            "notes": [*session.settings.get("tuned_notes", ()), *trial.notes, *([remark] if remark else [])],
+            "notes": [*session.settings.get("tuned_notes", ()), *trial.notes, *([remark + way_out] if remark else [])],
             "load_s": opened - started,
             "warm_s": time.perf_counter() - opened,
         }
