@@ -180,7 +180,8 @@ def _made_up(plan: Plan, shape: tuple[int, ...], seed: int) -> Array:
     """Pictures, or sound: tones that rise, each of its own loudness, over noise."""
     name, dtype = plan.given.name, plan.given.dtype
     if not isinstance(plan.config, AudioConfig):
-        return generate([TensorSpec(name, dtype, shape)], {}, ranges={name: ValueRange(*plan.low_high)}, seed=seed)[name]
+        ranges = {name: ValueRange(*plan.low_high)}
+        return generate([TensorSpec(name, dtype, shape)], {}, ranges=ranges, seed=seed)[name]
     rng, rate = np.random.default_rng(seed), plan.config.sample_rate
     seconds = np.arange(shape[1]) / rate
     made = np.empty(shape)

@@ -1,7 +1,7 @@
-"""Mel filter banks, windowed Fourier transforms as filters, and the log-mel spectrogram in float64 that is the reference.
+"""Mel filter banks, windowed Fourier transforms as filters, and the log-mel spectrogram in float64: the reference.
 
-Scales: "htk" is m = 2595 log10(1 + f / 700) (The HTK Book, 5.4); "slaney" is linear below 1 kHz and logarithmic above (M.
-Slaney, Auditory Toolbox, Interval Research report 1998-010), as librosa and Whisper have it.
+Scales: "htk" is m = 2595 log10(1 + f / 700) (The HTK Book, 5.4); "slaney" is linear below 1 kHz and logarithmic above
+(M. Slaney, Auditory Toolbox, Interval Research report 1998-010), as librosa and Whisper have it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preprocessing in the graph: what a serving process would compute before it calls a model, before the model's input."""
+"""Preprocessing in the graph: what a client would compute before it calls a model."""
 
 from __future__ import annotations
 

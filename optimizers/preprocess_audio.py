@@ -1,8 +1,8 @@
 """Samples of sound become the (log-)mel spectrogram that a model takes, inside the graph.
 
-The Fourier transforms are one convolution: its filters are windowed cosines and sines, its stride is the hop. ONNX's own
-STFT is a slow reference in most runtimes, and missing in many; a convolution is what all of them do best. Power is the
-sum of two squares, so that squares and mel filters are one product.
+The Fourier transforms are one convolution: its filters are windowed cosines and sines, its stride is the hop. ONNX's
+own STFT is missing in many runtimes; a convolution is what all of them do best. Power is the sum of two squares, so
+that the sum and the mel filters are one product.
 """
 
 from __future__ import annotations

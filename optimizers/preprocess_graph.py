@@ -83,8 +83,8 @@ class Builder:
 
     def cut(self, name: str, axis: int, start: int, end: int, hint: str) -> str:
         """Add a Slice along one axis."""
-        ends = [self.integers(f"{hint}_{what}", value) for what, value in (("from", start), ("to", end), ("axis", axis))]
-        return self.add("Slice", [name, *ends], hint)
+        first, last = self.integers(f"{hint}_from", start), self.integers(f"{hint}_to", end)
+        return self.add("Slice", [name, first, last, self.integers(f"{hint}_axis", axis)], hint)
 
     def largest(self, name: str, axes: Sequence[int], hint: str) -> str:
         """Add a ReduceMax that keeps its axes."""

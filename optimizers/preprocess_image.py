@@ -1,7 +1,7 @@
 """Images as they are decoded become what a model takes, inside the graph.
 
 A resize is two products with matrices (`resampling`): constants where all images have one size, else made by the graph
-out of the size that it is given. ONNX's own Resize is not used: ONNX Runtime and OpenVINO do not agree about `antialias`.
+out of the size that it is given. ONNX's own Resize is not used: runtimes do not agree about its `antialias`.
 Values between two levels stay between them, where Pillow rounds after each of its two passes to whole levels.
 """
 

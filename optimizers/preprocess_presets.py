@@ -1,4 +1,4 @@
-"""Configs out of a Hugging Face `preprocessor_config.json`, and out of what is written on a command line or in a recipe.
+"""Configs out of a Hugging Face `preprocessor_config.json`, and of what stands on a command line or in a recipe.
 
 Only processors are read whose steps are known to be ours; of others, guessing would prepare images a little differently
 from those that the model was trained on, which no error would ever show.
@@ -73,7 +73,7 @@ def read_processor(path: str | Path) -> PreprocessConfig:
 def _load(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LIMIT_BYTES:
-            raise OptimizationError(f"{file} is larger than {_LIMIT_BYTES} bytes", expected="a preprocessor_config.json")
+            raise OptimizationError(f"{file} is larger than {_LIMIT_BYTES} bytes", hint="give the options one by one")
         table = json.loads(file.read_bytes())
     except OSError as exc:
         raise OptimizationError(
@@ -94,10 +94,12 @@ class _Table:
         self.table = table
 
     def truth(self, key: str, default: bool) -> bool:
-        return self._of(key, default, bool, "true or false")
+        found: bool = self._of(key, default, bool, "true or false")
+        return found
 
     def whole(self, key: str, default: int) -> int:
-        return self._of(key, default, int, "a whole number")
+        found: int = self._of(key, default, int, "a whole number")
+        return found
 
     def number(self, key: str, default: float) -> float:
         return float(self._of(key, default, (int, float), "a number"))

@@ -1,7 +1,7 @@
 """Resizing along one axis as a matrix.
 
-A separable resize of a known size is a product with one matrix for the rows and one for the columns, which every runtime
-computes fast and alike. The weights are those of Pillow (`Image.resize`), torchvision and
+A separable resize of a known size is a product with one matrix for the rows and one for the columns, which every
+runtime computes fast and alike. The weights are those of Pillow (`Image.resize`), torchvision and
 `torch.nn.functional.interpolate(..., antialias=True)`: a kernel that is stretched by the ratio of the sizes where the
 picture shrinks, centered at the output pixel, and normalized over the pixels that exist. The bicubic kernel is that of
 R. Keys, "Cubic convolution interpolation for digital image processing" (1981), with a = -0.5.
@@ -24,7 +24,7 @@ def kernel(resample: str, distance: Array) -> Array:
         distance: Not negative.
     """
     if resample == "bilinear":
-        return np.maximum(1.0 - distance, 0.0)
+        return np.asarray(np.maximum(1.0 - distance, 0.0))
     a, d = CUBIC_A, distance
     near = ((a + 2) * d - (a + 3)) * d**2 + 1
     far = a * (((d - 5) * d + 8) * d - 4)

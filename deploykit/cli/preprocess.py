@@ -37,7 +37,9 @@ def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
             common.output_option,
             click.option("--input", "name", metavar="NAME", help="The input; needed where several could be meant."),
             click.option(
-                "--from", "preset", metavar="FILE",
+                "--from",
+                "preset",
+                metavar="FILE",
                 help="A preprocessor_config.json of Hugging Face, or the directory of one; options go before it.",
             ),
             click.option("--mean", type=_Numbers(), help="Subtracted at the end; one number, or one each."),
@@ -55,8 +57,9 @@ def _checks(function: Callable[..., Any]) -> Callable[..., Any]:
             common.data_option("Real inputs, as the result takes them, for the comparison with the parent:"),
             common.dim_option,
             click.option(
-                "--min-cosine", type=click.FloatRange(-1, 1),
-                help="Smallest accepted cosine between an output and the parent's. Default: equality, or 0.99 where the "
+                "--min-cosine",
+                type=click.FloatRange(-1, 1),
+                help="Smallest accepted cosine between an output and the parent's. Default: equality; 0.99 where the "
                 "parent is quantized.",
             ),
             common.contract_option,
@@ -112,8 +115,12 @@ def image(**given: Any) -> None:
 @_choice("--log", ["none", "ln", "log10", "db"], "ln by default.")
 @click.option("--offset", type=float, help="Added before the logarithm.")
 @click.option("--floor", type=float, help="Raise smaller values to this before the logarithm; 1e-10 by default.")
-@click.option("--top", type=float, help="Raise values further than this below a waveform's largest: 8 in Whisper, 80 dB.")
-@click.option("--samples", type=int, metavar="NUMBER", help="Pad shorter waveforms with zeros to this, cut longer ones.")
+@click.option(
+    "--top", type=float, help="Raise values further than this below a waveform's largest: 8 in Whisper, 80 dB."
+)
+@click.option(
+    "--samples", type=int, metavar="NUMBER", help="Pad shorter waveforms with zeros to this, cut longer ones."
+)
 @_choice("--dtype", ["float32", "int16"], "Of the samples: float32 in -1 to 1 (the default), or int16.")
 @click.option(
     "--feature-layout", "layout", type=click.Choice(["bmt", "btm", "b1mt", "b1tm", "bmt1", "btm1"]),

@@ -108,9 +108,7 @@ def test_sound_beside_another_input(tmp_path: Path) -> None:
         c = Conv(features, w0) r = Relu(c) g = GlobalAveragePool(r) f = Flatten(g) a = Add(f, speaker) y = MatMul(a, w1)
     }"""
     rng = np.random.default_rng(0)
-    path = save(
-        tmp_path / "net.onnx", text, w0=rng.standard_normal((8, 40, 3)) / 9, w1=rng.standard_normal((8, 6)) / 2
-    )
+    path = save(tmp_path / "net.onnx", text, w0=rng.standard_normal((8, 40, 3)) / 9, w1=rng.standard_normal((8, 6)) / 2)
     made = deploykit.preprocess(path, tmp_path / "made", config=AudioConfig(mels=40, dtype="int16"))
     assert [str(s) for s in made.signature.inputs] == ["features: int16[batch, samples]", "speaker: float32[batch, 8]"]
     assert [r["verdict"] for r in made.manifest.evidence.parity] == ["passed"] * 4
