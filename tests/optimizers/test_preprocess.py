@@ -448,8 +448,12 @@ def floats_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 QUANTIZERS = [
-    StaticConfig(), DynamicConfig(), WeightsConfig(block=16), HalfConfig("fp16", "storage"), HalfConfig("fp16", "native"),
-]  # fmt: skip
+    StaticConfig(),
+    DynamicConfig(),
+    WeightsConfig(block=16),
+    HalfConfig("fp16", "storage"),
+    HalfConfig("fp16", "native"),
+]
 
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
