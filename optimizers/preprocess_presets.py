@@ -41,14 +41,15 @@ def read_processor(path: str | Path) -> PreprocessConfig:
     """Read a `preprocessor_config.json`, or a `processor_config.json` with one in it.
 
     Args:
-        path: The file, or the directory of the model.
+        path: The file, or its directory: a Hugging Face model, or the artifact that was exported from one.
 
     Raises:
         OptimizationError: It cannot be read, or means something that is not offered.
     """
     file = Path(path)
     if file.is_dir():
-        found = [file / n for n in ("preprocessor_config.json", "processor_config.json") if (file / n).is_file()]
+        names = ("preprocessor_config.json", "processor_config.json")
+        found = [p for folder in (file, file / "assets") for n in names if (p := folder / n).is_file()]
         if not found:
             raise OptimizationError(f"{file} holds no preprocessor_config.json", hint="give the options one by one")
         file = found[0]
