@@ -1,7 +1,7 @@
 """Images as they are decoded become what a model takes, inside the graph.
 
 A resize is two products with matrices (`resampling`): constants where all images have one size, else made by the graph
-out of the size that it is given. ONNX's own Resize is not used: runtimes do not agree about its `antialias`.
+out of the size that it is given. ONNX's own Resize is not used: OpenVINO (2026.4) reads it and ignores its `antialias`.
 Values between two levels stay between them, where Pillow rounds after each of its two passes to whole levels.
 """
 
@@ -27,6 +27,7 @@ from deploykit.specs import Array, Dim, Signature, TensorSpec
 
 _CHANNELS = (1, 3, 4)
 _COLORS = 3
+_BLACK, _WHITE = 0.0, 255.0
 # Of height and width of made-up images to what the model takes.
 _FACTORS = ((1.4, 1.9), (0.75, 0.9), (2.3, 1.1), (1.0, 1.0))
 _Size = tuple[int, int]
@@ -58,7 +59,7 @@ class ImagePlan:
     @property
     def low_high(self) -> tuple[float, float]:
         """Values that made-up inputs may take."""
-        return 0.0, 255.0
+        return _BLACK, _WHITE
 
     @property
     def step(self) -> str:
@@ -140,7 +141,11 @@ class ImagePlan:
             low = graph.add("MatMul", [rows, flat], "rows")
             low = graph.add("Reshape", [low, graph.integers("low_shape", 0, 0, -1, self.channels)], "low")
             x = graph.add("Transpose", [low], "low_turned", perm=[0, 3, 1, 2])
-        return graph.add("MatMul", [x, columns], "resized")
+        x = graph.add("MatMul", [x, columns], "resized")
+        if self.config.resample == "bilinear":
+            return x
+        # What a cubic kernel throws beyond black and white beside an edge, no decoded picture has.
+        return graph.add("Clip", [x, graph.number("black", _BLACK), graph.number("white", _WHITE)], "levels")
 
     def _constant_matrices(self, graph: Builder) -> tuple[str, str]:
         size, resize = self.config.size, self.config.resize
@@ -247,7 +252,7 @@ class ImagePlan:
                 resize_matrix(size, target, config.resample, antialias=config.antialias)
                 for size, target in zip((height, width), targets, strict=True)
             )
-            x = rows @ x @ columns.T
+            x = np.clip(rows @ x @ columns.T, _BLACK, _WHITE)
         if config.crop is not None:
             top, left = (crop_start(size, crop) for size, crop in zip(x.shape[1:], config.crop, strict=True))
             x = x[:, top : top + config.crop[0], left : left + config.crop[1]]

@@ -81,11 +81,11 @@ def run(path: Path, device: str, **feeds: Any) -> Any:
 def test_matrices_are_pillows(resample: str, size: tuple[int, int], target: tuple[int, int]) -> None:
     from PIL import Image
 
-    image = pictures(1, *size, 3)[0]
+    image = pictures(1, *size, 3)[0] // 2 + 64  # Pillow cuts off beyond black and white after its first pass
     how = Image.Resampling.BILINEAR if resample == "bilinear" else Image.Resampling.BICUBIC
     theirs = np.asarray(Image.fromarray(image).resize(target[::-1], how), np.float64)
     rows, columns = (resize_matrix(n, m, resample) for n, m in zip(size, target, strict=True))
-    ours = np.clip(np.einsum("hH,HWc,wW->hwc", rows, image, columns), 0, 255)
+    ours = np.einsum("hH,HWc,wW->hwc", rows, image, columns)
     # Pillow rounds to whole levels twice.
     assert np.abs(ours - theirs).max() <= 1.01
     assert np.abs(ours - theirs).mean() < 0.4
@@ -223,7 +223,7 @@ def test_presets_do_what_transformers_does(name: str, tmp_path: Path) -> None:
         theirs = processor(image[0], return_tensors="np", input_data_format="channels_last")["pixel_values"]
         ours = run(path, "ort:cpu", x=image)
         level = 1 / 255 / min(config.std)
-        # Pillow rounds to levels twice, and cuts off what a cubic kernel throws beyond 0 and 255.
+        # Pillow rounds to levels twice, and cuts off what a cubic kernel throws beyond 0 and 255 twice.
         assert np.abs(ours - theirs).mean() < 0.45 * level
         assert np.quantile(np.abs(ours - theirs), 0.99) < 1.1 * level
 
