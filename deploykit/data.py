@@ -392,7 +392,7 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, r
     if dtype.kind in "iu":
         low, high = (int(limits.low), int(limits.high)) if limits else (0, 1)
         if spec.dtype == "uint8" and (low, high) == (0, 255) and is_picture(shape):
-            return np.clip(np.rint(make_pictures(shape, rng) * 48 + 128), 0, 255).astype(np.uint8)
+            return np.asarray(np.clip(np.rint(make_pictures(shape, rng) * 48 + 128), 0, 255), np.uint8)
         return rng.integers(low, high + 1, shape).astype(dtype)
     if limits is None and is_picture(shape):
         return make_pictures(shape, rng).astype(dtype)

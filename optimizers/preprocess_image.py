@@ -242,7 +242,7 @@ class ImagePlan:
 
     def _prepared(self, image: Array) -> Array:
         config = self.config
-        x = image.astype(np.float64)
+        x: Array = image.astype(np.float64)
         if config.layout == "nhwc":
             x = x.transpose(2, 0, 1)
         if config.resize is not None:

@@ -107,7 +107,7 @@ class _Table:
 
     def numbers(self, key: str) -> tuple[float, ...]:
         value = self.table.get(key)
-        values = value if isinstance(value, list) else [value]
+        values: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             raise self.wrong(key, "numbers")
         return tuple(float(v) for v in values)

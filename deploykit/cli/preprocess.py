@@ -31,42 +31,40 @@ def _choice(option: str, values: list[str], text: str) -> common.Decorator:
 
 def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
     """What both commands take."""
-    for decorate in reversed(
-        [
-            common.model_option,
-            common.output_option,
-            click.option("--input", "name", metavar="NAME", help="The input; needed where several could be meant."),
-            click.option(
-                "--from",
-                "preset",
-                metavar="FILE",
-                help="A preprocessor_config.json of Hugging Face, or the directory of one; options go before it.",
-            ),
-            click.option("--mean", type=_Numbers(), help="Subtracted at the end; one number, or one each."),
-            click.option("--std", type=_Numbers(), help="What is divided by after that."),
-        ]
-    ):
+    decorators: list[common.Decorator] = [
+        common.model_option,
+        common.output_option,
+        click.option("--input", "name", metavar="NAME", help="The input; needed where several could be meant."),
+        click.option(
+            "--from",
+            "preset",
+            metavar="FILE",
+            help="A preprocessor_config.json of Hugging Face, or the directory of one; options go before it.",
+        ),
+        click.option("--mean", type=_Numbers(), help="Subtracted at the end; one number, or one each."),
+        click.option("--std", type=_Numbers(), help="What is divided by after that."),
+    ]
+    for decorate in reversed(decorators):
         function = decorate(function)
     return function
 
 
 def _checks(function: Callable[..., Any]) -> Callable[..., Any]:
     """How the result is compared and shown."""
-    for decorate in reversed(
-        [
-            common.data_option("Real inputs, as the result takes them, for the comparison with the parent:"),
-            common.dim_option,
-            click.option(
-                "--min-cosine",
-                type=click.FloatRange(-1, 1),
-                help="Smallest accepted cosine between an output and the parent's. Default: equality; 0.99 where the "
-                "parent is quantized.",
-            ),
-            common.contract_option,
-            common.json_option,
-            common.dry_run_option,
-        ]
-    ):
+    decorators: list[common.Decorator] = [
+        common.data_option("Real inputs, as the result takes them, for the comparison with the parent:"),
+        common.dim_option,
+        click.option(
+            "--min-cosine",
+            type=click.FloatRange(-1, 1),
+            help="Smallest accepted cosine between an output and the parent's. Default: equality; 0.99 where the "
+            "parent is quantized.",
+        ),
+        common.contract_option,
+        common.json_option,
+        common.dry_run_option,
+    ]
+    for decorate in reversed(decorators):
         function = decorate(function)
     return function
 

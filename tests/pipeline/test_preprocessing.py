@@ -126,7 +126,7 @@ def test_quantized_parent_is_held_to_a_cosine(net: Path, tmp_path: Path) -> None
     assert made.manifest.evidence.parity[2]["tolerance"] is not None
 
 
-def test_command_recipe_and_preset(net: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_recipe_and_preset(net: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from deploykit.cli import main
 
     preset = {
@@ -141,12 +141,12 @@ def test_command_recipe_and_preset(net: Path, tmp_path: Path, capsys: Any, monke
     with pytest.raises(SystemExit) as ended:
         main([*args, "--dry-run"])
     assert ended.value.code == 0
-    tables = tomllib.loads(capsys.readouterr().out)
+    tables = tomllib.loads(capfd.readouterr().out)
     deploykit.run(Recipe.from_tables(tables, tmp_path), tmp_path / "out")
     with pytest.raises(SystemExit) as ended:
         main(args)
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
+    shown = capfd.readouterr().out
     assert "parity  preprocessing passed on ort:cpu" in shown
     made = [Artifact.open(tmp_path / name).manifest.lineage[-1].params for name in ("made", "out/preprocess-image")]
     assert made[0] == made[1]
