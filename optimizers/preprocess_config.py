@@ -227,19 +227,22 @@ def choose_input(signature: Signature, name: str | None, ranks: Collection[int],
     Raises:
         OptimizationError: There is no such input, several may be meant, or it cannot hold that.
     """
-    known = ", ".join(str(spec) for spec in signature.inputs)
+    known, axes = ", ".join(str(spec) for spec in signature.inputs), " or ".join(map(str, sorted(ranks)))
     if name is not None:
         found = [spec for spec in signature.inputs if spec.name == name]
         if not found:
             raise OptimizationError(f"the model has no input {name!r}", expected=f"one of: {known}")
     else:
         found = [s for s in signature.inputs if s.dtype in _MODEL_DTYPES and len(s.shape or ()) in ranks]
-        if len(found) != 1:
+        if not found:
             raise OptimizationError(
-                f"{len(found) or 'none'} of the model's inputs may hold {what}: {known}", hint="name it: --input NAME"
+                f"none of the model's inputs can hold {what}: {known}", expected=f"float32 or float16 of {axes} axes"
+            )
+        if len(found) > 1:
+            raise OptimizationError(
+                f"{len(found)} of the model's inputs may hold {what}: {known}", hint="name it: --input NAME"
             )
     spec = found[0]
-    axes = " or ".join(map(str, sorted(ranks)))
     if spec.dtype not in _MODEL_DTYPES or spec.shape is None or len(spec.shape) not in ranks:
         raise OptimizationError(
             f"{spec} cannot hold {what}", expected=f"float32 or float16 of {axes} axes; the model has: {known}"

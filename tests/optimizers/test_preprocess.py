@@ -33,6 +33,7 @@ from deploykit.optimizers.preprocess_config import PreprocessConfig
 from deploykit.optimizers.resampling import crop_start, resize_matrix, resized
 from deploykit.pictures import make_pictures
 from deploykit.runtimes import open_session
+from deploykit.specs import Signature, TensorSpec
 
 DEVICES = ("ort:cpu", "openvino:cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -351,7 +352,7 @@ _PLAIN: list[int | str] = ["n", 3, 24, 24]
     ("config", "shape", "word"),
     [
         (ImageConfig(input="z"), _PLAIN, "no input 'z'"),
-        (ImageConfig(), ["n", 24], "--input NAME"),
+        (ImageConfig(), ["n", 24], "float16 of 4 axes"),
         (ImageConfig(input="x"), ["n", 24], "cannot hold images"),
         (ImageConfig(), ["n", 5, 24, 24], "--model-layout"),
         (ImageConfig(), ["n", 3, 24, 3], "--model-layout"),
@@ -385,6 +386,13 @@ def test_refused(config: PreprocessConfig, shape: list[int | str], word: str, tm
     with pytest.raises(OptimizationError) as caught:
         plan_preprocessing(signature_of(onnx.load(echo(tmp_path, shape))), config)
     assert word in str(caught.value)
+
+
+def test_one_of_two_inputs_has_to_be_named() -> None:
+    pair = Signature(tuple(TensorSpec(n, "float32", ("n", 3, 8, 8)) for n in ("left", "right")), ())
+    with pytest.raises(OptimizationError, match=r"2 of the model's inputs .* --input NAME"):
+        plan_preprocessing(pair, ImageConfig())
+    assert plan_preprocessing(pair, ImageConfig(input="right")).given == TensorSpec("right", "uint8", ("n", 8, 8, 3))
 
 
 # --- quantizers ------------------------------------------------------------------------------------------------------
