@@ -18,6 +18,8 @@ LOGS = ("none", "ln", "log10", "db")
 PAD_MODES = ("reflect", "constant")
 SOUND_DTYPES = ("float32", "int16")
 FEATURE_LAYOUTS = ("bmt", "btm", "b1mt", "b1tm", "bmt1", "btm1")
+# Larger ones would take gigabytes for matrices and filters.
+_MAX_PIXELS, _MAX_N_FFT, _MAX_MELS, _MAX_SAMPLES = 1 << 14, 1 << 13, 1 << 10, 1 << 26
 # Preprocessing is computed in float32, whatever the model computes in.
 _MODEL_DTYPES = ("float32", "float16")
 
@@ -136,8 +138,8 @@ def check_image(config: ImageConfig) -> None:
         check_choice("model layout", config.model_layout, LAYOUTS)
     for name, size in (("resize", config.resize), ("crop", config.crop), ("size", config.size)):
         lengths = (size,) if isinstance(size, int) else size or ()
-        if any(length < 1 for length in lengths):
-            raise OptimizationError(f"{name} {size}", expected="positive numbers of pixels")
+        if not all(1 <= length <= _MAX_PIXELS for length in lengths):
+            raise OptimizationError(f"{name} {size}", expected=f"1 to {_MAX_PIXELS} pixels")
     if not config.antialias and config.resample != "bilinear":
         raise OptimizationError(
             f"{config.resample} without antialias is not offered", expected="bilinear", hint="leave --no-antialias out"
@@ -162,15 +164,20 @@ def check_audio(config: AudioConfig) -> None:
         raise OptimizationError(f"power {config.power}", expected="1 (magnitude) or 2 (power)")
     if config.layout is not None:
         check_choice("feature layout", config.layout, FEATURE_LAYOUTS)
-    for name, number in (("sample rate", config.sample_rate), ("hop", config.hop), ("mels", config.mels)):
-        if number < 1:
-            raise OptimizationError(f"{name} {number}", expected="a positive number")
-    if config.n_fft < 4:
-        raise OptimizationError(f"a Fourier transform of {config.n_fft} samples", expected="4 or more")
+    for name, number, least, most in (
+        ("sample rate", config.sample_rate, 1, _MAX_SAMPLES),
+        ("hop", config.hop, 1, _MAX_SAMPLES),
+        ("mels", config.mels, 1, _MAX_MELS),
+        ("n_fft", config.n_fft, 4, _MAX_N_FFT),
+    ):
+        if not least <= number <= most:
+            raise OptimizationError(f"{name} {number}", expected=f"{least} to {most}")
     if config.win is not None and not 1 < config.win <= config.n_fft:
         raise OptimizationError(f"a window of {config.win} samples", expected=f"2 to {config.n_fft}, those of --n-fft")
-    if config.samples is not None and config.samples < config.n_fft:
-        raise OptimizationError(f"{config.samples} samples", expected=f"{config.n_fft} or more, those of --n-fft")
+    if config.samples is not None and not config.n_fft <= config.samples <= _MAX_SAMPLES:
+        raise OptimizationError(
+            f"{config.samples} samples", expected=f"{config.n_fft}, those of --n-fft, to {_MAX_SAMPLES}"
+        )
     half, fmax = config.sample_rate / 2, config.fmax
     if not 0 <= config.fmin < (half if fmax is None else fmax) <= half:
         raise OptimizationError(
