@@ -34,7 +34,14 @@ from deploykit.optimizers.quantize_config import (
 from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.refine import Material, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes, stand_ins, watched_tensors
+from deploykit.optimizers.select_nodes import (
+    check_excluded,
+    check_selected,
+    kept_float,
+    select_nodes,
+    stand_ins,
+    watched_tensors,
+)
 from deploykit.optimizers.thresholds import check_method
 from deploykit.progress import Progress
 from deploykit.specs import Array
@@ -113,7 +120,7 @@ def quantize_static(
             write_copy(light, keep_float)
         notes += after_ranges(light, usable, ranges, config, bits, data_again, told)
         notes += rewrite(prepared, last=True)
-        embeddings = quantize_embeddings(light, frozenset(config.exclude))
+        embeddings = quantize_embeddings(light, kept_float(prepared, config.exclude))
         total = len(prepared.graph.node)
         made = insert_pairs(light, usable, ranges, config, bits)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
@@ -171,7 +178,7 @@ def _to_be_quantized(light: LightModel, config: StaticConfig) -> tuple[LightMode
     notes += rewrite(prepared)
     prepared = infer_shapes(prepared)
     check_excluded(prepared, config.exclude)
-    nodes = select_nodes(prepared, frozenset(config.exclude))
+    nodes = select_nodes(prepared, kept_float(prepared, config.exclude))
     check_selected(nodes)
     return LightModel(prepared, light.folder), nodes, notes
 
