@@ -41,6 +41,7 @@ _EXPORTS = {
     "load": "runtimes",
     "open_session": "runtimes",
     "optimize": "pipeline",
+    "pack_data": "packing",
     "package": "packaging",
     "quantize_dynamic": "pipeline",
     "quantize_half": "pipeline",
@@ -50,7 +51,9 @@ _EXPORTS = {
     "quantize_weights": "pipeline",
     "run": "pipeline",
     "sbom": "pipeline",
+    "select_data": "selecting",
     "serve": "pipeline",
+    "show_data": "listing",
     "sign": "pipeline",
     "simplify": "pipeline",
     "smoke": "packaging",
@@ -77,6 +80,7 @@ __all__ = [
     "load",
     "open_session",
     "optimize",
+    "pack_data",
     "package",
     "quantize_dynamic",
     "quantize_half",
@@ -86,7 +90,9 @@ __all__ = [
     "quantize_weights",
     "run",
     "sbom",
+    "select_data",
     "serve",
+    "show_data",
     "sign",
     "simplify",
     "smoke",
@@ -98,6 +104,8 @@ if TYPE_CHECKING:
     from deploykit.benchmarks import Report
     from deploykit.data import Dataset
     from deploykit.errors import DeploykitError
+    from deploykit.listing import show_data
+    from deploykit.packing import pack_data
     from deploykit.pipeline import (
         apply,
         benchmark,
@@ -124,6 +132,7 @@ if TYPE_CHECKING:
     )
     from deploykit.recipe import Recipe
     from deploykit.runtimes import Session, load, open_session
+    from deploykit.selecting import select_data
     from deploykit.specs import Signature, TensorSpec
 
 
