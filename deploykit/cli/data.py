@@ -41,11 +41,11 @@ def command() -> None:
 @_source
 @click.option("-o", "--output", required=True, metavar="DIR.zarr", help="Where the store will stand; must not exist.")
 @click.option(
-    "--mean", type=_Reals(), default="", metavar=_Reals.name,
+    "--mean", type=_Reals(), metavar=_Reals.name,
     help="Of images of uint8, one or one a channel, after --rescale: kept beside the bytes, for models that take "
     "normalized reals. Models with the normalization in their graph are given the bytes.",
 )  # fmt: skip
-@click.option("--std", type=_Reals(), default="", metavar=_Reals.name, help="Their deviations, as --mean.")
+@click.option("--std", type=_Reals(), metavar=_Reals.name, help="Their deviations, as --mean.")
 @click.option(
     "--rescale", type=click.FloatRange(0, min_open=True), help="Factor of the bytes before --mean; 1/255 by default."
 )
@@ -63,8 +63,8 @@ def command() -> None:
 def pack(
     source: str,
     output: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     rescale: float | None,
     channel_axis: int,
     names: tuple[str, ...],
@@ -82,7 +82,7 @@ def pack(
 
     normalization = None
     if mean or std or names or rescale is not None:
-        normalization = Normalization(mean, std, 1 / 255 if rescale is None else rescale, channel_axis, names)
+        normalization = Normalization(mean or (), std or (), 1 / 255 if rescale is None else rescale, channel_axis, names)
     layout = Layout(chunk_bytes=chunk_bytes, level=level)
     summary = pack_data(
         source, output, normalization=normalization, float16=float16, layout=layout, progress=common.progress()
