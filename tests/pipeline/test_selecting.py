@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import digits
 from deploykit import pack_data, quantize_static, select_data, show_data
 from deploykit.data import Dataset
 from deploykit.errors import DataError, ModelError, OptimizationError, OutputExistsError
@@ -15,7 +15,7 @@ from deploykit.progress import Progress
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(digits: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A net trained on digits, and 597 labelled ones that it has not seen."""
     folder = tmp_path_factory.mktemp("digits")
     digits.write(folder)
