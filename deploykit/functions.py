@@ -1,4 +1,4 @@
-"""Functions that the user names, as `package.module:name` or `path/file.py:name`; importing them runs the user's code."""
+"""Functions that a user names, `package.module:name` or `path/file.py:name`: importing them runs the user's code."""
 
 from __future__ import annotations
 

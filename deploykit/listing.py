@@ -157,10 +157,11 @@ def _of_store(path: Path, dataset: Dataset, verify: bool, told: Progress) -> Dat
             )
         )  # fmt: skip
     checked = CHECKED if store.packed else "every chunk decoded"
-    selection, digest = store.told.get("selection"), store.told.get("digest")
+    digest, selection = store.told.get("digest"), store.told.get("selection")
+    chosen = selection if isinstance(selection, dict) else None
     return DataSummary(
         str(path), "zarr", dataset.length, tuple(arrays), _disk_bytes(path), checked if verify else "",
-        digest=digest if isinstance(digest, str) else None, selection=selection if isinstance(selection, dict) else None,
+        digest=digest if isinstance(digest, str) else None, selection=chosen,
     )  # fmt: skip
 
 

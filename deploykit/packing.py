@@ -1,7 +1,7 @@
-"""The verb `pack_data`: any dataset into a chunked, compressed and checksummed Zarr store; and samples of one into a file.
+"""The verb `pack_data`: any dataset into a chunked, compressed and checksummed Zarr store; and samples of one into one.
 
-Images of bytes stay bytes. Where a mean and a deviation are given, they are kept beside them: a model that takes reals is
-given normalized ones, one with the normalization in its graph the bytes.
+Images of bytes stay bytes. Where a mean and a deviation are given, they are kept beside them: a model that takes reals
+is given normalized ones, one with the normalization in its graph the bytes.
 """
 
 from __future__ import annotations
@@ -249,7 +249,10 @@ def write_samples(
         with zipfile.ZipFile(file, "w") as archive:
             for name, path in made.items():
                 # Without the time of the day, so that the same choice is the same file.
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as target, path.open("rb") as rows:
+                with (
+                    archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as target,
+                    path.open("rb") as rows,
+                ):
                     shutil.copyfileobj(rows, target)
             archive.writestr(zipfile.ZipInfo(SELECTION), json.dumps(record))
 

@@ -4,8 +4,8 @@ Zarr's own library decodes whatever a store's metadata name (pickles among it), 
 claim, and takes a chunk that is not there for an empty one. Here codecs are those of `_COMPRESSORS` and crc32c, and a
 chunk has to say that it decodes to the very size that the metadata give it.
 
-Specifications: https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html, the codecs beside it, and of the extension
-types `fixed_length_utf32` and `null_terminated_bytes` https://github.com/zarr-developers/zarr-extensions.
+Specifications: https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html, the codecs beside it, and of the types
+`fixed_length_utf32` and `null_terminated_bytes` https://github.com/zarr-developers/zarr-extensions.
 """
 
 from __future__ import annotations
@@ -285,10 +285,8 @@ def decode_chunk(meta: ArrayMeta, raw: bytes) -> Array:
         RuntimeError: A codec failed.
         MissingDependencyError: The extra is not installed.
     """
-    sizes, size = [], meta.chunk_bytes
-    for codec in meta.codecs:
-        sizes.append(size)
-        size += 4  # of a checksum; what stands before a compressor is checksums alone
+    # A checksum takes 4 bytes, and nothing else stands before a compressor.
+    sizes = [meta.chunk_bytes + 4 * number for number in range(len(meta.codecs))]
     data: Raw = raw
     for codec, size in zip(reversed(meta.codecs), reversed(sizes), strict=True):
         data = _without_checksum(data) if codec == _CHECKSUM else _DECODERS[codec](data, size)

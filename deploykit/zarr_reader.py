@@ -1,7 +1,7 @@
 """Zarr 3 stores of any origin, read by rows: a chunk is decoded when its rows are asked for, and one block is kept.
 
-What `deploykit data pack` writes says in its attributes what its metadata and its files hash to. The first is checked when
-a store is opened, the second by `Store.verify`; the checksum of each chunk is checked whenever it is read.
+What `deploykit data pack` writes says in its attributes what its metadata and its files hash to. The first is checked
+when a store is opened, the second by `Store.verify`; the checksum of each chunk is checked whenever it is read.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ class Store:
             return
         size = sum(file.lstat().st_size for file in self.path.rglob("*"))
         if claimed > _RATIO * size:
-            raise DataError(f"{self.path} would decode from {size} to {claimed} bytes", expected="a store that was filled")
+            raise DataError(
+                f"{self.path} would decode from {size} to {claimed} bytes", expected="a store that was filled"
+            )
 
     @property
     def packed(self) -> bool:
@@ -352,7 +354,11 @@ def _read_json(file: Path, root: Path) -> dict[str, Any]:
         if len(raw) > _METADATA_BYTES:
             raise ValueError(f"larger than {_METADATA_BYTES} bytes")
         found = json.loads(raw)
-        if not isinstance(found, dict) or found.get("zarr_format") != 3 or found.get("node_type") not in ("array", "group"):
+        if (
+            not isinstance(found, dict)
+            or found.get("zarr_format") != 3
+            or found.get("node_type") not in ("array", "group")
+        ):
             raise ValueError("neither group nor array of Zarr's format 3")
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"cannot read {file} ({first_line(exc)})", expected="a Zarr store of format 3") from exc

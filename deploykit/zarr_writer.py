@@ -1,4 +1,4 @@
-"""Zarr 3 stores, written as the data come: chunks of whole rows, many to a file, each compressed and with a checksum."""
+"""Zarr 3 stores, written as the data come: chunks of whole rows, many a file, each compressed and with a checksum."""
 
 from __future__ import annotations
 
@@ -139,10 +139,12 @@ class _ArrayWriter:
             )
         self._waiting.append(values.astype(self.dtype, copy=False))
         self._count += len(values)
-        while self._count >= self._file_rows:
+        if self._count >= self._file_rows:
             rows = np.concatenate(self._waiting)
-            self._waiting, self._count = [rows[self._file_rows :]], len(rows) - self._file_rows
-            self._write(rows[: self._file_rows])
+            whole = len(rows) // self._file_rows * self._file_rows
+            for start in range(0, whole, self._file_rows):
+                self._write(rows[start : start + self._file_rows])
+            self._waiting, self._count = [rows[whole:].copy()], len(rows) - whole
 
     def finish(self, notes: Mapping[str, Any]) -> str:
         """Write what is left; sha256 of all values."""
@@ -197,7 +199,9 @@ class _ArrayWriter:
         blosc = require("numcodecs.blosc", extra=EXTRA)
         data = np.frombuffer(content_bytes(values), {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}[self._word])
         names = [n for n in _SHUFFLES if n != "shuffle" or self._word > 1]
-        sizes = [len(blosc.compress(data, b"zstd", self._layout.level, number)) for number in map(_SHUFFLES.index, names)]
+        sizes = [
+            len(blosc.compress(data, b"zstd", self._layout.level, number)) for number in map(_SHUFFLES.index, names)
+        ]
         return names[sizes.index(min(sizes))]
 
 

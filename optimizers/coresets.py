@@ -1,10 +1,11 @@
 """A small part of a dataset that stands for all of it, chosen by features of its samples.
 
 k-center (Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Sener and Savarese, Active learning
-for convolutional neural networks: a core-set approach, 2018) takes the sample that is furthest from all that were taken,
-again and again: no sample is further from its nearest than twice what the best choice of so many could reach. It finds
-the rare ones. Herding (Welling, Herding dynamical weights to learn, 2009; here in the form of Rebuffi et al., iCaRL, 2017,
-equation 4) takes the sample that brings the mean of what was taken closest to the mean of all. It finds the usual ones.
+for convolutional neural networks: a core-set approach, 2018) takes the sample that is furthest from all that were
+taken, again and again: no sample is further from its nearest than twice what the best choice of so many could reach. It
+finds the rare ones. Herding (Welling, Herding dynamical weights to learn, 2009; here in the form of Rebuffi et al.,
+iCaRL, 2017, equation 4) takes the sample that brings the mean of what was taken closest to the mean of all. It finds
+the usual ones.
 
 Features are read in blocks, so that they may be a mapped file; beside them, memory holds a number a sample.
 """
@@ -74,7 +75,9 @@ def choose(
             picked = np.sort(dice.choice(len(rows), share, replace=False)).tolist()
         else:
             part = _Part(features, rows)
-            picked = k_center(part, share, int(dice.integers(len(rows)))) if method == "k-center" else herding(part, share)
+            picked = (
+                k_center(part, share, int(dice.integers(len(rows)))) if method == "k-center" else herding(part, share)
+            )
         chosen += [int(rows[i]) for i in picked]
         if seen is not None:
             seen(len(chosen))

@@ -1,4 +1,4 @@
-"""What a model makes of each sample, as one row of numbers: the input of its last product, or another tensor, pooled."""
+"""What a model makes of each sample, as one row of numbers: the input of its last product or another tensor, pooled."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def raw_features(data: Dataset, batch_size: int) -> Iterator[tuple[Array, Array 
 class Sketch:
     """Folds wide rows to `WIDTH` numbers, which keeps distances in expectation; narrow ones stay as they are.
 
-    Each number is added, with a random sign, to one of the sums: a count sketch (Charikar, Chen and Farach-Colton, 2002;
+    Each number is added, with a random sign, to one of the sums: a count sketch (Charikar, Chen, Farach-Colton, 2002;
     Weinberger et al., Feature hashing for large scale multitask learning, 2009), which needs no matrix.
     """
 

@@ -3,11 +3,12 @@
 For real images and a net that was trained on them:
 - the size of the training images as float32 and in each form that a dataset may have;
 - how fast normalized batches are read from the packed store, beside how fast ONNX Runtime takes them, in turns;
-- the accuracy of the int8 model that all N calibration samples give, beside those of N/20 chosen by k-center, by herding,
-  and at random (five times), on the whole test set.
+- the accuracy of the int8 model that all N calibration samples give, beside those of N/20 chosen by k-center, by
+  herding, and at random (five times), on the whole test set.
 
-`digits` is scikit-learn's, 1,000 for training and 797 for the test; `fashion` is Fashion-MNIST with `real_models.py`'s
-residual net (Debian's `dataset-fashion-mnist`, or the directory in `$FASHION_MNIST`). Without names, those that are there.
+`digits` is scikit-learn's, 1,000 for training and 797 for the test; `fashion` is Fashion-MNIST with the residual net of
+`real_models.py` (Debian's `dataset-fashion-mnist`, or the directory in `$FASHION_MNIST`). Without names, those that are
+there.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def accuracy(model: Path, task: Task) -> float:
     return right / len(labels)
 
 
-def calibrations(task: Task, fp32: Artifact, folder: Path, config: StaticConfig, chances: int) -> dict[str, list[float]]:
+def calibrations(
+    task: Task, fp32: Artifact, folder: Path, config: StaticConfig, chances: int
+) -> dict[str, list[float]]:
     """Accuracy of int8 models by what they were calibrated with."""
     images, labels = task.train
     np.savez(folder / "calibration.npz", image=images[: task.calibration], labels=labels[: task.calibration])
@@ -171,9 +174,7 @@ def calibrations(task: Task, fp32: Artifact, folder: Path, config: StaticConfig,
     for method, count in [*((m, 1) for m in _METHODS), ("random", chances)]:
         sources[method] = [folder / f"{method}-{seed}.zarr" for seed in range(count)]
         for seed, part in enumerate(sources[method]):
-            deploykit.select_data(
-                whole, part, model=fp32.path, fraction=1 / _FRACTION, method=method, seed=seed
-            )
+            deploykit.select_data(whole, part, model=fp32.path, fraction=1 / _FRACTION, method=method, seed=seed)
     found: dict[str, list[float]] = {"float32": [accuracy(fp32.model_path, task)]}
     for label, stores in sources.items():
         found[label] = []
@@ -200,7 +201,9 @@ def measure(task: Task, folder: Path, options: argparse.Namespace) -> dict[str, 
         folder / "fp32",
     )
     speed = speeds(fp32.model_path, folder / "train.zarr", options.rounds)
-    print(f"  read {speed['read']:,.0f} samples/s, inference {speed['inference']:,.0f} samples/s in batches of {_BATCH}")
+    print(
+        f"  read {speed['read']:,.0f} samples/s, inference {speed['inference']:,.0f} samples/s in batches of {_BATCH}"
+    )
     config = StaticConfig(calibration=options.calibration)
     scores = calibrations(task, fp32, folder, config, options.chances)
     full = scores["all"][0]

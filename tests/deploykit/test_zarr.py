@@ -1,4 +1,4 @@
-"""Zarr stores: what is written is read bit for bit, by Zarr's own library too; what is damaged or hostile is refused."""
+"""Zarr stores: what is written is read bit for bit, by Zarr's own library too; the damaged and hostile are refused."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_a_changed_byte_is_found(packed: Path, tmp_path: Path) -> None:
     shutil.copytree(packed, store)
     files = files_of(store)
     chunks = [file for file in files if file.name != "zarr.json"]
-    for file in [*draw.sample(chunks, 40), *(f for f in files if f.name == "zarr.json")]:
+    for file in [*draw.sample(chunks, 25), *(f for f in files if f.name == "zarr.json")]:
         good = file.read_bytes()
         bad = bytearray(good)
         bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
@@ -301,17 +301,31 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
 SHARDS = {
     "chunk_shape": [1, 4], "codecs": CODECS, "index_codecs": [*CODECS, {"name": "crc32c"}], "index_location": "end",
 }  # fmt: skip
+
+
+def grid(*shape: int) -> dict[str, Any]:
+    return {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
+
+
+def shards(**change: Any) -> list[Any]:
+    return [{"name": "sharding_indexed", "configuration": {**SHARDS, **change}}]
+
+
+def scaling(**told: Any) -> dict[str, Any]:
+    return {"attributes": {"deploykit": {"scaling": {"dtype": "float32", **told}}}}
+
+
 HOSTILE: dict[str, dict[str, Any]] = {
     "rows without end": {"shape": [2**60, 4]},
     "more rows than were filled": {"shape": [2**40, 4]},
-    "a row of everything": {"shape": [4, 2**40], "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 2**40]}}},
-    "a row of many chunks": {"shape": [4, 2**24], "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4, 1]}}},
+    "a row of everything": {"shape": [4, 2**40], "chunk_grid": grid(4, 2**40)},
+    "a row of many chunks": {"shape": [4, 2**24], "chunk_grid": grid(4, 1)},
     "no shape": {"shape": None},
     "a negative shape": {"shape": [-1, 4]},
     "a shape of truths": {"shape": [True, 4]},
     "dimensions": {"shape": [1] * 100},
-    "chunks of nothing": {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 4]}}},
-    "chunks of other rank": {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [4]}}},
+    "chunks of nothing": {"chunk_grid": grid(0, 4)},
+    "chunks of other rank": {"chunk_grid": grid(4)},
     "another grid": {"chunk_grid": {"name": "rectilinear", "configuration": {}}},
     "objects": {"data_type": "object"},
     "strings of any length": {"data_type": "string"},
@@ -325,18 +339,15 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "two compressors": {"codecs": [*CODECS, {"name": "gzip"}, {"name": "gzip"}]},
     "no codecs": {"codecs": []},
     "codecs that are none": {"codecs": [[[]], 3]},
-    "shards in shards": {"codecs": [{"name": "sharding_indexed", "configuration": {**SHARDS, "codecs": [{"name": "sharding_indexed"}]}}]},
-    "chunks that do not fill shards": {"codecs": [{"name": "sharding_indexed", "configuration": {**SHARDS, "chunk_shape": [3, 4]}}]},
-    "an index of everything": {
-        "shape": [2**30, 4], "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**30, 4]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": SHARDS}],
-    },
+    "shards in shards": {"codecs": shards(codecs=[{"name": "sharding_indexed"}])},
+    "chunks that do not fill shards": {"codecs": shards(chunk_shape=[3, 4])},
+    "an index of everything": {"shape": [2**30, 4], "chunk_grid": grid(2**30, 4), "codecs": shards()},
     "keys elsewhere": {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/../../"}}},
     "a transformer": {"storage_transformers": [{"name": "x"}]},
     "attributes that are none": {"attributes": [1]},
-    "a scaling of words": {"attributes": {"deploykit": {"scaling": {"dtype": "float32", "scale": ["__import__"], "offset": [0]}}}},
-    "a scaling of other shape": {"attributes": {"deploykit": {"scaling": {"dtype": "float32", "scale": [1, 2], "offset": [1, 2]}}}},
-    "a scaling to objects": {"attributes": {"deploykit": {"scaling": {"dtype": "object"}}}},
+    "a scaling of words": scaling(scale=["1"], offset=[0]),
+    "a scaling of other shape": scaling(scale=[1, 2], offset=[1, 2]),
+    "a scaling to objects": scaling(dtype="object"),
     "an old format": {"zarr_format": 2},
 }  # fmt: skip
 
@@ -434,13 +445,12 @@ BOMBS: dict[str, tuple[str, bytes]] = {
 @pytest.mark.parametrize("sharded", [False, True], ids=["files", "shards"])
 @pytest.mark.parametrize("kind", BOMBS)
 def test_bombs(tmp_path: Path, kind: str, sharded: bool) -> None:
-    """A chunk that would be anything but 16 bytes is refused before there is room for it, whatever its checksum says."""
+    """A chunk that would be anything but 16 bytes is refused before there is room for it; its checksum is right."""
     codec, data = BOMBS[kind]
     codecs: list[Any] = [*CODECS, *([{"name": codec, "configuration": {}}] if codec else []), {"name": "crc32c"}]
     data = checked(data)
     if sharded:
-        inner = {**SHARDS, "chunk_shape": [4, 4], "codecs": codecs}
-        codecs = [{"name": "sharding_indexed", "configuration": inner}]
+        codecs = shards(chunk_shape=[4, 4], codecs=codecs)
         data += checked(struct.pack("<2Q", 0, len(data)))
     store = write_store(tmp_path / "d.zarr", {}, codecs)
     (store / "x" / "c" / "0" / "0").write_bytes(data)
@@ -455,7 +465,7 @@ def test_bombs(tmp_path: Path, kind: str, sharded: bool) -> None:
 
 @pytest.mark.parametrize("entry", [(0, 2**63), (2**63, 16), (2**64 - 1, 16), (5, 16), (0, 0)])
 def test_indexes_that_point_elsewhere(tmp_path: Path, entry: tuple[int, int]) -> None:
-    codecs = [{"name": "sharding_indexed", "configuration": {**SHARDS, "chunk_shape": [4, 4]}}]
+    codecs = shards(chunk_shape=[4, 4])
     store = write_store(tmp_path / "d.zarr", {}, codecs)
     index = checked(struct.pack("<2Q", *entry))
     (store / "x" / "c" / "0" / "0").write_bytes(bytes(16) + index)

@@ -75,7 +75,9 @@ def test_herding_takes_what_brings_the_mean_closest(monkeypatch: pytest.MonkeyPa
 
 def test_herding_far_from_the_origin() -> None:
     """Sums of squares around 1e8 would leave nothing of the differences."""
-    assert choose(POINTS.astype(float) + 1e4, 30, method="herding") == choose(POINTS.astype(float), 30, method="herding")
+    assert choose(POINTS.astype(float) + 1e4, 30, method="herding") == choose(
+        POINTS.astype(float), 30, method="herding"
+    )
 
 
 def test_k_center_finds_the_rare_ones() -> None:
@@ -120,7 +122,9 @@ def test_what_cannot_be_chosen_from() -> None:
 # --- features --------------------------------------------------------------------------------------------------------
 
 
-def model(nodes: list[Any], inputs: dict[str, list[Any]], weights: dict[str, Any], output: str = "y") -> onnx.ModelProto:
+def model(
+    nodes: list[Any], inputs: dict[str, list[Any]], weights: dict[str, Any], output: str = "y"
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()],
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
@@ -185,7 +189,12 @@ def test_features_of_a_model(tmp_path: Path, batch: int | str) -> None:
 
 
 def test_inputs_as_features() -> None:
-    arrays = {"b": np.full((6, 2, 2), 100, np.uint8), "a": POINTS[:6], "text": np.array(list("abcdef")), "labels": np.arange(6)}
+    arrays = {
+        "b": np.full((6, 2, 2), 100, np.uint8),
+        "a": POINTS[:6],
+        "text": np.array(list("abcdef")),
+        "labels": np.arange(6),
+    }
     (found, labels), *rest = list(raw_features(Dataset.from_arrays(arrays), 6))
     assert not rest
     assert found.shape == (6, 10)
