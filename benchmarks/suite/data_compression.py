@@ -195,9 +195,13 @@ def measure(task: Task, folder: Path, options: argparse.Namespace) -> dict[str, 
     for label, size in found.items():
         print(f"  {label:36} {size / 1e6:9.3f} MB {raw / size:6.1f}x smaller")
     images, labels = task.reals(task.train[0]), task.train[1]
+    import torch
+
     net = task.net(images, labels)
     fp32 = deploykit.simplify(
-        deploykit.export(net, folder / "exported", example_inputs=images[:4], data=folder / "reals.npz").path,
+        deploykit.export(
+            net, folder / "exported", example_inputs=torch.from_numpy(images[:4]), data=folder / "reals.npz"
+        ).path,
         folder / "fp32",
     )
     speed = speeds(fp32.model_path, folder / "train.zarr", options.rounds)
