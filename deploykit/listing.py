@@ -106,11 +106,12 @@ def show_data(source: str | Path, *, verify: bool = True, progress: Progress | N
     if path.is_dir() and is_store(path):
         return _of_store(path, dataset, verify, told)
     form = "npy" if path.is_dir() else "npz" if path.is_file() else "function"
+    length: int | None = dataset.length
     if verify:
         with told.step(f"read {source}"):
             length, found = _read(dataset, told)
     else:
-        length, found = dataset.length, dataset.head(1)
+        found = dataset.head(1)
     members = _members(path) if form == "npz" else {}
     arrays = []
     for name, array in found.items():

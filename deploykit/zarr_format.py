@@ -149,11 +149,11 @@ def parse_array(name: str, told: Mapping[str, Any]) -> ArrayMeta:
         if len(codecs) > 1:
             raise ValueError("has codecs around its shards")
         sharding, chunk, codecs = _sharding(config, outer)
-    order, chain = _chain(codecs)
+    swapped, chain = _chain(codecs)
     attributes = told.get("attributes") or {}
     if not isinstance(attributes, dict):
         raise ValueError("has attributes that are no object")
-    dtype = dtype.newbyteorder(order)
+    dtype = dtype.newbyteorder(">" if swapped else "<")
     found = ArrayMeta(
         name, shape, dtype, chunk, chain, sharding, prefix, separator, _fill(told.get("fill_value"), dtype), attributes
     )
@@ -227,24 +227,24 @@ def _sharding(config: Mapping[str, Any], outer: tuple[int, ...]) -> tuple[Shardi
     codecs, index = config.get("codecs"), config.get("index_codecs")
     if not isinstance(codecs, list) or not isinstance(index, list) or not 1 <= len(codecs) <= 4:
         raise ValueError("has shards without codecs")
-    order, chain = _chain(index)
+    swapped, chain = _chain(index)
     where = config.get("index_location", "end")
-    if order != "<" or chain not in ((), (_CHECKSUM,)) or where not in ("start", "end"):
+    if swapped or chain not in ((), (_CHECKSUM,)) or where not in ("start", "end"):
         raise ValueError("has an index of shards of another form")
     return Sharding(outer, where == "end", bool(chain)), chunk, codecs
 
 
-def _chain(codecs: list[Any]) -> tuple[str, tuple[str, ...]]:
-    """Byte order, and the codecs from bytes to bytes."""
+def _chain(codecs: list[Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether the byte order is big, and the codecs from bytes to bytes."""
     named = [_named(codec, "codec") for codec in codecs]
     if not named or named[0][0] != "bytes":
         raise ValueError(f"is encoded by {named[0][0][:80]!r}" if named else "has no codecs")
-    order = {"little": "<", "big": ">"}.get(str(named[0][1].get("endian", "little")))
+    order = named[0][1].get("endian", "little")
     chain = tuple(name for name, _ in named[1:])
     known = all(name == _CHECKSUM or name in _COMPRESSORS for name in chain)
-    if order is None or not known or len(chain) > 3 or sum(name in _COMPRESSORS for name in chain) > 1:
+    if order not in ("little", "big") or not known or len(chain) > 3 or sum(name in _COMPRESSORS for name in chain) > 1:
         raise ValueError(f"is encoded by {', '.join(n[:80] for n in chain) or 'an unknown byte order'}")
-    return order, chain
+    return order == "big", chain
 
 
 def _fill(value: Any, dtype: np.dtype[Any]) -> Any:

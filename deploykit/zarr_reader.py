@@ -277,10 +277,10 @@ class _Rows:
         return decode_index(array, stream.read(wanted))
 
 
-def content_bytes(values: Array) -> memoryview:
+def content_bytes(values: Array) -> Array:
     """The values in order as little-endian bytes, which do not depend on chunks or codecs."""
     little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return memoryview(little.view(np.uint8).reshape(-1) if little.size else b"")
+    return little.view(np.uint8).reshape(-1) if little.size else np.empty(0, np.uint8)
 
 
 def metadata_hash(root: Mapping[str, Any], documents: Mapping[str, Any]) -> str:

@@ -150,7 +150,7 @@ def pool(values: Array, rows: int, tensor: Tensor, real: Array | None = None) ->
         return np.asarray(found.mean(axis=1))
     weight = real.reshape(found.shape[:2]).astype(np.float32)
     weight /= np.maximum(weight.sum(axis=1, keepdims=True), 1)
-    return np.einsum("rlc,rl->rc", found, weight)
+    return np.asarray(np.einsum("rlc,rl->rc", found, weight))
 
 
 def raw_features(data: Dataset, batch_size: int) -> Iterator[tuple[Array, Array | None]]:
