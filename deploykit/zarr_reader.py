@@ -161,7 +161,7 @@ class Store:
         total, reader, step = hashlib.sha256(), _Rows(self, array), array.chunk[0]
         for start in range(0, array.shape[0], step):
             values = reader.read(start, min(start + step, array.shape[0]))
-            total.update(content_bytes(values))
+            total.update(content_bytes(values).data)
             if seen is not None:
                 seen(values.nbytes)
         return total.hexdigest()

@@ -164,7 +164,7 @@ class _ArrayWriter:
                 self._array.resize((end, *self.shape))
             if rows.size:
                 self._array[self._written : end] = rows
-        self._hash.update(content_bytes(rows))
+        self._hash.update(content_bytes(rows).data)
         self._written = end
 
     def _create(self, first: Array) -> Any:
