@@ -3,8 +3,8 @@
 For real images and a net that was trained on them:
 - the size of the training images as float32 and in each form that a dataset may have;
 - how fast normalized batches are read from the packed store, beside how fast ONNX Runtime takes them, in turns;
-- the accuracy of the int8 model that all N calibration samples give, beside those of N/20 chosen by k-center, by
-  herding, and at random (five times), on the whole test set.
+- the accuracy of the int8 model that all N calibration samples give, beside those of N/20 chosen by k-center and at
+  random (five times each), and by herding, on the whole test set.
 
 `digits` is scikit-learn's, 1,000 for training and 797 for the test; `fashion` is Fashion-MNIST with the residual net of
 `real_models.py` (Debian's `dataset-fashion-mnist`, or the directory in `$FASHION_MNIST`). Without names, those that are
@@ -31,6 +31,7 @@ import deploykit
 from deploykit.artifact import Artifact
 from deploykit.machine import inspect_machine
 from deploykit.optimizers import StaticConfig
+from deploykit.optimizers.coresets import METHODS
 from deploykit.packing import Normalization
 from deploykit.progress import Progress
 from deploykit.runtimes import open_session
@@ -39,7 +40,6 @@ _SUITE = Path(__file__).parent
 _FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 _BATCH = 32
 _FRACTION = 20
-_METHODS = ("k-center", "herding")
 
 
 @dataclass
@@ -171,7 +171,8 @@ def calibrations(
     whole = folder / "calibration.zarr"
     deploykit.pack_data(folder / "calibration.npz", whole, normalization=task.normalization)
     sources = {"all": [whole]}
-    for method, count in [*((m, 1) for m in _METHODS), ("random", chances)]:
+    for method in METHODS:
+        count = 1 if method == "herding" else chances  # nothing in it is random
         sources[method] = [folder / f"{method}-{seed}.zarr" for seed in range(count)]
         for seed, part in enumerate(sources[method]):
             deploykit.select_data(whole, part, model=fp32.path, fraction=1 / _FRACTION, method=method, seed=seed)
@@ -224,7 +225,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("--rounds", type=int, default=7, help="of reading and inference in turns")
-    parser.add_argument("--chances", type=int, default=5, help="random choices")
+    parser.add_argument("--chances", type=int, default=5, help="seeds of k-center and of random choices")
     parser.add_argument("--calibration", default="minmax", help="as of deploykit quantize static")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
