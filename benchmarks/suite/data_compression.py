@@ -3,8 +3,8 @@
 For real images and a net that was trained on them:
 - the size of the training images as float32 and in each form that a dataset may have;
 - how fast normalized batches are read from the packed store, beside how fast ONNX Runtime takes them, in turns;
-- the accuracy of the int8 model that all N calibration samples give, beside those of N/20 chosen by k-center and at
-  random (five times each), and by herding, on the whole test set.
+- accuracy, and error of the outputs, of the int8 model that all N calibration samples give, beside those of N/20 chosen
+  by k-center and at random (five times each), and by herding, on the whole test set.
 
 `digits` is scikit-learn's, 1,000 for training and 797 for the test; `fashion` is Fashion-MNIST with the residual net of
 `real_models.py` (Debian's `dataset-fashion-mnist`, or the directory in `$FASHION_MNIST`). Without names, those that are
@@ -150,22 +150,20 @@ def speeds(model: Path, store: Path, rounds: int) -> dict[str, float]:
     return {"read": statistics.median(read), "inference": statistics.median(run)}
 
 
-def accuracy(model: Path, task: Task) -> float:
-    """Of a model file on the whole test set."""
-    images, labels = task.reals(task.test[0]), task.test[1]
-    right = 0
+def outputs(model: Path, task: Task) -> np.ndarray:
+    """What a model file gives for the whole test set."""
+    images, found = task.reals(task.test[0]), []
     with open_session(model, "ort:cpu") as session:
         name, output = session.signature.inputs[0].name, session.signature.outputs[0].name
         for start in range(0, len(images), 100):
-            found = session.run({name: images[start : start + 100]})[output]
-            right += int((found.argmax(1) == labels[start : start + 100]).sum())
-    return right / len(labels)
+            found.append(session.run({name: images[start : start + 100]})[output])
+    return np.concatenate(found)
 
 
 def calibrations(
     task: Task, fp32: Artifact, folder: Path, config: StaticConfig, chances: int
-) -> dict[str, list[float]]:
-    """Accuracy of int8 models by what they were calibrated with."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Accuracy of int8 models by what they were calibrated with, and the SQNR of their outputs in dB."""
     images, labels = task.train
     np.savez(folder / "calibration.npz", image=images[: task.calibration], labels=labels[: task.calibration])
     whole = folder / "calibration.zarr"
@@ -176,7 +174,15 @@ def calibrations(
         sources[method] = [folder / f"{method}-{seed}.zarr" for seed in range(count)]
         for seed, part in enumerate(sources[method]):
             deploykit.select_data(whole, part, model=fp32.path, fraction=1 / _FRACTION, method=method, seed=seed)
-    found: dict[str, list[float]] = {"float32": [accuracy(fp32.model_path, task)]}
+    want = outputs(fp32.model_path, task)
+
+    def score(model: Path) -> tuple[float, float]:
+        have = outputs(model, task)
+        error = float(np.square(have - want).sum())
+        sqnr = 10 * np.log10(float(np.square(want).sum()) / error) if error else float("inf")
+        return float((have.argmax(1) == task.test[1]).mean()), float(sqnr)
+
+    found = {"float32": [score(fp32.model_path)]}
     for label, stores in sources.items():
         found[label] = []
         for number, store in enumerate(stores):
@@ -184,7 +190,7 @@ def calibrations(
                 fp32.path, folder / f"int8-{label}-{number}", data=store, config=config, min_cosine=-1, gate_seconds=0,
                 check_rows=0, progress=Progress(),
             )  # fmt: skip
-            found[label].append(accuracy(made.model_path, task))
+            found[label].append(score(made.model_path))
     return found
 
 
@@ -211,12 +217,14 @@ def measure(task: Task, folder: Path, options: argparse.Namespace) -> dict[str, 
     )
     config = StaticConfig(calibration=options.calibration)
     scores = calibrations(task, fp32, folder, config, options.chances)
-    full = scores["all"][0]
-    print(f"  int8 accuracy, calibrated ({options.calibration}) with N = {task.calibration} or N/{_FRACTION}:")
+    full = scores["all"][0][0]
+    print(
+        f"  int8 accuracy (SQNR in dB), calibrated ({options.calibration}) with N = {task.calibration} or N/{_FRACTION}:"
+    )
     for label, values in scores.items():
-        told = ", ".join(f"{100 * value:.2f}" for value in values)
-        worst = min(100 * (value - full) for value in values)
-        print(f"  {label:10} {told} %" + ("" if label in ("float32", "all") else f" ({worst:+.2f} points at worst)"))
+        told = ", ".join(f"{100 * value:.2f} % ({sqnr:.1f})" for value, sqnr in values)
+        worst = min(100 * (value - full) for value, _ in values)
+        print(f"  {label:10} {told}" + ("" if label in ("float32", "all") else f"; {worst:+.2f} points at worst"))
     return {"task": task.name, "bytes": found, "samples_per_s": speed, "accuracy": scores}
 
 
