@@ -218,9 +218,7 @@ def measure(task: Task, folder: Path, options: argparse.Namespace) -> dict[str, 
     config = StaticConfig(calibration=options.calibration)
     scores = calibrations(task, fp32, folder, config, options.chances)
     full = scores["all"][0][0]
-    print(
-        f"  int8 accuracy (SQNR in dB), calibrated ({options.calibration}) with N = {task.calibration} or N/{_FRACTION}:"
-    )
+    print(f"  int8 accuracy (SQNR in dB), {options.calibration}, N = {task.calibration} samples or N/{_FRACTION}:")
     for label, values in scores.items():
         told = ", ".join(f"{100 * value:.2f} % ({sqnr:.1f})" for value, sqnr in values)
         worst = min(100 * (value - full) for value, _ in values)
