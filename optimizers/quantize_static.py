@@ -99,6 +99,7 @@ def quantize_static(
             seen = _see(light, nodes, config, open_model, own, target.parent, counted=counted)
         for other in saved:
             seen.merge(other)
+        notes += _not_finite(light, seen)
         serves = stand_ins(prepared, frozenset(nodes))
         ranges = seen.ranges(config.calibration, config.percentile).extended(serves)
         usable, unseen = _usable_nodes(prepared, nodes, ranges)
@@ -195,6 +196,17 @@ def _see(
         return calibrate(
             light, tensors, _feeds(light, data, config), open_model, Path(place), counted=counted, divisible=divisible
         )
+
+
+def _not_finite(light: LightModel, seen: Calibration) -> list[str]:
+    """A note for every input whose data hold NaN or infinity; inside a model infinity may be a mask's."""
+    inputs = {v.name for v in light.proto.graph.input}
+    return [
+        f"{tensor.nonfinite} of {tensor.count} values of input {name!r} are NaN or infinite and were left out of its "
+        "range: check the calibration data"
+        for name, tensor in seen.tensors.items()
+        if name in inputs and tensor.nonfinite
+    ]
 
 
 def _feeds(light: LightModel, data: Dataset | None, config: StaticConfig) -> Iterator[dict[str, Array]]:

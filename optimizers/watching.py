@@ -65,8 +65,10 @@ def watch(
         for feeds in batches:
             rows += _size(feeds)
             step, width = crew.plan(feeds)
+            # With every core at work, more pieces lie ready: nobody waits while what others saw is counted.
+            depth = 2 * width if width == crew.cores else width
             for piece in _pieces(feeds, step):
-                while len(under_way) >= width:
+                while len(under_way) >= depth:
                     add(under_way.popleft().result())
                 if width > 1:
                     under_way.append(pool.submit(crew.look, piece))
