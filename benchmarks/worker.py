@@ -145,7 +145,7 @@ def _evaluate(session: Session, source: str) -> dict[str, Any]:
     first = [s.shape[0] for s in session.signature.inputs if s.shape]
     fixed = next((d for d in first if isinstance(d, int)), None)
     labels, guesses = [], []
-    for batch in Dataset.open(source).batches(fixed or _EVALUATION_BATCH):
+    for batch in Dataset.open(source).fitted(session.signature.inputs).batches(fixed or _EVALUATION_BATCH):
         if LABELS not in batch:
             raise DataError(f"{source} has no {LABELS!r}")
         count = len(batch[LABELS])

@@ -41,6 +41,7 @@ _EXPORTS = {
     "load": "runtimes",
     "open_session": "runtimes",
     "optimize": "pipeline",
+    "pack_data": "packing",
     "package": "packaging",
     "preprocess": "pipeline",
     "quantize_dynamic": "pipeline",
@@ -51,7 +52,9 @@ _EXPORTS = {
     "quantize_weights": "pipeline",
     "run": "pipeline",
     "sbom": "pipeline",
+    "select_data": "selecting",
     "serve": "pipeline",
+    "show_data": "listing",
     "sign": "pipeline",
     "simplify": "pipeline",
     "smoke": "packaging",
@@ -78,6 +81,7 @@ __all__ = [
     "load",
     "open_session",
     "optimize",
+    "pack_data",
     "package",
     "preprocess",
     "quantize_dynamic",
@@ -88,7 +92,9 @@ __all__ = [
     "quantize_weights",
     "run",
     "sbom",
+    "select_data",
     "serve",
+    "show_data",
     "sign",
     "simplify",
     "smoke",
@@ -100,6 +106,8 @@ if TYPE_CHECKING:
     from deploykit.benchmarks import Report
     from deploykit.data import Dataset
     from deploykit.errors import DeploykitError
+    from deploykit.listing import show_data
+    from deploykit.packing import pack_data
     from deploykit.pipeline import (
         apply,
         benchmark,
@@ -127,6 +135,7 @@ if TYPE_CHECKING:
     )
     from deploykit.recipe import Recipe
     from deploykit.runtimes import Session, load, open_session
+    from deploykit.selecting import select_data
     from deploykit.specs import Signature, TensorSpec
 
 

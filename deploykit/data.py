@@ -5,28 +5,28 @@ The first axis of every array counts the samples. Labels stand under the reserve
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 import math
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
 
 from deploykit.errors import DataError, DeploykitError, SourceError, first_line
+from deploykit.functions import load_object as load_object
+from deploykit.functions import user_frame as user_frame
 from deploykit.pictures import is_picture, make_pictures
+from deploykit.scaling import Scaling
 from deploykit.specs import Array, Dim, Signature, TensorSpec
+from deploykit.zarr_reader import OURS, Store, is_store
 
 LABELS = "labels"
-_STANDARD_LIBRARY = str(Path(contextlib.__file__).parent)
-_FORMS = "FILE.npz, a directory of .npy files, or module:function"
+_FORMS = "FILE.npz, DIR.zarr, a directory of .npy files, or module:function"
+# Reads rows from the first to before the second number.
+Rows = Callable[[int, int], dict[str, Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,9 @@ class Dataset:
         batches: Called with the batch size; yields dictionaries of arrays with equal first axes.
         length: Number of samples; None where only reading tells.
         names: Names of the arrays, `labels` included; None where only reading tells.
+        rows: Makes a reader of any rows, for one thread; None where the source can only be read from its beginning.
+        scalings: How stored values become those that are given, by array.
+        dtypes: Of the arrays that have a scaling, as stored.
     """
 
     def __init__(
@@ -59,15 +62,21 @@ class Dataset:
         *,
         length: int | None = None,
         names: tuple[str, ...] | None = None,
+        rows: Callable[[], Rows] | None = None,
+        scalings: Mapping[str, Scaling] | None = None,
+        dtypes: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
         self.length = length
         self.names = names
+        self.scalings = dict(scalings or {})
         self._batches = batches
+        self._rows = rows
+        self._dtypes = dict(dtypes or {})
 
     @classmethod
     def open(cls, source: str | Path) -> Dataset:
-        """Open `FILE.npz`, a directory of `.npy` files, or `module:function` (`file.py:function`).
+        """Open `FILE.npz`, a Zarr store, a directory of `.npy` files, or `module:function` (`file.py:function`).
 
         The function returns a dictionary of arrays, or yields dictionaries, one a batch.
 
@@ -77,12 +86,12 @@ class Dataset:
         text = str(source)
         path = Path(text)
         if path.is_dir():
-            return _from_directory(path)
+            return _from_store(path) if is_store(path) else _from_directory(path)
         if path.is_file():
             if path.suffix != ".npz":
                 raise DataError(f"{path} is not a dataset", expected=_FORMS)
             return _from_npz(path)
-        if path.suffix == ".npz" or ":" not in text:
+        if path.suffix in (".npz", ".zarr") or ":" not in text:
             raise DataError(f"dataset {text} does not exist", expected=_FORMS)
         return _from_function(text)
 
@@ -94,7 +103,10 @@ class Dataset:
             DataError: Lengths differ, or there is nothing.
         """
         length = _common_length(source, {k: np.asarray(v) for k, v in arrays.items()})
-        return cls(source, lambda size: _slices(arrays, length, size), length=length, names=tuple(arrays))
+        return cls(
+            source, lambda size: _slices(arrays, length, size), length=length, names=tuple(arrays),
+            rows=lambda: _slicer(arrays),
+        )  # fmt: skip
 
     @property
     def has_labels(self) -> bool | None:
@@ -109,7 +121,64 @@ class Dataset:
         """
         if size < 1:
             raise DataError(f"batch size {size}", expected="1 or more")
-        yield from self._batches(size)
+        for batch in self._batches(size):
+            yield self._given(batch)
+
+    def _given(self, batch: dict[str, Array]) -> dict[str, Array]:
+        if not self.scalings:
+            return batch
+        return {n: self.scalings[n].apply(a) if n in self.scalings else a for n, a in batch.items()}
+
+    def take(self, indices: Sequence[int], size: int) -> Iterator[dict[str, Array]]:
+        """The samples of these numbers, in batches of at most ``size``.
+
+        Args:
+            indices: Ascending.
+            size: 1 or more.
+
+        Raises:
+            DataError: The source fails while it is read, or holds fewer samples.
+        """
+        if self._rows is not None and (self.length is None or not indices or indices[-1] < self.length):
+            read = self._rows()
+            for start in range(0, len(indices), size):
+                parts = [read(i, i + 1) for i in indices[start : start + size]]
+                yield self._given({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+            return
+        wanted, first, done = np.asarray(indices, np.int64), 0, 0
+        for batch in self.batches(size):
+            count = len(next(iter(batch.values())))
+            here = wanted[done : np.searchsorted(wanted, first + count)] - first
+            if len(here):
+                yield {name: array[here] for name, array in batch.items()}
+            first, done = first + count, done + len(here)
+            if done == len(wanted):
+                return
+        raise DataError(f"{self.source} holds {first} samples", expected=f"more than {int(wanted[-1])}")
+
+    def stored(self) -> Dataset:
+        """The same data as they are stored, without their scalings."""
+        return self._with({})
+
+    def fitted(self, inputs: Sequence[TensorSpec]) -> Dataset:
+        """The same data as a model takes them.
+
+        What is stored in the very type of an input is given as stored, and its scaling is left to the model: images
+        of bytes to one with the normalization in its graph.
+        """
+        names = [name for name in self.names or () if name != LABELS]
+        kinds = {spec.name: spec.dtype for spec in inputs}
+        if len(inputs) == 1 and len(names) == 1:  # whatever it is called, as in `fit_feeds`
+            kinds = {names[0]: inputs[0].dtype}
+        return self._with({n: s for n, s in self.scalings.items() if kinds.get(n) != self._dtypes[n]})
+
+    def _with(self, scalings: Mapping[str, Scaling]) -> Dataset:
+        if len(scalings) == len(self.scalings):
+            return self
+        return Dataset(
+            self.source, self._batches, length=self.length, names=self.names, rows=self._rows, scalings=scalings,
+            dtypes=self._dtypes,
+        )  # fmt: skip
 
     def head(self, count: int) -> dict[str, Array]:
         """The first ``count`` samples, or all where there are fewer.
@@ -157,6 +226,33 @@ def _slices(arrays: Mapping[str, Array], length: int, size: int) -> Iterator[dic
         yield {name: np.asarray(a[start : start + size]) for name, a in arrays.items()}
 
 
+def _slicer(arrays: Mapping[str, Array]) -> Rows:
+    return lambda start, stop: {name: np.asarray(a[start:stop]) for name, a in arrays.items()}
+
+
+def _from_store(path: Path) -> Dataset:
+    store = Store(path)
+    length = _common_length(str(path), store.arrays)
+    scalings = {}
+    for name, array in store.arrays.items():
+        told = array.attributes.get(OURS)
+        if isinstance(told, dict) and "scaling" in told:
+            try:
+                scalings[name] = Scaling.from_dict(told["scaling"], array.shape)
+            except ValueError as exc:
+                raise DataError(f"{path}: array {name!r} {exc}", hint="pack it again") from exc
+
+    def batches(size: int) -> Iterator[dict[str, Array]]:
+        read = store.rows()
+        for start in range(0, length, size):
+            yield read(start, min(start + size, length))
+
+    return Dataset(
+        str(path), batches, length=length, names=tuple(store.arrays), rows=store.rows, scalings=scalings,
+        dtypes={name: store.arrays[name].dtype.name for name in scalings},
+    )  # fmt: skip
+
+
 def _from_directory(path: Path) -> Dataset:
     files = sorted(path.glob("*.npy"))
     if not files:
@@ -169,7 +265,10 @@ def _from_directory(path: Path) -> Dataset:
         except (ValueError, OSError, EOFError) as exc:
             raise DataError(f"cannot read {file} ({first_line(exc)})", expected="a .npy file without objects") from exc
     length = _common_length(str(path), arrays)
-    return Dataset(str(path), lambda size: _slices(arrays, length, size), length=length, names=tuple(arrays))
+    return Dataset(
+        str(path), lambda size: _slices(arrays, length, size), length=length, names=tuple(arrays),
+        rows=lambda: _slicer(arrays),
+    )  # fmt: skip
 
 
 # What zipfile and numpy raise for archives that are cut off, damaged, encrypted or packed by an unknown method.
@@ -272,82 +371,6 @@ def _regroup(source: str, groups: Iterable[Any], size: int) -> Iterator[dict[str
             raise DataError(f"{source} yielded {type(group).__name__}", expected="dictionaries of arrays")
         arrays = {str(k): np.asarray(v) for k, v in group.items()}
         yield from _slices(arrays, _common_length(source, arrays), size)
-
-
-def load_object(text: str) -> Any:
-    """Import `package.module:name` or `path/file.py:name`; runs the user's code, because the user named it.
-
-    Raises:
-        SourceError: Not of that form, not found, or it raised.
-    """
-    where, sep, name = text.rpartition(":")
-    if not sep or not where or not name.isidentifier():
-        raise SourceError(f"{text!r} names no function", expected="path/file.py:function or package.module:function")
-    module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
-    if not hasattr(module, name):
-        known = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8])
-        raise SourceError(f"{where} has no {name!r}", expected=f"one of: {known}" if known else "a function there")
-    return getattr(module, name)
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist", expected="path/file.py:function")
-    folder = str(path.parent.resolve())
-    name = f"_deploykit_user_{path.stem}_{abs(hash(str(path.resolve()))):x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise SourceError(f"{path} is no Python file", expected="path/file.py:function")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as exc:
-        del sys.modules[name]
-        raise SourceError(
-            f"{path} failed on import ({first_line(exc)}{user_frame(exc)})", hint="mend the file"
-        ) from exc
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as exc:
-        if exc.name and (name == exc.name or name.startswith(exc.name + ".")):
-            raise SourceError(
-                f"module {name} cannot be found",
-                expected="package.module:function on the Python path, or file.py:function",
-            ) from exc
-        raise SourceError(f"{name} failed on import ({first_line(exc)}{user_frame(exc)})") from exc
-    except Exception as exc:
-        raise SourceError(
-            f"{name} failed on import ({first_line(exc)}{user_frame(exc)})", hint="mend the module"
-        ) from exc
-
-
-def user_frame(exc: BaseException) -> str:
-    """`` at file.py:12`` for the innermost frame that is not in a library; empty where there is none."""
-    found = ""
-    frame = exc.__traceback__
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename
-        if (
-            not file.startswith("<")
-            and "site-packages" not in file
-            and not file.startswith(_STANDARD_LIBRARY)
-            and Path(file).parts[-2:-1] != ("deploykit",)
-        ):
-            found = f" at {Path(file).name}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return found
 
 
 def generate(

@@ -165,7 +165,7 @@ class Judge:
     ) -> None:
         self.goal = goal
         self._scorer = Scorer("") if goal.metric is None else find_metric(goal.metric)
-        self.data = data
+        self.data = data.fitted(signature.inputs)
         self.device = device
         self._signature = signature
         self._folder = folder

@@ -179,7 +179,7 @@ def _batch_symbols(signature: Signature) -> list[str]:
 def _from_data(signature: Signature, data: Dataset, counts: Sequence[int]) -> list[dict[str, Array]]:
     fixed = [s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)]
     wanted = [fixed[0]] * 3 if fixed else list(counts)
-    rows = data.head(sum(wanted))
+    rows = data.fitted(signature.inputs).head(sum(wanted))
     rows.pop(LABELS, None)
     have = len(next(iter(rows.values()))) if rows else 0
     cases: list[dict[str, Array]] = []
@@ -215,7 +215,7 @@ def benchmark_feeds(
     if clash is not None:
         raise DataError(f"--dim {clash}={dims[clash]} contradicts --batch {size}", hint=f"use --batch {dims[clash]}")
     if data is not None:
-        rows = data.head(size * _BENCHMARK_INPUTS)
+        rows = data.fitted(inputs).head(size * _BENCHMARK_INPUTS)
         rows.pop(LABELS, None)
         have = len(next(iter(rows.values()))) if rows else 0
         if have < size:

@@ -16,11 +16,14 @@ from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
 from deploykit.fusing import fuse
+from deploykit.listing import show_data
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
+from deploykit.packing import pack_data
 from deploykit.preprocessing import preprocess
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
+from deploykit.selecting import select_data
 from deploykit.serving_models import serve
 from deploykit.signing import check_signature, sbom, sign
 from deploykit.storing import quantize_half, quantize_weights
@@ -36,6 +39,7 @@ __all__ = [
     "export_parts",
     "fuse",
     "optimize",
+    "pack_data",
     "package",
     "preprocess",
     "quantize_dynamic",
@@ -46,7 +50,9 @@ __all__ = [
     "quantize_weights",
     "run",
     "sbom",
+    "select_data",
     "serve",
+    "show_data",
     "sign",
     "simplify",
     "smoke",

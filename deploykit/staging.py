@@ -190,6 +190,29 @@ def staged(output: str | Path) -> Iterator[Path]:
         writer.publish()
 
 
+@contextlib.contextmanager
+def staged_file(output: str | Path) -> Iterator[Path]:
+    """A file that is written, flushed and named; on every error, and where the process is killed, there is none.
+
+    Args:
+        output: Where it will stand; nothing may be there.
+
+    Raises:
+        OutputExistsError: Something is there.
+        StorageError: The place cannot be written.
+    """
+    with ArtifactWriter(output) as writer:
+        made = writer.dir / writer.output.name
+        yield made
+        made.chmod(0o666 & ~_umask())
+        _fsync(made)
+        try:
+            _place(made, writer.output)
+        except FileExistsError as exc:
+            raise _taken(writer.output) from exc
+        _fsync(writer.output.parent)
+
+
 def check_free(output: Path, option: str = "-o") -> None:
     """Refuse an output path that is taken.
 

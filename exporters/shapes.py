@@ -349,7 +349,7 @@ def cases_from_data(
     first = [s.shape[0] for s in specs if s.shape]
     fixed = next((d for d in first if isinstance(d, int)), None)
     counts = [1, 3, 5] if fixed is None else [fixed] * 3
-    rows = dataset.head(sum(counts))
+    rows = dataset.fitted(specs).head(sum(counts))
     available = len(next(iter(rows.values())))
     cases, start = [], 0
     for count in counts:

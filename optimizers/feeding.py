@@ -38,6 +38,7 @@ def batch_of(signature: Signature, config: StaticConfig) -> tuple[int, bool]:
 def batches_of(signature: Signature, data: Dataset, config: StaticConfig) -> Iterator[dict[str, Array]]:
     """What `feeds_of` makes feeds of: all arrays but the labels."""
     size, fixed = batch_of(signature, config)
+    data = data.fitted(signature.inputs)
     limit, seen = config.max_samples, 0
     for batch in _filled(data, size) if fixed else data.batches(size):
         have = len(next(iter(batch.values())))

@@ -34,6 +34,7 @@ _COMMANDS = {
     "sbom": "Write what an artifact is made of and by, with a model card.",
     "sign": "Sign an artifact with a key of your own.",
     "run": "Run a recipe: the whole chain.",
+    "data": "Pack datasets into compressed stores, choose small parts of them, show what is in them.",
     "cache": "List and prune what searches have kept.",
 }
 

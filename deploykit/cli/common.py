@@ -83,8 +83,9 @@ def size_bytes(text: str) -> int:
 def data_option(text: str, *, required: bool = False) -> Decorator:
     """`--data`, with the command's own help."""
     return click.option(
-        "--data", required=required, metavar="DATA", help=f"{text} FILE.npz, a directory of .npy, or module:function."
-    )
+        "--data", required=required, metavar="DATA",
+        help=f"{text} FILE.npz, DIR.zarr, a directory of .npy, or module:function.",
+    )  # fmt: skip
 
 
 def parse_dims(texts: Sequence[str]) -> dict[str, int]:

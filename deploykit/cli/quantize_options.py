@@ -37,7 +37,7 @@ class _Metric(click.ParamType):  # type: ignore[type-arg]  # generic since click
 _TARGET_OPTIONS: tuple[common.Decorator, ...] = (
     click.option(
         "--eval", "eval_data", metavar="DATA",
-        help="Real inputs, with 'labels' for a metric: FILE.npz, a directory of .npy, or module:function.",
+        help="Real inputs, with 'labels' for a metric: FILE.npz, DIR.zarr, a directory of .npy, or module:function.",
     ),
     click.option(
         "--metric", type=_Metric(), metavar=f"[{_Metric.name}]",

@@ -62,7 +62,7 @@ def check_fit(signature: Signature, *sources: str | None) -> None:
     fixed = next((s.shape[0] for s in signature.inputs if s.shape and isinstance(s.shape[0], int)), 1)
     for source in dict.fromkeys(s for s in sources if s is not None and Path(s).exists()):
         found = Dataset.open(source)
-        rows = found.head(fixed)
+        rows = found.fitted(signature.inputs).head(fixed)
         if len(next(iter(rows.values()))) < fixed:
             continue  # a batch is filled up where it is used
         try:
