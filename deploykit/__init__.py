@@ -53,7 +53,7 @@ _EXPORTS = {
     "serve": "pipeline",
     "sign": "pipeline",
     "simplify": "pipeline",
-    "smoke": "packaging",
+    "smoke": "serving.smoke",
     "verify": "pipeline",
 }
 
