@@ -69,7 +69,7 @@ def serve(
         client_ca: File of the certificates that clients' have to be signed with.
         repository_api: Whether models may be loaded and unloaded over the admin port.
         public_key: File of a public key, PEM: only artifacts are served that its owner signed, at a swap, too.
-        otlp_endpoint: Collector that receives OpenTelemetry spans, by OTLP over HTTP; as the environment says by default.
+        otlp_endpoint: Collector of OpenTelemetry spans, by OTLP over HTTP; by default as the environment says.
         trace_ratio: Share of the requests without a parent that are traced; as the environment says, else all.
         on_ready: Called with the ports once all models answer.
 

@@ -213,7 +213,7 @@ def _running(engine: FakeEngine, limits: Any, **options: Any) -> Iterator[Simple
 
 @pytest.fixture(scope="session")
 def running() -> Callable[..., Any]:
-    """`running(engine, limits, tokens=..., repository=...)`: a context manager, servers with ports."""
+    """`running(engine, limits, tokens=..., ...)`: a context manager, servers with ports; options are those of both."""
     return _running
 
 

@@ -237,13 +237,18 @@ def received(sock, count):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"P", b"POST /v2/models/nan/infer HTTP/1.1\r\n", b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Le"],
-    ids=["nothing", "a letter", "a line", "half a header"],
+    [b"\r\n", b"P", b"POST /v2/models/nan/infer HTTP/1.1\r\n", b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Le"],
+    ids=["an empty line", "a letter", "a line", "half a header"],
 )
 def test_headers_that_do_not_come(impatient, data):
     with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
         sock.sendall(data)
         assert rest(sock) == (408, {"error": "the headers did not arrive in time"}, "close")
+        assert sock.recv(1) == b""
+
+
+def test_a_connection_on_which_nothing_comes_is_closed_without_a_word(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
         assert sock.recv(1) == b""
 
 
