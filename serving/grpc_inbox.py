@@ -65,12 +65,11 @@ class Inbox:
     async def _in_time(self, context: Any, share: Share) -> Any:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        failure: RequestError | None = None
+        failures: list[RequestError] = []
         reserved = 0
 
         def stop(error: RequestError) -> None:
-            nonlocal failure
-            failure = error
+            failures.append(error)
             task.cancel()
 
         def late() -> None:
@@ -88,9 +87,9 @@ class Inbox:
         try:
             return await context.read()
         except asyncio.CancelledError:
-            if failure is None or task.uncancel() > 0:
+            if not failures or task.uncancel() > 0:
                 raise
-            raise failure from None
+            raise failures[0] from None
         finally:
             timer.cancel()
             share.add(-reserved)

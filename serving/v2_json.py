@@ -284,16 +284,9 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], count: int, dat
 
 
 def _in_pieces(name: str, datatype: str, shape: tuple[int, ...], count: int, numbers: Numbers) -> Array:
-    found = []
-    left = count
-    for piece in numbers.pieces():
-        left -= len(piece)
-        if left < 0:
-            break
-        found.append(_values(name, datatype, shape, piece))
-    if left:
-        raise _misfit(name, shape, count)
-    return np.concatenate(found).reshape(shape)
+    dims = shape if numbers.nested else (count,)
+    pieces = numbers.pieces(dims, _misfit(name, shape, count))
+    return np.concatenate([_values(name, datatype, shape, piece) for piece in pieces]).reshape(shape)
 
 
 def _values(name: str, datatype: str, shape: tuple[int, ...], flat: list[Any]) -> Array:

@@ -1,9 +1,9 @@
-"""Long flat lists of numbers in JSON, read and written in pieces, so that other threads come in between.
+"""Long lists of numbers in JSON, flat or nested, read and written in pieces, so that other threads come in between.
 
 A JSON parser holds the interpreter's lock from the first byte of a text to its last: in a thread, too, it would keep
 the event loop from everything else, for half a second where a text has 64 MiB. Nearly all of such a text is one list of
 numbers under the key "data". It is cut out before the rest is parsed, with a mark in its place, and read some thousand
-values at a time. Lists that are nested or hold strings stay where they are.
+values at a time. Lists that hold strings stay where they are.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from deploykit.extras import require
@@ -27,57 +28,102 @@ _PIECE_VALUES = 16 * 1024
 _PAUSE_S = 5e-5
 
 _KEY = b'"data"'
-_BEGIN = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*\[")
+_BEGIN = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
+_BLANKS = b" \t\r\n"
 # A request has a list for each of its tensors; a text may repeat the key for ever.
 _MOST_KEYS = 1024
+_NOT_SIGNS = bytes(set(range(256)) - set(b"[],"))
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """The inside of a list in a text, without its brackets.
+    """A list in a text, with its brackets.
 
     Attributes:
         text: All of it.
-        begin: Where the list's first value begins.
-        end: Where its closing bracket is.
+        begin: Where the list begins.
+        end: Where it has ended.
     """
 
     text: bytes
     begin: int
     end: int
 
-    def pieces(self) -> Iterator[list[Any]]:
-        """The values, some at a time.
+    @property
+    def nested(self) -> bool:
+        """Whether there are lists in it."""
+        return self.text.find(b"[", self.begin + 1, self.end) >= 0
+
+    def pieces(self, dims: Sequence[int], misfit: InvalidRequest) -> Iterator[list[Any]]:
+        """The values in row-major order, some at a time.
+
+        The list is cut at commas. To each piece the brackets are added that are open at its ends, so that a parser sees
+        whether it is well-formed; that brackets and commas are those of the dimensions is seen by comparing them.
+
+        Args:
+            dims: How the list has to be nested.
+            misfit: Raised where it is not.
 
         Raises:
-            InvalidRequest: It is no JSON.
+            InvalidRequest: It is no JSON, or of other dimensions.
         """
-        loads = require("orjson", extra="serve").loads
-        at, whole = self.begin, True
-        while True:
-            cut = self.text.find(b",", at + _PIECE_BYTES, self.end) if at + _PIECE_BYTES < self.end else -1
-            whole = whole and cut < 0
-            piece = self.text[at : self.end if cut < 0 else cut]
-            # A list may be empty. A value in it may not.
-            if not whole and (not piece or piece.isspace()):
+        if not self._has_signs_for(dims):
+            raise misfit
+        expected = _signs(dims)
+        at, depth, seen = self.begin, 0, 0
+        while at < self.end:
+            cut = self.text.find(b",", at + _PIECE_BYTES, self.end)
+            stop = self.end if cut < 0 else cut
+            piece = self.text[at:stop]
+            signs = piece.translate(None, _NOT_SIGNS)
+            if not expected.startswith(signs + (b"," if cut >= 0 else b""), seen):
+                raise misfit
+            # A value that is missing where it was cut must not become an empty list.
+            begins_empty = at > self.begin and piece.lstrip(_BLANKS)[:1] in (b"", b"]")
+            if begins_empty or (cut >= 0 and piece.rstrip(_BLANKS).endswith(b"[")):
                 raise InvalidRequest("the body is not JSON: a value is missing")
-            try:
-                yield loads(b"[%b]" % piece)
-            except ValueError:
-                raise InvalidRequest("the body is not JSON: a list of numbers holds something else") from None
-            if cut < 0:
-                return
-            at = cut + 1
-            time.sleep(_PAUSE_S)
+            opened, depth = depth, depth + signs.count(b"[") - signs.count(b"]")
+            level = _loads(b"[" * opened + piece + b"]" * depth)
+            for _ in dims[1:]:
+                level = list(chain.from_iterable(level))
+            yield level
+            seen += len(signs) + 1
+            at = stop + 1
+            if cut >= 0:
+                time.sleep(_PAUSE_S)
+
+    def _has_signs_for(self, dims: Sequence[int]) -> bool:
+        lists, commas, level = 0, 0, 1
+        for dim in dims:
+            lists, commas, level = lists + level, commas + level * max(0, dim - 1), level * dim
+        found = (self.text.count(sign, self.begin, self.end) for sign in (b"[", b"]", b","))
+        return tuple(found) == (lists, lists, commas)
+
+
+def _signs(dims: Sequence[int]) -> bytes:
+    """The brackets and commas of a list of some dimensions."""
+    signs = b""
+    for dim in reversed(dims):
+        signs = b"[%b]" % ((signs + b",") * (dim - 1) + signs if dim else b"")
+    return signs
+
+
+def _loads(text: bytes) -> list[Any]:
+    try:
+        found: list[Any] = require("orjson", extra="serve").loads(text)
+    except ValueError:
+        raise InvalidRequest("the body is not JSON: a list of numbers holds something else") from None
+    return found
 
 
 def set_aside(text: bytes) -> tuple[bytes, dict[int, Numbers]]:
-    """A text without its long flat lists of numbers.
+    """A text without its long lists of numbers.
 
     In JSON a quotation mark within a string has a backslash before it, so that `"data"` with a colon and a bracket
-    behind it is a key and the beginning of its value. What is cut out begins at that bracket and ends at the first
-    closing one; it holds no further bracket, brace or quotation mark. So the rest is JSON exactly where the whole is,
-    but for what stands in the lists, which is looked at when they are read.
+    behind it is a key and the beginning of its value. What is cut out begins at that bracket; it holds no brace and no
+    quotation mark, and ends at the last closing bracket before the next of those, between which there are blanks and a
+    comma at most. So the rest is JSON exactly where the whole is, but for what stands in the lists, which is looked at
+    when they are read.
 
     Args:
         text: JSON, or not.
@@ -92,20 +138,23 @@ def set_aside(text: bytes) -> tuple[bytes, dict[int, Numbers]]:
         at = text.find(_KEY, at)
         if at < 0:
             break
-        begin = _BEGIN.match(text, at + len(_KEY))
+        colon = _BEGIN.match(text, at + len(_KEY))
         escaped = text[at - 1 : at] == b"\\"
         at += len(_KEY)
-        if begin is None or escaped:
+        if colon is None or escaped:
             continue
-        start = begin.end()
-        limit = text.find(b'"', start)
-        end = text.find(b"]", start, len(text) if limit < 0 else limit)
-        if end - start < LEAST_BYTES or text.find(b"[", start, end) >= 0 or text.find(b"{", start, end) >= 0:
+        begin = colon.end()
+        stop = len(text)
+        for sign in (b'"', b"}"):
+            place = text.find(sign, begin, stop)
+            stop = stop if place < 0 else place
+        end = text.rfind(b"]", begin, stop) + 1
+        if end - begin < LEAST_BYTES or text.find(b"{", begin, stop) >= 0 or text[end:stop].strip(b", \t\r\n"):
             continue
         mark = secrets.randbits(62)
-        parts += (text[kept : start - 1], b"%d" % mark)
-        found[mark] = Numbers(text, start, end)
-        kept = at = end + 1
+        parts += (text[kept:begin], b"%d" % mark)
+        found[mark] = Numbers(text, begin, end)
+        kept = at = end
     if not found:
         return text, found
     return b"".join((*parts, text[kept:])), found
