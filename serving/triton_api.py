@@ -1,6 +1,6 @@
 """What Triton tells of a model beyond the Open Inference Protocol: its configuration, and statistics of its requests.
 
-Both in the form that `tritonclient` and `perf_analyzer` read, in JSON and over gRPC:
+Both in Triton's form, as `tritonclient` reads it, in JSON and over gRPC:
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_configuration.md and
 extension_statistics.md.
 
