@@ -8,6 +8,7 @@ values at a time. Lists that hold strings stay where they are.
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -69,7 +70,7 @@ class Numbers:
         """
         if not self._has_signs_for(dims):
             raise misfit
-        expected = _signs(dims)
+        expected, left = _signs(dims), math.prod(dims)
         at, depth, seen = self.begin, 0, 0
         while at < self.end:
             cut = self.text.find(b",", at + _PIECE_BYTES, self.end)
@@ -85,12 +86,20 @@ class Numbers:
             opened, depth = depth, depth + signs.count(b"[") - signs.count(b"]")
             level = _loads(b"[" * opened + piece + b"]" * depth)
             for _ in dims[1:]:
+                if set(map(type, level)) - {list}:
+                    raise misfit
                 level = list(chain.from_iterable(level))
+            # By its signs, a list of one value could also be an empty one.
+            left -= len(level)
+            if left < 0:
+                raise misfit
             yield level
             seen += len(signs) + 1
             at = stop + 1
             if cut >= 0:
                 time.sleep(_PAUSE_S)
+        if left:
+            raise misfit
 
     def _has_signs_for(self, dims: Sequence[int]) -> bool:
         lists, commas, level = 0, 0, 1
