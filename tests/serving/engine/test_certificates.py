@@ -16,14 +16,15 @@ from deploykit.errors import DeploykitError
 from deploykit.serving.tls import read_certificates
 
 
-@pytest.fixture
-def certificates(tmp_path):
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
     """An authority, a server and a client that it has signed, and a client that nobody has."""
+    tmp_path = tmp_path_factory.mktemp("certificates")
 
     def openssl(*args: str) -> None:
         subprocess.run(["openssl", *args], cwd=tmp_path, check=True, capture_output=True)
 
-    new = ["req", "-newkey", "rsa:2048", "-nodes", "-subj"]
+    new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj"]
     openssl(*new, "/CN=tests", "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2")
     (tmp_path / "names").write_text("subjectAltName=IP:127.0.0.1")
     for name in ("server", "client"):
@@ -36,12 +37,12 @@ def certificates(tmp_path):
     return tmp_path
 
 
-def test_tls_and_client_certificates(models, server, certificates):
+def test_tls_and_client_certificates(models, server, certificates, tmp_path):
     import grpc
 
-    models.artifact(certificates / "net", models.scaled, 3.0)
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
     at = server(
-        certificates / "net", "--threads", "1", "--tls-cert", certificates / "server.pem",
+        tmp_path / "net", "--threads", "1", "--tls-cert", certificates / "server.pem",
         "--tls-key", certificates / "server.key", "--client-ca", certificates / "ca.pem",
     )  # fmt: skip
 
@@ -79,14 +80,14 @@ def wait_for(server, text: str) -> None:
         time.sleep(0.01)
 
 
-def test_sighup_renews_certificates_on_every_port(models, server, certificates):
-    models.artifact(certificates / "net", models.scaled, 3.0)
+def test_sighup_renews_certificates_on_every_port(models, server, certificates, tmp_path):
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
     for end in ("pem", "key"):
-        shutil.copy(certificates / f"server.{end}", certificates / f"used.{end}")
-    shutil.copy(certificates / "ca.pem", certificates / "used-ca.pem")
+        shutil.copy(certificates / f"server.{end}", tmp_path / f"used.{end}")
+    shutil.copy(certificates / "ca.pem", tmp_path / "used-ca.pem")
     at = server(
-        certificates / "net", "--threads", "1", "--tls-cert", certificates / "used.pem",
-        "--tls-key", certificates / "used.key", "--client-ca", certificates / "used-ca.pem",
+        tmp_path / "net", "--threads", "1", "--tls-cert", tmp_path / "used.pem",
+        "--tls-key", tmp_path / "used.key", "--client-ca", tmp_path / "used-ca.pem",
     )  # fmt: skip
 
     def shown(port: int, client: str) -> str:
@@ -110,12 +111,12 @@ def test_sighup_renews_certificates_on_every_port(models, server, certificates):
     ports = (at.http, at.admin, at.grpc)
     assert [shown(port, "client") for port in ports] == ["server"] * 3
     # A key that belongs to another certificate, then both: what cannot be used changes nothing.
-    shutil.copy(certificates / "client.pem", certificates / "used.pem")
+    shutil.copy(certificates / "client.pem", tmp_path / "used.pem")
     at.signal(signal.SIGHUP)
     wait_for(at, "the certificates stay as they are")
     assert [shown(port, "client") for port in ports] == ["server"] * 3
-    shutil.copy(certificates / "client.key", certificates / "used.key")
-    shutil.copy(certificates / "stranger.pem", certificates / "used-ca.pem")
+    shutil.copy(certificates / "client.key", tmp_path / "used.key")
+    shutil.copy(certificates / "stranger.pem", tmp_path / "used-ca.pem")
     at.signal(signal.SIGHUP)
     wait_for(at, "new connections get the new certificates")
     assert [shown(port, "stranger") for port in ports] == ["client"] * 3
