@@ -66,6 +66,7 @@ class Inbox:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         failures: list[RequestError] = []
+        timer: asyncio.TimerHandle
         reserved = 0
 
         def stop(error: RequestError) -> None:

@@ -288,49 +288,6 @@ def test_a_collector_that_hangs_does_not_keep_the_end(caplog):
     assert "the last traces are lost" in caplog.text
 
 
-class Collector:
-    """Takes OTLP over HTTP, and keeps what it was sent."""
-
-    def __init__(self):
-        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-        self.got = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler):
-                data = handler.rfile.read(int(handler.headers["content-length"]))
-                self.got.append((handler.path, ExportTraceServiceRequest.FromString(data)))
-                handler.send_response(200)
-                handler.send_header("content-length", "0")
-                handler.end_headers()
-
-            def log_message(handler, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def spans(self):
-        return [
-            (resource.resource, span)
-            for _, request in self.got
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
-
-
-@pytest.fixture
-def collector():
-    made = Collector()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
-
-
 def test_spans_are_sent_at_the_end_if_not_before(running, engine, environment, collector):
     environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
     environment.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=tests")

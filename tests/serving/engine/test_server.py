@@ -134,6 +134,26 @@ def test_sigterm_answers_all_that_was_accepted(models, server, tmp_path):
     assert "all that was accepted is answered" in at.messages()
 
 
+def test_spans_of_both_protocols_are_sent_before_the_end(models, server, tmp_path, collector, monkeypatch):
+    import grpc
+
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    at = server(tmp_path / "net", "--threads", "1", "--otlp-endpoint", collector.url, "--trace-ratio", "1")
+    assert at.infer("net", {"x": X})[0] == 200
+    with grpc.insecure_channel(f"127.0.0.1:{at.grpc}") as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"", timeout=60)
+    stats = json.loads(at.ask("GET", "/v2/models/net/stats")[1])["model_stats"]
+    assert [(s["name"], s["version"], s["inference_count"]) for s in stats] == [("net", "1", 1)]
+    assert not collector.got
+    at.signal(signal.SIGTERM)
+    assert at.wait() == 0
+    assert sorted(span.name for _, span in collector.spans()) == [
+        "POST /v2/models/{name}/infer", "compute", "inference.GRPCInferenceService/ModelInfer", "queue",
+    ]  # fmt: skip
+
+
 def test_sigterm_tells_grpc_clients_to_go_elsewhere_and_breaks_nothing(models, server, tmp_path):
     from tritonclient import grpc as client
     from tritonclient.utils import InferenceServerException
