@@ -41,7 +41,7 @@ def model_config(info: ModelInfo, *, enums: bool = False) -> dict[str, Any]:
         "name": info.name,
         "platform": info.platform,
         "backend": _BACKENDS.get(info.platform, info.platform),
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": {"latest": {"num_versions": len(info.versions)}},
         "max_batch_size": info.max_batch,
         "input": [_tensor(spec, joined, enums) for spec in info.inputs],
         "output": [_tensor(spec, joined, enums) for spec in info.outputs],

@@ -33,6 +33,7 @@ def test_config(both):
     http, grpc = both
     config = http.get_model_config("pair")
     assert config["max_batch_size"] == 8 and config["dynamic_batching"] == {}
+    assert config["version_policy"] == {"latest": {"num_versions": 2}}
     assert config["input"] == [{"name": n, "data_type": "TYPE_INT32", "dims": [2]} for n in ("a", "b")]
     assert [o["name"] for o in config["output"]] == ["sum", "difference"]
     assert (config["platform"], config["backend"]) == ("onnxruntime_onnx", "onnxruntime")
