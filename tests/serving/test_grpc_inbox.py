@@ -57,8 +57,8 @@ class Held:
 
 
 def test_more_calls_than_may_be_there_are_refused(running, fake_engine):
-    limits = Limits(held_bytes=1, prompt_s=60)
-    assert limits.calls == 64 and Limits().calls == 1024
+    limits = Limits(held_bytes=2**26, prompt_s=60)
+    assert limits.calls == Limits(held_bytes=1).calls == 64 and Limits().calls == 1024
     engine = fake_engine()
     with running(engine, limits) as served, grpc.insecure_channel(served.grpc_address) as channel:
         calls = [Held(channel, b"") for _ in range(64)]
@@ -89,18 +89,17 @@ def test_a_message_that_takes_its_time_counts_as_the_largest(running, fake_engin
         running(fake_engine(), Limits(held_bytes=1000, prompt_s=0.05)) as served,
         grpc.insecure_channel(served.grpc_address) as channel,
     ):
-        held = Held(channel, message(identity="slow"))
-        until(lambda: code_of(channel, message())[0] is Code.RESOURCE_EXHAUSTED)
-        assert "take all the room" in code_of(channel, message())[1]
-        # What is not late yet is not refused for that: it is when its message is there, or late itself.
-        second = Held(channel, message())
+        # There is room for one of them, and only once it is late; the other is refused then.
+        calls = [Held(channel, message(identity="slow")) for _ in range(2)]
+        until(lambda: any(held.call.done() for held in calls))
+        refused, left = sorted(calls, key=lambda held: not held.call.done())
         with pytest.raises(grpc.RpcError) as caught:
-            second.call.result(60)
-        second.go.set()
-        assert caught.value.code() is Code.RESOURCE_EXHAUSTED
-        held.go.set()
-        answer = MADE["ModelInferResponse"].FromString(held.call.result(60))
-        assert answer.id == "slow"
+            refused.call.result(60)
+        assert caught.value.code() is Code.RESOURCE_EXHAUSTED and "take all the room" in caught.value.details()
+        assert code_of(channel, message())[0] is Code.RESOURCE_EXHAUSTED and not left.call.done()
+        left.go.set()
+        refused.go.set()
+        assert MADE["ModelInferResponse"].FromString(left.call.result(60)).id == "slow"
         until(lambda: code_of(channel, message())[0] is Code.OK)
 
 
