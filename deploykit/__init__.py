@@ -57,7 +57,7 @@ _EXPORTS = {
     "show_data": "listing",
     "sign": "pipeline",
     "simplify": "pipeline",
-    "smoke": "packaging",
+    "smoke": "serving.smoke",
     "verify": "pipeline",
 }
 

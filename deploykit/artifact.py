@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 LOG = "export.log"
 SETTINGS = "settings.json"
+# Of the file beside an artifact, behind its name, that signs it.
+SIGNATURE_SUFFIX = ".sig"
 ASSETS = "assets/"
 RESULT = "optimize.json"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20

@@ -1,9 +1,8 @@
-"""The verbs `package` and `smoke`: an artifact becomes what a serving target takes, and is tested."""
+"""The verb `package`: an artifact becomes what a serving target takes, and is tested."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,22 +98,6 @@ def package(
     from deploykit.serving.bundles import Bundle
 
     return Bundle.open(output)
-
-
-def smoke(
-    path: str | Path,
-    url: str | None = None,
-    *,
-    wire: str = "binary",
-    wait_s: float = 0.0,
-    timeout_s: float = 60.0,
-    headers: Mapping[str, str] | None = None,
-    ca: str | Path | None = None,
-) -> dict[str, Any]:
-    """Ask a bundle's golden requests, of a server or in process; see `deploykit.serving.smoke.smoke`."""
-    from deploykit.serving.smoke import smoke as run
-
-    return run(path, url, wire=wire, wait_s=wait_s, timeout_s=timeout_s, headers=headers, ca=ca)
 
 
 def _open(path: Path) -> Artifact:

@@ -18,12 +18,13 @@ from deploykit.exporting import export, export_parts
 from deploykit.fusing import fuse
 from deploykit.listing import show_data
 from deploykit.optimizing import optimize
-from deploykit.packaging import package, smoke
+from deploykit.packaging import package
 from deploykit.packing import pack_data
 from deploykit.preprocessing import preprocess
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.selecting import select_data
+from deploykit.serving.smoke import smoke
 from deploykit.serving_models import serve
 from deploykit.signing import check_signature, sbom, sign
 from deploykit.storing import quantize_half, quantize_weights

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploykit.errors import DeploykitError
+from deploykit.signing import check_signature
 
 if TYPE_CHECKING:
     from deploykit.serving.servers import Bound
@@ -39,6 +41,9 @@ def serve(
     client_ca: str | Path | None = None,
     repository_api: bool = False,
     versions: str = "latest:1",
+    public_key: str | Path | None = None,
+    otlp_endpoint: str | None = None,
+    trace_ratio: float | None = None,
     on_ready: Callable[[Bound], None] | None = None,
 ) -> int:
     """Serve models by the Open Inference Protocol, version 2, over HTTP and gRPC, until a signal ends it.
@@ -68,6 +73,9 @@ def serve(
         client_ca: File of the certificates that clients' have to be signed with.
         repository_api: Whether models may be loaded and unloaded over the admin port.
         versions: Which versions of a directory of versions answer: `latest:N`, `all`, or some with commas between them.
+        public_key: File of a public key, PEM: only artifacts are served that its owner signed, at a swap, too.
+        otlp_endpoint: Collector of OpenTelemetry spans, by OTLP over HTTP; by default as the environment says.
+        trace_ratio: Share of the requests without a parent that are traced; as the environment says, else all.
         on_ready: Called with the ports once all models answer.
 
     Returns:
@@ -78,7 +86,8 @@ def serve(
     """
     from deploykit.serving.lifecycle import run
     from deploykit.serving.loaded import Options, Source
-    from deploykit.serving.servers import Places, check_tls
+    from deploykit.serving.servers import Places
+    from deploykit.serving.tracing import open_traces
     from deploykit.serving.versions import VersionPolicy
 
     if not models:
@@ -94,7 +103,6 @@ def serve(
     if force_batching and (max_batch is None or max_batch == 1):
         raise DeploykitError("nothing says how many rows are to be joined", hint="add --max-batch ROWS")
     given = [None if path is None else str(path) for path in (tls_cert, tls_key, client_ca)]
-    check_tls(*given)
     called: list[str | None] = list(names) or [None] * len(models)
     policy = VersionPolicy.parse(versions)
     sources = [Source.at(model, name) for model, name in zip(models, called, strict=True)]
@@ -107,13 +115,14 @@ def serve(
         max_batch=max_batch, force_batching=force_batching, max_delay_s=max_delay_ms / 1e3, queue=queue,
         timeout_s=timeout_s, load_s=load_timeout_s, versions=policy,
         memory_bytes=None if worker_memory is None else worker_memory << 20,
+        open_artifact=None if public_key is None else partial(check_signature, public_key=public_key),
     )  # fmt: skip
     places = Places(
         host=host, http_port=http_port, grpc_port=grpc_port, admin_port=admin_port,
         tokens=read_tokens(token_file) if token_file is not None else (),
         cert=given[0], key=given[1], client_ca=given[2], repository_api=repository_api,
     )  # fmt: skip
-    return run(sources, options, places, on_ready or (lambda bound: None))
+    return run(sources, options, places, on_ready or (lambda bound: None), open_traces(otlp_endpoint, trace_ratio))
 
 
 def _is_local(host: str) -> bool:
@@ -150,6 +159,7 @@ def say_on_stderr() -> None:
     log = logging.getLogger("deploykit.serving")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
-    uvicorn = logging.getLogger("uvicorn.error")
-    uvicorn.setLevel(logging.WARNING)
-    uvicorn.addHandler(handler)
+    for name, level in (("uvicorn.error", logging.WARNING), ("opentelemetry", logging.ERROR)):
+        other = logging.getLogger(name)
+        other.setLevel(level)
+        other.addHandler(handler)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploykit.artifact import Artifact
+from deploykit.artifact import SIGNATURE_SUFFIX, Artifact
 from deploykit.errors import ArtifactError, DataError, first_line
 from deploykit.extras import require
 from deploykit.staging import check_free, write_file
 
-SUFFIX = ".sig"
 _KEY = "an elliptic-curve key in PEM (openssl ecparam -name prime256v1 -genkey -noout)"
 
 
@@ -114,7 +113,7 @@ def check_signature(model: str | Path, *, public_key: str | Path, signature: str
 def signature_of(artifact: Path) -> Path:
     """Where an artifact's signature is looked for."""
     place = artifact.resolve()
-    return place.with_name(place.name + SUFFIX)
+    return place.with_name(place.name + SIGNATURE_SUFFIX)
 
 
 def _everything() -> object:

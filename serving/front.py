@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import time
@@ -19,6 +20,7 @@ from deploykit.serving.requests import (
     Parameter,
     RequestError,
 )
+from deploykit.serving.triton_api import Statistics
 from deploykit.serving.v2_types import metadata, shown
 
 _ERROR_LENGTH = 1000
@@ -51,7 +53,8 @@ class Tokens:
 
 def server_metadata(*, repository: bool) -> dict[str, Any]:
     """Name, version and extensions of this server."""
-    extensions = ["binary_tensor_data", "parameters", *(["model_repository"] if repository else [])]
+    extensions = ["binary_tensor_data", "model_configuration", "parameters", "statistics"]
+    extensions += ["model_repository"] if repository else []
     return {"name": "deploykit", "version": deploykit.__version__, "extensions": extensions}
 
 
@@ -89,13 +92,26 @@ def error_text(exc: RequestError) -> str:
     return str(exc)[:_ERROR_LENGTH]
 
 
-async def infer_in_time(engine: Engine, request: InferRequest) -> InferResult:
+async def infer_in_time(engine: Engine, request: InferRequest, statistics: Statistics) -> InferResult:
     """The engine's answer, unless the request's time is over before.
 
     Raises:
         DeadlineExceeded: It is.
         RequestError: The engine refuses.
     """
+    began = time.monotonic()
+    try:
+        result = await _in_time(engine, request)
+    except RequestError:
+        with contextlib.suppress(RequestError):  # it was unloaded meanwhile
+            versions = engine.info(request.model, request.version).versions
+            statistics.failed(request.model, request.version or versions[-1], time.monotonic() - began)
+        raise
+    statistics.answered(request, result, time.monotonic() - began)
+    return result
+
+
+async def _in_time(engine: Engine, request: InferRequest) -> InferResult:
     if request.deadline is None:
         return await engine.infer(request)
     left = request.deadline - time.monotonic()

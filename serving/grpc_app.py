@@ -1,7 +1,8 @@
 """The Open Inference Protocol, version 2, over gRPC: `inference.GRPCInferenceService`, and gRPC's own health check.
 
 Answers hold their tensors as raw contents, as Triton's do, whichever way the request's came. A request's deadline is
-the engine's, and a request that its client cancels is cancelled there.
+the engine's, and a request that its client cancels is cancelled there. Calls and what their messages take are bounded
+(`grpc_inbox.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from deploykit.serving.front import (
     refuse_load_parameters,
     server_metadata,
 )
+from deploykit.serving.grpc_inbox import Inbox
 from deploykit.serving.grpc_messages import HEALTH, RAW_INPUTS, RAW_OUTPUTS, SERVICE, join_raw, messages, split_raw
-from deploykit.serving.http_body import Room
 from deploykit.serving.requests import (
     Engine,
     InferRequest,
@@ -34,6 +35,8 @@ from deploykit.serving.requests import (
     RequestError,
     TooLarge,
 )
+from deploykit.serving.tracing import RequestSpan, Traces
+from deploykit.serving.triton_api import Statistics, model_config
 from deploykit.serving.v2_binary import read_tensor, write_tensor
 from deploykit.serving.v2_json import refuse_extensions, refuse_sequences, take_deadline
 from deploykit.serving.v2_types import (
@@ -60,6 +63,9 @@ _OPEN = frozenset({"ServerLive", "ServerReady", "Check"})
 _HEAD_BYTES = 64 * 1024
 _SERVING, _NOT_SERVING, _UNKNOWN = 1, 2, 3
 
+Read = Callable[[], Awaitable[bytes]]
+Answer = Callable[[Read, Any], Awaitable[bytes]]
+
 
 def grpc_server(
     engine: Engine,
@@ -68,6 +74,8 @@ def grpc_server(
     tokens: Sequence[str] = (),
     repository: bool = False,
     refused: Callable[[str, RequestError], None] | None = None,
+    traces: Traces | None = None,
+    statistics: Statistics | None = None,
 ) -> Any:
     """A `grpc.aio.Server` over an engine; the caller adds its ports, starts and stops it. Call it on the event loop.
 
@@ -79,6 +87,8 @@ def grpc_server(
         tokens: Bearer tokens; every method but the health checks needs one of them. None: no method does.
         repository: Whether models can be listed, loaded and unloaded.
         refused: Told the model and the error of every inference that did not reach the engine.
+        traces: Where spans of inferences go.
+        statistics: Counts inferences, with those of other ports.
 
     Raises:
         MissingDependencyError: The extra "serve" is not installed.
@@ -100,46 +110,61 @@ def grpc_server(
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
-        ]
+        ],
+        maximum_concurrent_rpcs=limits.calls,
     )
-    service = _Service(engine, limits, repository, refused)
-    server.add_generic_rpc_handlers(_handlers(service, Tokens(tokens)))
+    service = _Service(engine, limits, repository, refused, traces, statistics or Statistics())
+    server.add_generic_rpc_handlers(_handlers(service, Tokens(tokens), Inbox(limits, most + _HEAD_BYTES)))
     return server
 
 
-def _handlers(service: _Service, tokens: Tokens) -> tuple[Any, ...]:
+def _handlers(service: _Service, tokens: Tokens, inbox: Inbox) -> tuple[Any, ...]:
     grpc = require("grpc", extra="serve")
     inference = {
-        name: _method(name, getattr(service, method), tokens)
+        name: _method(name, _on_data(getattr(service, method)), tokens, inbox)
         for name, method in {
             "ServerLive": "live",
             "ServerReady": "ready",
             "ModelReady": "model_ready",
             "ServerMetadata": "server",
             "ModelMetadata": "model",
-            "ModelInfer": "infer",
+            "ModelConfig": "config",
+            "ModelStatistics": "statistics",
             "RepositoryIndex": "index",
             "RepositoryModelLoad": "load",
             "RepositoryModelUnload": "unload",
         }.items()
     }
-    health = {"Check": _method("Check", service.check, tokens)}
+    inference["ModelInfer"] = _method("ModelInfer", service.infer, tokens, inbox)
+    health = {"Check": _method("Check", _on_data(service.check), tokens, inbox)}
     return (
         grpc.method_handlers_generic_handler(SERVICE, inference),
         grpc.method_handlers_generic_handler(HEALTH, health),
     )
 
 
-def _method(name: str, answer: Callable[[bytes, Any], Awaitable[bytes]], tokens: Tokens) -> Any:
-    """A method on bytes; its errors become status codes."""
+def _on_data(method: Callable[[bytes], Awaitable[bytes]]) -> Answer:
+    """A method that wants nothing but its message."""
+
+    async def answer(read: Read, context: Any) -> bytes:
+        return await method(await read())
+
+    return answer
+
+
+def _method(name: str, answer: Answer, tokens: Tokens, inbox: Inbox) -> Any:
+    """A method that reads bytes and answers some; its errors become status codes."""
     grpc = require("grpc", extra="serve")
     secured = name not in _OPEN
 
-    async def call(data: bytes, context: Any) -> bytes:
+    async def call(messages: Any, context: Any) -> bytes:
         if secured and not tokens.accept(_authorization(context)):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed")
+        share = inbox.share(context)
         try:
-            return await answer(data, context)
+            answered = await answer(lambda: inbox.read(context, share), context)
+            share.add(len(answered))
+            return answered
         except RequestError as exc:
             code, text = grpc.StatusCode[exc.grpc_code], error_text(exc)
         except Exception:  # noqa: BLE001 - a bug of ours is logged, and the client is told no more than that
@@ -148,7 +173,7 @@ def _method(name: str, answer: Callable[[bytes, Any], Awaitable[bytes]], tokens:
         await context.abort(code, text)
         raise AssertionError("abort raises")
 
-    return grpc.unary_unary_rpc_method_handler(call)
+    return grpc.stream_unary_rpc_method_handler(call)
 
 
 def _authorization(context: Any) -> bytes | None:
@@ -176,33 +201,36 @@ class _Service:
         limits: Limits,
         repository: bool,
         refused: Callable[[str, RequestError], None] | None,
+        traces: Traces | None,
+        statistics: Statistics,
     ) -> None:
         self._engine = engine
         self._limits = limits
         self._repository = repository
         self._refused = refused
-        self._room = Room(limits.held_bytes)
+        self._traces = traces
+        self._statistics = statistics
         self._made = messages()
 
     def _answer(self, kind: str, /, **fields: Any) -> bytes:
         return cast("bytes", self._made[kind](**fields).SerializeToString())
 
-    async def live(self, data: bytes, context: Any) -> bytes:
+    async def live(self, data: bytes) -> bytes:
         return self._answer("ServerLiveResponse", live=self._engine.live())
 
-    async def ready(self, data: bytes, context: Any) -> bytes:
+    async def ready(self, data: bytes) -> bytes:
         return self._answer("ServerReadyResponse", ready=self._engine.ready())
 
-    async def check(self, data: bytes, context: Any) -> bytes:
+    async def check(self, data: bytes) -> bytes:
         asked = _parse("HealthCheckRequest", data).service
         if asked not in ("", SERVICE):
             return self._answer("HealthCheckResponse", status=_UNKNOWN)
         return self._answer("HealthCheckResponse", status=_SERVING if self._engine.ready() else _NOT_SERVING)
 
-    async def server(self, data: bytes, context: Any) -> bytes:
+    async def server(self, data: bytes) -> bytes:
         return self._answer("ServerMetadataResponse", **server_metadata(repository=self._repository))
 
-    async def model(self, data: bytes, context: Any) -> bytes:
+    async def model(self, data: bytes) -> bytes:
         asked = _parse("ModelMetadataRequest", data)
         told = model_metadata(self._engine, asked.name, asked.version or None)
         parameter = self._made["InferParameter"]
@@ -212,24 +240,34 @@ class _Service:
         }
         return self._answer("ModelMetadataResponse", **told)
 
-    async def model_ready(self, data: bytes, context: Any) -> bytes:
+    async def config(self, data: bytes) -> bytes:
+        asked = _parse("ModelConfigRequest", data)
+        info = self._engine.info(asked.name, asked.version or None)
+        return self._answer("ModelConfigResponse", config=model_config(info, enums=True))
+
+    async def statistics(self, data: bytes) -> bytes:
+        asked = _parse("ModelStatisticsRequest", data)
+        found = self._statistics.shown(self._engine, asked.name or None, asked.version or None)
+        return self._answer("ModelStatisticsResponse", model_stats=found)
+
+    async def model_ready(self, data: bytes) -> bytes:
         asked = _parse("ModelReadyRequest", data)
         return self._answer("ModelReadyResponse", ready=self._engine.model_ready(asked.name, asked.version or None))
 
-    async def index(self, data: bytes, context: Any) -> bytes:
+    async def index(self, data: bytes) -> bytes:
         self._check_repository()
         only_ready = _parse("RepositoryIndexRequest", data).ready
         entries = [entry for entry in self._engine.index() if entry.get("state") == "READY" or not only_ready]
         return self._answer("RepositoryIndexResponse", models=entries)
 
-    async def load(self, data: bytes, context: Any) -> bytes:
+    async def load(self, data: bytes) -> bytes:
         self._check_repository()
         asked = _parse("RepositoryModelLoadRequest", data)
         refuse_load_parameters(_parameters(asked.parameters, self._limits))
         await self._engine.load(asked.model_name)
         return self._answer("RepositoryModelLoadResponse")
 
-    async def unload(self, data: bytes, context: Any) -> bytes:
+    async def unload(self, data: bytes) -> bytes:
         self._check_repository()
         asked = _parse("RepositoryModelUnloadRequest", data)
         refuse_load_parameters(_parameters(asked.parameters, self._limits))
@@ -240,19 +278,23 @@ class _Service:
         if not self._repository:
             raise Refused("this server was not started with the repository methods")
 
-    async def infer(self, data: bytes, context: Any) -> bytes:
-        with self._room.hold() as take:
-            return await self._infer(data, context, take)
+    async def infer(self, read: Read, context: Any) -> bytes:
+        if self._traces is None:
+            return await self._infer(read, context, None)
+        with self._traces.call(context) as span:
+            return await self._infer(read, context, span)
 
-    async def _infer(self, data: bytes, context: Any, take: Callable[[int], None]) -> bytes:
+    async def _infer(self, read: Read, context: Any, span: RequestSpan | None) -> bytes:
         known = ""
         try:
-            take(len(data))
+            data = await read()
             rest, raw = split_raw(data, RAW_INPUTS)
             asked = _parse("ModelInferRequest", rest)
             version = asked.model_version or None
             info = self._engine.info(asked.model_name, version)
             known = asked.model_name
+            if span is not None:
+                span.found(known, version)
             limits = self._limits.of(info.inputs, info.outputs, info.max_batch)
             if len(data) > limits.body_bytes + _HEAD_BYTES:
                 raise TooLarge("the message is too large", expected=f"at most {limits.body_bytes} bytes for this model")
@@ -261,7 +303,11 @@ class _Service:
             if self._refused is not None:
                 self._refused(known, exc)
             raise
-        return _response(await infer_in_time(self._engine, request))
+        began_ns = time.time_ns()
+        result = await infer_in_time(self._engine, request, self._statistics)
+        if span is not None:
+            span.answered(began_ns, result)
+        return _response(result)
 
 
 def _request(asked: Any, raw: list[memoryview], limits: Limits, remaining: float | None) -> InferRequest:

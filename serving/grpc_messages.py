@@ -1,8 +1,9 @@
 """Messages of `inference.GRPCInferenceService`, made from descriptors of our own.
 
 The descriptors live in a pool of their own, so that a client's generated module of the same names can be imported in
-the same process. Field numbers are those of the Open Inference Protocol; the repository's are Triton's, and the
-parameters of a model's metadata are MLServer's.
+the same process. Field numbers are those of the Open Inference Protocol; the repository's, the configuration's and the
+statistics' are Triton's, of whose fields those are here that are ever set, and the parameters of a model's metadata are
+MLServer's. Enumerations are numbers on the wire.
 
 Tensors are by far the most of a message. `split_raw` and `join_raw` read and write them beside the rest, so that a
 request's are not copied at all and an answer's once.
@@ -125,8 +126,53 @@ _INFERENCE: dict[str, dict[str, tuple[int, str]]] = {
         "parameters": (3, "<ModelRepositoryParameter>"),
     },
     "RepositoryModelUnloadResponse": {},
+    "ModelConfigRequest": {"name": (1, "string"), "version": (2, "string")},
+    "ModelConfigResponse": {"config": (1, "ModelConfig")},
+    "ModelConfig": {
+        "name": (1, "string"),
+        "platform": (2, "string"),
+        "backend": (17, "string"),
+        "version_policy": (3, "ModelVersionPolicy"),
+        "max_batch_size": (4, "int32"),
+        "input": (5, "*ModelInput"),
+        "output": (6, "*ModelOutput"),
+        "dynamic_batching": (11, "ModelDynamicBatching"),
+    },
+    "ModelVersionPolicy": {"latest": (1, "ModelVersionPolicy.Latest")},
+    "ModelVersionPolicy.Latest": {"num_versions": (1, "uint32")},
+    "ModelInput": {"name": (1, "string"), "data_type": (2, "int32"), "dims": (4, "*int64")},
+    "ModelOutput": {"name": (1, "string"), "data_type": (2, "int32"), "dims": (3, "*int64")},
+    "ModelDynamicBatching": {},
+    "ModelStatisticsRequest": {"name": (1, "string"), "version": (2, "string")},
+    "ModelStatisticsResponse": {"model_stats": (1, "*ModelStatistics")},
+    "ModelStatistics": {
+        "name": (1, "string"),
+        "version": (2, "string"),
+        "last_inference": (3, "uint64"),
+        "inference_count": (4, "uint64"),
+        "execution_count": (5, "uint64"),
+        "inference_stats": (6, "InferStatistics"),
+        "batch_stats": (7, "*InferBatchStatistics"),
+    },
+    "InferStatistics": {
+        "success": (1, "StatisticDuration"),
+        "fail": (2, "StatisticDuration"),
+        "queue": (3, "StatisticDuration"),
+        "compute_input": (4, "StatisticDuration"),
+        "compute_infer": (5, "StatisticDuration"),
+        "compute_output": (6, "StatisticDuration"),
+        "cache_hit": (7, "StatisticDuration"),
+        "cache_miss": (8, "StatisticDuration"),
+    },
+    "StatisticDuration": {"count": (1, "uint64"), "ns": (2, "uint64")},
+    "InferBatchStatistics": {
+        "batch_size": (1, "uint64"),
+        "compute_input": (2, "StatisticDuration"),
+        "compute_infer": (3, "StatisticDuration"),
+        "compute_output": (4, "StatisticDuration"),
+    },
 }
-# The health check that Kubernetes' gRPC probes make; the status is an enumeration, which is a number on the wire.
+# The health check that Kubernetes' gRPC probes make.
 _HEALTH: dict[str, dict[str, tuple[int, str]]] = {
     "HealthCheckRequest": {"service": (1, "string")},
     "HealthCheckResponse": {"status": (1, "int32")},

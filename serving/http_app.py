@@ -4,18 +4,25 @@
     GET  /v2                                                            the server
     GET  /v2/models/NAME[/versions/V], .../ready                        a model
     POST /v2/models/NAME[/versions/V]/infer                             tensors, JSON or binary
+    GET  /v2/models/NAME[/versions/V]/config, .../stats                 a model as Triton tells of it
+    GET  /v2/models/stats                                               all of them
     POST /v2/repository/index, /v2/repository/models/NAME/load|unload   where the app was made with it
     GET  /v2/openapi.json                                               all this, for machines
 
 A refusal is a JSON object {"error": "one line"}. Answers are not compressed, whatever a client accepts.
+
+Everything is done on the event loop but the reading and writing of long JSON, for which there are a few threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploykit.extras import require
 from deploykit.serving.front import (
@@ -28,8 +35,10 @@ from deploykit.serving.front import (
 )
 from deploykit.serving.http_body import Disconnected, Room, Slow, read_body, whole_number
 from deploykit.serving.openapi import document
-from deploykit.serving.requests import Engine, InferRequest, InferResult, InvalidRequest, Refused, RequestError
-from deploykit.serving.v2_json import parse_object, parse_request, read_parameters, write_response
+from deploykit.serving.requests import Engine, InferResult, InvalidRequest, Refused, RequestError
+from deploykit.serving.tracing import RequestSpan, Traces
+from deploykit.serving.triton_api import Statistics, model_config
+from deploykit.serving.v2_json import json_values, parse_object, parse_request, read_parameters, write_response
 from deploykit.serving.v2_types import Limits, shown
 
 if TYPE_CHECKING:
@@ -43,12 +52,17 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+_Found = TypeVar("_Found")
 
 OPEN = frozenset({"/v2/health/live", "/v2/health/ready"})
 # A request that takes longer is cancelled when its client goes away; watching for that costs a task.
 _WATCH_S = 0.002
 # Below this, one write is cheaper than several.
 _JOIN_BYTES = 32 * 1024
+# JSON from this length on, as it is read and about as it is written, is for a thread; so many at once.
+_LONG_BYTES = 64 * 1024
+_LONG_VALUES = 8 * 1024
+_THREADS = 2
 _SMALL = Limits(body_bytes=64 * 1024)
 
 
@@ -59,6 +73,8 @@ def http_app(
     tokens: Sequence[str] = (),
     repository: bool = False,
     refused: Callable[[str, RequestError], None] | None = None,
+    traces: Traces | None = None,
+    statistics: Statistics | None = None,
 ) -> Starlette:
     """An ASGI app over an engine. Serve it with `http_server.uvicorn_settings`, which guard the headers' arrival too.
 
@@ -68,6 +84,8 @@ def http_app(
         tokens: Bearer tokens; every route but the health routes needs one of them. None: no route does.
         repository: Whether models can be listed, loaded and unloaded.
         refused: Told the model and the error of every inference that did not reach the engine.
+        traces: Where spans of inferences go.
+        statistics: Counts inferences, with those of other ports.
 
     Raises:
         MissingDependencyError: The extra "serve" is not installed.
@@ -80,8 +98,9 @@ def http_app(
     from starlette.routing import Route
 
     limits = limits or Limits()
-    infer = _Infer(engine, limits, refused)
-    routes = _Routes(engine, repository, document(repository=repository, secured=bool(tokens)))
+    statistics = statistics or Statistics()
+    infer = _Infer(engine, limits, refused, traces, statistics)
+    routes = _Routes(engine, repository, document(repository=repository, secured=bool(tokens)), statistics)
     model = "/v2/models/{name}"
     version = model + "/versions/{version}"
     app = Starlette(
@@ -91,10 +110,15 @@ def http_app(
             Route("/v2/health/live", routes.live),
             Route("/v2/health/ready", routes.ready),
             Route("/v2", routes.server),
+            Route("/v2/models/stats", routes.stats),
             Route(model, routes.model),
             Route(version, routes.model),
             Route(model + "/ready", routes.model_ready),
             Route(version + "/ready", routes.model_ready),
+            Route(model + "/config", routes.config),
+            Route(version + "/config", routes.config),
+            Route(model + "/stats", routes.stats),
+            Route(version + "/stats", routes.stats),
             Route("/v2/repository/index", routes.index, methods=["POST"]),
             Route("/v2/repository/models/{name}/load", routes.load, methods=["POST"]),
             Route("/v2/repository/models/{name}/unload", routes.unload, methods=["POST"]),
@@ -168,23 +192,41 @@ async def _on_disconnected(request: Request, exc: Exception) -> Response:
 class _Infer:
     """The route that matters."""
 
-    def __init__(self, engine: Engine, limits: Limits, refused: Callable[[str, RequestError], None] | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        refused: Callable[[str, RequestError], None] | None,
+        traces: Traces | None,
+        statistics: Statistics,
+    ) -> None:
         self._engine = engine
         self._limits = limits
         self._refused = refused
+        self._traces = traces
+        self._statistics = statistics
         self._room = Room(limits.held_bytes)
+        self._threads = ThreadPoolExecutor(_THREADS, "deploykit-json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._room.hold() as take:
-            await self._answer(scope, receive, send, take)
+            if self._traces is None:
+                await self._answer(scope, receive, send, take, None)
+                return
+            with self._traces.request(scope) as span:
+                await self._answer(scope, receive, send, take, span)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None]) -> None:
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, take: Callable[[int], None], span: RequestSpan | None
+    ) -> None:
         name = scope["path_params"]["name"]
         version = scope["path_params"].get("version")
         known = ""
         try:
             info = self._engine.info(name, version)
             known = name
+            if span is not None:
+                span.found(name, version)
             limits = self._limits.of(info.inputs, info.outputs, info.max_batch)
             headers = dict(scope["headers"])
             said = headers.get(b"inference-header-content-length")
@@ -194,16 +236,30 @@ class _Infer:
             body = await read_body(headers, receive, limits, length or 0, take)
             if length is not None and length > len(body):
                 raise _header_too_long(length)
-            request, wanted = parse_request(body, length, model=name, version=version, limits=limits)
+            parse = partial(parse_request, body, length, model=name, version=version, limits=limits)
+            request, wanted = await self._run(parse, (len(body) if length is None else length) > _LONG_BYTES)
         except RequestError as exc:
             if self._refused is not None:
                 self._refused(known, exc)
             raise
-        result = await _while_connected(self._engine, request, receive)
+        began_ns = time.time_ns()
+        result = await _while_connected(infer_in_time(self._engine, request, self._statistics), receive)
         if result is None:
+            if span is not None:
+                span.left()
             return
-        head, tensors = write_response(result, wanted)
+        if span is not None:
+            span.answered(began_ns, result)
+        head, tensors = await self._run(
+            partial(write_response, result, wanted), json_values(result, wanted) > _LONG_VALUES
+        )
         await _send_tensors(send, head, tensors)
+
+    async def _run(self, work: Callable[[], _Found], is_long: bool) -> _Found:
+        """Do something here, or where it is long, in a thread."""
+        if not is_long:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 def _header_too_long(length: int) -> InvalidRequest:
@@ -212,7 +268,7 @@ def _header_too_long(length: int) -> InvalidRequest:
     )
 
 
-async def _while_connected(engine: Engine, request: InferRequest, receive: Receive) -> InferResult | None:
+async def _while_connected(answer: Coroutine[Any, Any, InferResult], receive: Receive) -> InferResult | None:
     """The answer, or None where the client went away; then the request is cancelled."""
     task = asyncio.current_task()
     assert task is not None
@@ -228,7 +284,7 @@ async def _while_connected(engine: Engine, request: InferRequest, receive: Recei
 
     timer = asyncio.get_running_loop().call_later(_WATCH_S, lambda: watcher.append(asyncio.ensure_future(watch())))
     try:
-        return await infer_in_time(engine, request)
+        return await answer
     except asyncio.CancelledError:
         if not gone:
             raise
@@ -263,10 +319,11 @@ async def _send_tensors(send: Send, head: bytes, tensors: list[memoryview]) -> N
 class _Routes:
     """Everything but inference."""
 
-    def __init__(self, engine: Engine, repository: bool, openapi: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, repository: bool, openapi: dict[str, Any], statistics: Statistics) -> None:
         self._engine = engine
         self._repository = repository
         self._openapi = openapi
+        self._statistics = statistics
 
     async def live(self, request: Request) -> Response:
         live = self._engine.live()
@@ -286,6 +343,13 @@ class _Routes:
         name, version = _model(request)
         ready = self._engine.model_ready(name, version)
         return _json({"name": name, "ready": ready}, 200 if ready else 503)
+
+    async def config(self, request: Request) -> Response:
+        return _json(model_config(self._engine.info(*_model(request))))
+
+    async def stats(self, request: Request) -> Response:
+        name, version = request.path_params.get("name"), request.path_params.get("version")
+        return _json({"model_stats": self._statistics.shown(self._engine, name, version)})
 
     async def openapi(self, request: Request) -> Response:
         return _json(self._openapi)

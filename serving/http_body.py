@@ -41,6 +41,10 @@ class Room:
         self._limit = limit
         self._held = 0
 
+    def share(self) -> Share:
+        """What one request takes of it; nothing yet."""
+        return Share(self)
+
     @contextmanager
     def hold(self) -> Iterator[Callable[[int], None]]:
         """Room for one body, to be told of each part that arrives, before it is kept.
@@ -48,19 +52,53 @@ class Room:
         Yields:
             Takes the size of a part; it raises `Busy` where there is no room.
         """
-        own = 0
-
-        def take(size: int) -> None:
-            nonlocal own
-            if self._held > own and self._held + size > self._limit:
-                raise Busy("the bodies of other requests take all the room there is", hint="send it again later")
-            own += size
-            self._held += size
-
+        share = Share(self)
         try:
-            yield take
+            yield share.take
         finally:
-            self._held -= own
+            share.end()
+
+    def add(self, size: int) -> None:
+        """Count bytes that are there, or, where it is negative, that are not there any more."""
+        self._held += size
+
+    def has(self, size: int, own: int) -> bool:
+        """Whether there is room for more bytes, for a request that has some."""
+        return self._held <= own or self._held + size <= self._limit
+
+
+class Share:
+    """What one request takes of a room.
+
+    Args:
+        room: Of all.
+    """
+
+    __slots__ = ("_own", "_room")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._own = 0
+
+    def take(self, size: int) -> None:
+        """Count bytes that are to be kept.
+
+        Raises:
+            Busy: There is no room for them.
+        """
+        if not self._room.has(size, self._own):
+            raise Busy("the bodies of other requests take all the room there is", hint="send it again later")
+        self.add(size)
+
+    def add(self, size: int) -> None:
+        """Count bytes whether there is room for them or not; a negative size gives some back."""
+        self._own += size
+        self._room.add(size)
+
+    def end(self) -> None:
+        """Give all of it back."""
+        self._room.add(-self._own)
+        self._own = 0
 
 
 def _any_size(size: int) -> None:

@@ -2,7 +2,7 @@
 
 uvicorn waits forever for the rest of a request's headers, and for a client to read its answer; it takes any number of
 headers, and reads on without end what follows a refusal. Here a connection that is late, or that sends more than a
-limit, is closed.
+limit, is told so and closed; one on which nothing was ever sent is closed without a word.
 
 It also takes the body of a request that offers another protocol (Java's client offers HTTP/2 with every first request)
 for that protocol, or for the next request. Here the offer is not heard.
@@ -147,6 +147,11 @@ def guarded_protocol(limits: Limits) -> type[Any]:
             if self.cycle is not None and not self.cycle.response_complete:
                 # The start of a further request behind one that is not answered yet; perhaps it is not read on purpose.
                 self._timer = self.loop.call_later(limits.head_s, self._late)
+            elif not self._head_bytes:
+                # Nobody asked for anything: browsers and balancers open connections ahead of need, and would take an
+                # answer for that to the request that they send next.
+                self._end_head()
+                self.transport.close()
             else:
                 self._refuse(*_REQUEST_TIMEOUT)
 

@@ -2,7 +2,7 @@
 
 SIGTERM and SIGINT: ready no more; for a moment everything is still answered, each connection for the last time, so that
 clients and balancers turn away; then nothing new is accepted, what was accepted is answered, and the process ends. The
-second such signal ends it at once. SIGHUP has it look for newer versions of its models.
+second such signal ends it at once. SIGHUP has it read its certificates again and look for newer versions of its models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from deploykit.errors import DeploykitError
 from deploykit.extras import available, require
 from deploykit.serving.admin_app import admin_app
 from deploykit.serving.engine import ServingEngine
@@ -23,14 +24,25 @@ from deploykit.serving.loaded import Options, Source
 from deploykit.serving.memory import keep_freed_memory, set_what_stays_aside
 from deploykit.serving.requests import RequestError
 from deploykit.serving.servers import Bound, GrpcServer, HttpServer, Places, listen
+from deploykit.serving.tls import read_certificates
+from deploykit.serving.tracing import Traces
+from deploykit.serving.triton_api import Statistics
 from deploykit.serving.v2_types import Limits
 
 log = logging.getLogger("deploykit.serving")
 
 INTERRUPTED = 130
+# How long a collector of traces may keep the end waiting.
+_FLUSH_S = 5.0
 
 
-def run(sources: Sequence[Source], options: Options, places: Places, on_ready: Callable[[Bound], None]) -> int:
+def run(
+    sources: Sequence[Source],
+    options: Options,
+    places: Places,
+    on_ready: Callable[[Bound], None],
+    traces: Traces | None = None,
+) -> int:
     """Serve until a signal ends it.
 
     Args:
@@ -38,6 +50,7 @@ def run(sources: Sequence[Source], options: Options, places: Places, on_ready: C
         options: How.
         places: Where, and for whom.
         on_ready: Called once all models answer.
+        traces: Where spans of inferences go; they are sent, and ended, at the end.
 
     Returns:
         The exit code: 0 where every accepted request was answered.
@@ -47,7 +60,7 @@ def run(sources: Sequence[Source], options: Options, places: Places, on_ready: C
     """
 
     async def all_of_it() -> int:
-        return await _Life(sources, options, places, on_ready).live()
+        return await _Life(sources, options, places, on_ready, traces).live()
 
     keep_freed_memory()
     _allow_descriptors()
@@ -72,14 +85,24 @@ class _Life:
     """One server."""
 
     def __init__(
-        self, sources: Sequence[Source], options: Options, places: Places, on_ready: Callable[[Bound], None]
+        self,
+        sources: Sequence[Source],
+        options: Options,
+        places: Places,
+        on_ready: Callable[[Bound], None],
+        traces: Traces | None,
     ) -> None:
         self._options = options
         self._places = places
         self._on_ready = on_ready
         self._loop = asyncio.get_running_loop()
         self._engine = ServingEngine(sources, options)
+        self._certificates = read_certificates(places.cert, places.key, places.client_ca)
+        self._traces = traces
+        self._statistics = Statistics()
+        self._http: list[HttpServer] = []
         self._grpc: GrpcServer | None = None
+        self._renewing = asyncio.Lock()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -87,14 +110,17 @@ class _Life:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._ended)
         self._loop.add_signal_handler(signal.SIGHUP, self._rescan)
-        servers: list[HttpServer] = []
+        servers = self._http
         try:
             places, limits = self._places, Limits()
-            main = http_app(self._engine, limits=limits, tokens=places.tokens, refused=self._refused)
-            servers.append(HttpServer(main, limits, places, places.http_port))
+            main = http_app(
+                self._engine, limits=limits, tokens=places.tokens, refused=self._refused, traces=self._traces,
+                statistics=self._statistics,
+            )  # fmt: skip
+            servers.append(HttpServer(main, limits, places.host, places.http_port, self._certificates))
             if places.admin_port is not None:
                 admin = admin_app(self._engine, limits, places.tokens, repository=places.repository_api)
-                servers.append(HttpServer(admin, limits, places, places.admin_port))
+                servers.append(HttpServer(admin, limits, places.host, places.admin_port, self._certificates))
             for server in servers:
                 await server.start()
             return await self._serve(servers, limits)
@@ -106,6 +132,8 @@ class _Life:
             for task in self._tasks:
                 task.cancel()
             await self._engine.stop()
+            if self._traces is not None:
+                await self._traces.close(_FLUSH_S)
             gc.unfreeze()  # where somebody's program has called us, it goes on
 
     async def _serve(self, servers: list[HttpServer], limits: Limits) -> int:
@@ -123,7 +151,10 @@ class _Life:
         if held is not None:
             held.close()
         if port is not None:
-            self._grpc = GrpcServer(self._engine, limits, self._places, port, self._refused)
+            self._grpc = GrpcServer(
+                self._engine, limits, self._places, port, self._refused, certificates=self._certificates,
+                traces=self._traces, statistics=self._statistics,
+            )  # fmt: skip
             await self._grpc.start()
         set_what_stays_aside()
         admin = servers[1].port if len(servers) > 1 else None
@@ -169,4 +200,26 @@ class _Life:
 
     def _rescan(self) -> None:
         log.info("looking for newer versions")
+        self._keep(self._renew())
         self._keep(self._engine.repository.rescan())
+
+    async def _renew(self) -> None:
+        """Use the certificates that the files hold now; those that cannot be used are logged."""
+        places = self._places
+        async with self._renewing:
+            at = self._certificates
+            if at is None:
+                return
+            try:
+                found = await asyncio.to_thread(read_certificates, places.cert, places.key, places.client_ca)
+            except DeploykitError as exc:
+                log.error("the certificates stay as they are: %s", exc)
+                return
+            if found is None or found.same(at):
+                return
+            self._certificates = found
+            for server in self._http:
+                await server.renew(found)
+            if self._grpc is not None:
+                self._grpc.renew(found)
+            log.info("new connections get the new certificates")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifact import MANIFEST, SETTINGS, Artifact, is_artifact, manifest_digest, sha256_of
+from deploykit.artifact import MANIFEST, SETTINGS, SIGNATURE_SUFFIX, Artifact, is_artifact, manifest_digest, sha256_of
 from deploykit.errors import ArtifactError, ModelError
 from deploykit.machine import allowed_cores
 from deploykit.runtimes import RuntimeSettings, parse_device
@@ -41,6 +41,9 @@ class Options:
         arena_bytes: Most bytes of the inputs, and of the outputs, of one request.
         memory_bytes: Most memory of a worker of a CPU device; that of the machine by default.
         versions: Which versions of a directory of versions answer.
+        open_artifact: Opens an artifact and checks more than its hashes, such as its signature; it raises where the
+            artifact is not to be served. Where it is given, bare model files are not served, about which nothing could
+            be checked.
     """
 
     device: str | None = None
@@ -56,6 +59,7 @@ class Options:
     arena_bytes: int = 2**30
     memory_bytes: int | None = None
     versions: VersionPolicy = field(default_factory=VersionPolicy)
+    open_artifact: Callable[[Path], Artifact] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +189,14 @@ def load(source: Source, options: Options, version: str | None = None) -> Loaded
     """
     version, path = source.at_version(version)
     if path.is_dir():
-        artifact = Artifact.open(path)
+        artifact = (options.open_artifact or Artifact.open)(path)
         own = _own_settings(artifact, options.device)
         digest, signature, suffix = artifact.digest, artifact.signature, artifact.model_path.suffix
+    elif options.open_artifact is not None:
+        raise ModelError(
+            f"{path} is a bare model file, and nobody can have signed it", expected="a signed artifact",
+            hint="deploykit export FILE -o DIR; deploykit sign DIR --key KEY",
+        )  # fmt: skip
     else:
         own, signature, suffix = None, None, path.suffix
         try:
@@ -222,7 +231,7 @@ class State:
     Attributes:
         version: A whole number.
         digest: As of `Loaded`.
-        stamp: Changes when any of its files does, as while they are still being copied.
+        stamp: Changes when any of its files does, its signature among them, as while they are still being copied.
     """
 
     version: str
@@ -244,6 +253,8 @@ def state_now(source: Source, version: str | None = None) -> State:
     try:
         digest = digest_of(path) if path.is_file() else manifest_digest(path)
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        beside = path.with_name(path.name + SIGNATURE_SUFFIX)
+        files += [beside] if beside.is_file() else []
         stamp = tuple((str(p), (found := p.stat()).st_size, found.st_mtime_ns) for p in files)
     except OSError as exc:
         raise ModelError(f"cannot read {path}: {exc.strerror or exc}") from exc

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import deploykit
-from deploykit.serving.v2_types import DTYPES
+from deploykit.serving.v2_types import DATATYPES, DTYPES
 
 Json = dict[str, Any]
 
@@ -33,6 +33,13 @@ def document(*, repository: bool, secured: bool) -> Json:
         ready["responses"]["503"] = _response("It does not", {"anyOf": [_ref("ModelReady"), _ref("Error")]})
         paths[f"{base}/ready"] = {"parameters": inside, "get": ready}
         paths[f"{base}/infer"] = {"parameters": inside, "post": _infer(f"model{suffix}Infer")}
+        config = _operation(f"model{suffix}Config", "Its configuration, as Triton's", _ref("ModelConfig"), 404, 503)
+        paths[f"{base}/config"] = {"parameters": inside, "get": config}
+        stats = _operation(f"model{suffix}Statistics", "Its requests so far, as Triton's", _ref("Statistics"), 404, 503)
+        paths[f"{base}/stats"] = {"parameters": inside, "get": stats}
+    paths["/v2/models/stats"] = {
+        "get": _operation("statistics", "Requests to all models so far, as Triton's", _ref("Statistics"))
+    }
     if repository:
         paths |= _repository_paths()
     for path, item in paths.items():
@@ -242,7 +249,45 @@ def _schemas() -> Json:
         "IndexEntry": _object(
             {key: {"type": "string"} for key in ("name", "version", "state", "reason")}, "name"
         ),
+        **_triton_schemas(),
     }  # fmt: skip
+
+
+def _triton_schemas() -> Json:
+    count = {"type": "integer", "minimum": 0}
+    kinds = ["TYPE_STRING" if name == "BYTES" else f"TYPE_{name}" for name in DATATYPES.values()]
+    tensor = {
+        "name": {"type": "string"},
+        "data_type": {"type": "string", "enum": kinds},
+        "dims": {"type": "array", "items": {"type": "integer", "minimum": -1}},
+    }
+    steps = ("compute_input", "compute_infer", "compute_output")
+    whole = ("success", "fail", "queue", *steps, "cache_hit", "cache_miss")
+    batch = {"batch_size": count, **{step: _ref("StatisticDuration") for step in steps}}
+    stats = {
+        "name": {"type": "string"},
+        "version": {"type": "string"},
+        "last_inference": {**count, "description": "Milliseconds since 1970"},
+        "inference_count": {**count, "description": "Rows that were answered"},
+        "execution_count": {**count, "description": "Batches that ran for them"},
+        "inference_stats": _object({name: _ref("StatisticDuration") for name in whole}, *whole),
+        "batch_stats": {"type": "array", "items": _object(batch, *batch)},
+    }
+    config = {
+        "name": {"type": "string"},
+        "platform": {"type": "string"},
+        "backend": {"type": "string"},
+        "version_policy": {"type": "object"},
+        "max_batch_size": {**count, "description": "0 where requests are not joined"},
+        "input": {"type": "array", "items": _ref("ConfigTensor")},
+        "output": {"type": "array", "items": _ref("ConfigTensor")},
+    }
+    return {
+        "StatisticDuration": _object({"count": count, "ns": count}, "count", "ns"),
+        "Statistics": _object({"model_stats": {"type": "array", "items": _object(stats, *stats)}}, "model_stats"),
+        "ConfigTensor": _object(tensor, *tensor),
+        "ModelConfig": _object({**config, "dynamic_batching": {"type": "object"}}, *config),
+    }
 
 
 def _object(properties: Json, *required: str) -> Json:

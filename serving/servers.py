@@ -7,15 +7,17 @@ import contextlib
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from deploykit.errors import DeploykitError
 from deploykit.extras import require
 from deploykit.serving.requests import NotReady
+from deploykit.serving.tls import Certificates, GrpcCertificates
 
 if TYPE_CHECKING:
     from deploykit.serving.requests import Engine, InferRequest, InferResult, RequestError
+    from deploykit.serving.tracing import Traces
+    from deploykit.serving.triton_api import Statistics
     from deploykit.serving.v2_types import Limits
 
 Scope = MutableMapping[str, Any]
@@ -116,20 +118,24 @@ class HttpServer:
     Args:
         app: The application.
         limits: Of a request.
-        places: Address and TLS.
+        host: Its address.
         port: Its port.
+        certificates: For TLS, if there is to be any.
     """
 
-    def __init__(self, app: App, limits: Limits, places: Places, port: int) -> None:
+    def __init__(
+        self, app: App, limits: Limits, host: str, port: int, certificates: Certificates | None = None
+    ) -> None:
         from deploykit.serving.http_server import uvicorn_settings
 
         uvicorn = require("uvicorn", extra="serve")
         self.draining = Draining(app)
-        self._socket = listen(places.host, port)
+        self._socket = listen(host, port)
         self.port: int = self._socket.getsockname()[1]
-        self._server = uvicorn.Server(
-            uvicorn.Config(self.draining, log_config=None, backlog=_BACKLOG, **uvicorn_settings(limits), **_tls(places))
-        )
+        config = uvicorn.Config(self.draining, log_config=None, backlog=_BACKLOG, **uvicorn_settings(limits))
+        config.load()
+        config.ssl = None if certificates is None else certificates.context
+        self._server = uvicorn.Server(config)
         self._server.capture_signals = contextlib.nullcontext  # signals are for the whole process
         self._task: asyncio.Task[None] | None = None
         self._late: set[asyncio.Task[None]] = set()
@@ -142,6 +148,22 @@ class HttpServer:
                 self._task.result()
                 raise DeploykitError(f"the server on port {self.port} did not start")
             await asyncio.sleep(0.005)
+
+    async def renew(self, certificates: Certificates) -> None:
+        """Use other certificates for the connections to come.
+
+        A context that listens is not changed: what clients' certificates are checked with can only be added to there.
+        """
+        self._server.config.ssl = certificates.context
+        if self.draining.on or not self._server.started:
+            return
+        fresh = self._socket.dup()
+        made = await asyncio.get_running_loop().create_server(
+            self._protocol, sock=fresh, ssl=certificates.context, backlog=_BACKLOG
+        )
+        old, self._server.servers, self._socket = self._server.servers, [made], fresh
+        for server in old:
+            server.close()
 
     async def stop(self, linger_s: float = 0.0) -> None:
         """Accept nothing more, answer what was accepted, and end.
@@ -194,73 +216,50 @@ class HttpServer:
         self._socket.close()
 
 
-def check_tls(cert: str | None, key: str | None, client_ca: str | None) -> None:
-    """See that certificates can be used, before anything listens.
-
-    Raises:
-        DeploykitError: One is missing, or is none.
-    """
-    if cert is None or key is None:
-        if cert is not None or key is not None or client_ca is not None:
-            raise DeploykitError("TLS needs a certificate and its key", hint="give --tls-cert and --tls-key")
-        return
-    import ssl
-
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(cert, key, password=_no_password)
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-    except (OSError, ValueError) as exc:  # SSLError is an OSError
-        raise DeploykitError(
-            f"the certificates cannot be used ({exc})", expected="PEM files that belong together"
-        ) from exc
-
-
-def _no_password() -> str:
-    raise ValueError("the private key has a password")
-
-
-def _tls(places: Places) -> dict[str, Any]:
-    if places.cert is None:
-        return {}
-    import ssl
-
-    found: dict[str, Any] = {"ssl_certfile": places.cert, "ssl_keyfile": places.key}
-    if places.client_ca is not None:
-        found |= {"ssl_ca_certs": places.client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    return found
-
-
 class GrpcServer:
     """The protocol over gRPC on a port.
 
     Args:
         engine: What answers; it has loaded its models, whose sizes decide how large a message may be.
         limits: Of a request.
-        places: Address, TLS and tokens.
+        places: Address and tokens.
         port: Its port.
         refused: Told of requests that do not reach the engine.
+        certificates: For TLS, if there is to be any.
+        traces: Where spans of inferences go.
+        statistics: Counts inferences.
 
     Raises:
         DeploykitError: The port cannot be had.
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits, places: Places, port: int, refused: Callable[[str, RequestError], None]
+        self,
+        engine: Engine,
+        limits: Limits,
+        places: Places,
+        port: int,
+        refused: Callable[[str, RequestError], None],
+        *,
+        certificates: Certificates | None = None,
+        traces: Traces | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         from deploykit.serving.grpc_app import grpc_server
 
         self._leaving = _Leaving(engine, refused)
-        self._server = grpc_server(cast("Engine", self._leaving), limits=limits, tokens=places.tokens, refused=refused)
+        self._server = grpc_server(
+            cast("Engine", self._leaving), limits=limits, tokens=places.tokens, refused=refused, traces=traces,
+            statistics=statistics,
+        )  # fmt: skip
         host = f"[{places.host}]" if ":" in places.host else places.host
         where = f"{host}:{port}"
-        credentials = _grpc_credentials(places)
+        self._certificates = None if certificates is None else GrpcCertificates(certificates)
         try:
-            if credentials is None:
+            if self._certificates is None:
                 self.port = int(self._server.add_insecure_port(where))
             else:
-                self.port = int(self._server.add_secure_port(where, credentials))
+                self.port = int(self._server.add_secure_port(where, self._certificates.credentials))
         except RuntimeError as exc:
             raise DeploykitError(f"cannot listen on {where}", hint="choose another --host or --grpc-port") from exc
         if not self.port:
@@ -269,6 +268,11 @@ class GrpcServer:
     async def start(self) -> None:
         """Accept requests."""
         await self._server.start()
+
+    def renew(self, certificates: Certificates) -> None:
+        """Use other certificates for the connections to come."""
+        if self._certificates is not None:
+            self._certificates.renew(certificates)
 
     async def stop(self, linger_s: float, grace_s: float) -> None:
         """Accept nothing more, and answer what was accepted.
@@ -310,12 +314,3 @@ class _Leaving:
         error = NotReady("the server is ending", hint="ask another one")
         self._refused(request.model if request.model in self._engine.names() else "", error)
         raise error
-
-
-def _grpc_credentials(places: Places) -> Any:
-    if places.cert is None or places.key is None:
-        return None
-    grpc = require("grpc", extra="serve")
-    key, chain = Path(places.key).read_bytes(), Path(places.cert).read_bytes()
-    roots = Path(places.client_ca).read_bytes() if places.client_ca is not None else None
-    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=roots is not None)

@@ -20,6 +20,7 @@ import numpy as np
 from deploykit.extras import require
 from deploykit.serving.requests import InferRequest, InferResult, InvalidRequest, Parameter, TooLarge
 from deploykit.serving.v2_binary import read_tensor, write_tensor
+from deploykit.serving.v2_numbers import LEAST_BYTES, Numbers, dump_numbers, set_aside
 from deploykit.serving.v2_types import (
     Limits,
     check_datatype,
@@ -59,7 +60,10 @@ def parse_object(text: bytes | memoryview, limits: Limits) -> dict[str, Any]:
         InvalidRequest: It is none.
         TooLarge: It holds too many values.
     """
-    orjson = require("orjson", extra="serve")
+    return _loads(_counted(text, limits))
+
+
+def _counted(text: bytes | memoryview, limits: Limits) -> bytes:
     raw = text.tobytes() if isinstance(text, memoryview) else text
     if raw.count(b"[") + raw.count(b"{") > limits.json_lists:
         raise TooLarge("the JSON holds too many lists", expected=f"at most {limits.json_lists}")
@@ -67,6 +71,11 @@ def parse_object(text: bytes | memoryview, limits: Limits) -> dict[str, Any]:
         raise TooLarge(
             "the JSON holds too many values", expected=f"at most {limits.json_values}", hint="send binary data"
         )
+    return raw
+
+
+def _loads(raw: bytes) -> dict[str, Any]:
+    orjson = require("orjson", extra="serve")
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as exc:
@@ -98,7 +107,17 @@ def parse_request(
         TooLarge: It is over a limit.
     """
     head, tail = (body, body[:0]) if header_length is None else (body[:header_length], body[header_length:])
-    said = parse_object(head, limits)
+    raw = _counted(head, limits)
+    rest, lists = set_aside(raw) if len(raw) > LEAST_BYTES else (raw, {})
+    found = _request(_loads(rest), tail, model, version, limits, lists)
+    # A list that no tensor has: it stands where none belongs, or its key is there twice.
+    return _request(_loads(raw), tail, model, version, limits, {}) if lists else found
+
+
+def _request(
+    said: dict[str, Any], tail: memoryview, model: str, version: str | None, limits: Limits, lists: dict[int, Numbers]
+) -> tuple[InferRequest, Wanted]:
+    """What an object asks for; lists that its tensors have are taken out of `lists`."""
     for name, value in said.items():
         if name not in _FIELDS and isinstance(value, (dict, list)):
             raise InvalidRequest(f"unknown field {shown(name)}", expected=", ".join(sorted(_FIELDS)))
@@ -112,7 +131,7 @@ def parse_request(
     wanted, names = _outputs(said.get("outputs"), binary, limits)
     request = InferRequest(
         model=model,
-        inputs=_inputs(said.get("inputs"), tail, limits),
+        inputs=_inputs(said.get("inputs"), tail, limits, lists),
         version=version,
         id=identity,
         outputs=names,
@@ -214,7 +233,7 @@ def _outputs(said: object, binary: bool, limits: Limits) -> tuple[Wanted, tuple[
     return Wanted(binary, forms), tuple(forms)
 
 
-def _inputs(said: object, tail: memoryview, limits: Limits) -> dict[str, Array]:
+def _inputs(said: object, tail: memoryview, limits: Limits, lists: dict[int, Numbers]) -> dict[str, Array]:
     at = 0
     arrays = {}
     for name, item, parameters in _named("input", said, limits):
@@ -227,7 +246,12 @@ def _inputs(said: object, tail: memoryview, limits: Limits) -> dict[str, Array]:
         if size is None:
             if item.get("data") is None:
                 raise InvalidRequest(f"{shown(name)} has neither data nor binary_data_size")
-            arrays[name] = _from_json(name, datatype, shape, count, item["data"])
+            data = item["data"]
+            numbers = lists.pop(data, None) if type(data) is int else None
+            if numbers is not None:
+                arrays[name] = _in_pieces(name, datatype, shape, count, numbers)
+            else:
+                arrays[name] = _from_json(name, datatype, shape, count, data)
             continue
         if item.get("data") is not None:
             raise InvalidRequest(f"{shown(name)} has both data and binary_data_size")
@@ -256,7 +280,17 @@ _KINDS: dict[str, frozenset[type]] = {
 def _from_json(name: str, datatype: str, shape: tuple[int, ...], count: int, data: object) -> Array:
     if not isinstance(data, list):
         raise InvalidRequest(f"data of {shown(name)} are no list")
-    flat = _flat(name, shape, count, data)
+    return _values(name, datatype, shape, _flat(name, shape, count, data)).reshape(shape)
+
+
+def _in_pieces(name: str, datatype: str, shape: tuple[int, ...], count: int, numbers: Numbers) -> Array:
+    dims = shape if numbers.nested else (count,)
+    pieces = numbers.pieces(dims, _misfit(name, shape, count))
+    return np.concatenate([_values(name, datatype, shape, piece) for piece in pieces]).reshape(shape)
+
+
+def _values(name: str, datatype: str, shape: tuple[int, ...], flat: list[Any]) -> Array:
+    """Values of a tensor, or some of them, as an array of one dimension."""
     kind = "O" if datatype == "BYTES" else "f" if datatype == "BF16" else numpy_dtype(datatype).kind
     strange = set(map(type, flat)) - _KINDS[kind]
     if strange:
@@ -264,18 +298,22 @@ def _from_json(name: str, datatype: str, shape: tuple[int, ...], count: int, dat
             f"data of {shown(name)} hold {_kind_name(strange)}", expected=f"values of {datatype} in shape {list(shape)}"
         )
     if kind == "O":
-        strings = np.empty(count, object)
+        strings = np.empty(len(flat), object)
         strings[:] = flat
-        return strings.reshape(shape)
+        return strings
     dtype = numpy_dtype(datatype)
     if dtype.kind in "iu":
-        return narrow(name, datatype, flat).reshape(shape)
+        return narrow(name, datatype, flat)
     with np.errstate(over="ignore"):
         array: Array = np.array(flat, np.float64 if datatype == "BF16" else dtype)
         array = array.astype(dtype, copy=False)
     if kind == "f" and not np.isfinite(array).all():
         raise InvalidRequest(f"data of {shown(name)} hold values too large for {datatype}")
-    return array.reshape(shape)
+    return array
+
+
+def _misfit(name: str, shape: tuple[int, ...], count: int) -> InvalidRequest:
+    return InvalidRequest(f"data of {shown(name)} do not fit its shape", expected=f"{count} values, {list(shape)}")
 
 
 def _kind_name(types: set[type]) -> str:
@@ -285,7 +323,7 @@ def _kind_name(types: set[type]) -> str:
 
 def _flat(name: str, shape: tuple[int, ...], count: int, data: list[Any]) -> list[Any]:
     """The values of a list that is flat, or nested as the shape says."""
-    wrong = InvalidRequest(f"data of {shown(name)} do not fit its shape", expected=f"{count} values, {list(shape)}")
+    wrong = _misfit(name, shape, count)
     level = data
     if len(shape) > 1 and data and isinstance(data[0], list):
         if len(data) != shape[0]:
@@ -297,6 +335,11 @@ def _flat(name: str, shape: tuple[int, ...], count: int, data: list[Any]) -> lis
     if len(level) != count:
         raise wrong
     return level
+
+
+def json_values(result: InferResult, wanted: Wanted) -> int:
+    """How many values `write_response` would write in JSON."""
+    return sum(a.size for name, a in result.outputs.items() if not wanted.outputs.get(name, wanted.binary))
 
 
 def write_response(result: InferResult, wanted: Wanted) -> tuple[bytes, list[memoryview]]:
@@ -326,7 +369,9 @@ def _to_json(array: Array) -> Any:
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
     flat: Array = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(-1)
-    return _words(flat) if flat.dtype.kind == "f" and np.isinf(flat).any() else flat
+    if flat.dtype.kind == "f" and np.isinf(flat).any():
+        return _words(flat)
+    return require("orjson", extra="serve").Fragment(dump_numbers(flat))
 
 
 def _text(item: object) -> str:
@@ -338,7 +383,7 @@ def _text(item: object) -> str:
 def _words(flat: Array) -> Any:
     """Numbers with the words NaN, Infinity and -Infinity among them."""
     orjson = require("orjson", extra="serve")
-    parts = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    parts = dump_numbers(flat)[1:-1].split(b",")
     for word, where in ((b"NaN", np.isnan(flat)), (b"Infinity", flat == np.inf), (b"-Infinity", flat == -np.inf)):
         for index in np.flatnonzero(where).tolist():
             parts[index] = word

@@ -58,6 +58,8 @@ class Limits:
         head_s: Seconds for the headers of a request to arrive.
         head_bytes: Bytes of the headers of a request.
         held_bytes: Bytes of all bodies that are there at once, on one port; one may always be there.
+        prompt_s: Seconds after which a message of gRPC that is not there yet counts as the largest that it can become:
+            how much of it has come is not known before its end.
     """
 
     body_bytes: int = 64 * _MIB
@@ -73,6 +75,12 @@ class Limits:
     head_s: float = 10.0
     head_bytes: int = 64 * 1024
     held_bytes: int = 1024 * _MIB
+    prompt_s: float = 2.0
+
+    @property
+    def calls(self) -> int:
+        """Calls of gRPC that are there at once, on one port: a MiB of `held_bytes` for each, and never less than 64."""
+        return max(64, self.held_bytes // _MIB)
 
     def of(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch: int = 0) -> Limits:
         """The limits for a model, by what it declares."""

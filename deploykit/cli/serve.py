@@ -57,12 +57,22 @@ _PORT = click.IntRange(0, 65535)
 @click.option("--tls-cert", metavar="FILE", help="Certificate chain of the server, PEM.")
 @click.option("--tls-key", metavar="FILE", help="Its private key, PEM.")
 @click.option("--client-ca", metavar="FILE", help="Clients need a certificate that one of these has signed.")
+@click.option("--public-key", metavar="FILE", help="Serve only artifacts that the owner of this key signed, PEM.")
+@click.option(
+    "--otlp-endpoint", metavar="URL",
+    help="Send OpenTelemetry spans there, by OTLP over HTTP.  [default: OTEL_EXPORTER_OTLP_ENDPOINT]",
+)  # fmt: skip
+@click.option(
+    "--trace-ratio", type=click.FloatRange(0, 1), metavar="SHARE",
+    help="Of the requests that are in no trace yet.  [default: OTEL_TRACES_SAMPLER, else 1]",
+)  # fmt: skip
 @click.option("--repository-api", is_flag=True, help="Load and unload models over the admin port.")
 def command(models: tuple[str, ...], **rest: object) -> int:
     """Serve models over HTTP and gRPC: Open Inference Protocol, version 2.
 
     ARTIFACT is an artifact's directory, a directory of versions 1/, 2/, ... of such, or an .onnx file. A new version
-    directory, or SIGHUP, swaps a model without a failed request. SIGTERM answers what was accepted, and ends.
+    directory, or SIGHUP, swaps a model without a failed request. SIGHUP reads renewed certificates, too. SIGTERM
+    answers what was accepted, and ends.
     """
     from deploykit.serving_models import say_on_stderr, serve
 

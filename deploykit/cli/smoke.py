@@ -36,7 +36,7 @@ def command(
 ) -> None:
     """Ask the golden requests of a bundle, or of an artifact; exit code 1 where the answers are not the golden ones."""
     from deploykit.errors import PackageError, ParityError
-    from deploykit.packaging import smoke
+    from deploykit.serving.smoke import smoke
 
     headers = {}
     if token_env is not None:

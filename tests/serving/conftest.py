@@ -217,7 +217,7 @@ def _running(engine: FakeEngine, limits: Any, **options: Any) -> Iterator[Simple
 
 @pytest.fixture(scope="session")
 def running() -> Callable[..., Any]:
-    """`running(engine, limits, tokens=..., repository=...)`: a context manager, servers with ports."""
+    """`running(engine, limits, tokens=..., ...)`: a context manager, servers with ports; options are those of both."""
     return _running
 
 
@@ -232,3 +232,48 @@ def served() -> Iterator[SimpleNamespace]:
     """Both protocols over one engine, with the usual limits and the repository's routes."""
     with _running(FakeEngine(), None, repository=True) as found:
         yield found
+
+
+class Collector:
+    """Takes OTLP over HTTP, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        self.got: list[tuple[str, Any]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler) -> None:
+                data = handler.rfile.read(int(handler.headers["content-length"]))
+                self.got.append((handler.path, ExportTraceServiceRequest.FromString(data)))
+                handler.send_response(200)
+                handler.send_header("content-length", "0")
+                handler.end_headers()
+
+            def log_message(handler, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def spans(self) -> list[tuple[Any, Any]]:
+        """Each span with the resource that it is of."""
+        return [
+            (resource.resource, span)
+            for _, request in self.got
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A collector of OpenTelemetry spans, with its address `url`."""
+    made = Collector()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()

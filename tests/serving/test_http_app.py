@@ -253,13 +253,18 @@ def received(sock, count):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"P", b"POST /v2/models/nan/infer HTTP/1.1\r\n", b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Le"],
-    ids=["nothing", "a letter", "a line", "half a header"],
+    [b"\r\n", b"P", b"POST /v2/models/nan/infer HTTP/1.1\r\n", b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Le"],
+    ids=["an empty line", "a letter", "a line", "half a header"],
 )
 def test_headers_that_do_not_come(impatient, data):
     with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
         sock.sendall(data)
         assert rest(sock) == (408, {"error": "the headers did not arrive in time"}, "close")
+        assert sock.recv(1) == b""
+
+
+def test_a_connection_on_which_nothing_comes_is_closed_without_a_word(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
         assert sock.recv(1) == b""
 
 
@@ -430,7 +435,7 @@ def test_the_start_of_a_further_request_does_not_end_the_one_before(impatient):
         assert rest(sock)[0] == 408
 
 
-def test_an_answer_that_is_not_read_is_given_up(impatient):
+def test_an_answer_that_is_not_read_is_given_up(running, fake_engine):
     array = np.zeros((40, 3, 224, 224), np.float32)
     item = {
         "name": "x",
@@ -439,10 +444,14 @@ def test_an_answer_that_is_not_read_is_given_up(impatient):
         "parameters": {"binary_data_size": array.nbytes},
     }
     head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
-    with socket.create_connection(("127.0.0.1", impatient.port), timeout=60) as sock:
+    # Time enough for the body, where other work has the cores.
+    with (
+        running(fake_engine(), Limits(body_s=3)) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=60) as sock,
+    ):
         sock.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nInference-Header-Content-Length: %d\r\n" % len(head))
         sock.sendall(b"Content-Length: %d\r\n\r\n" % (len(head) + array.nbytes) + head + array.tobytes())
-        until(lambda: not impatient.server.server_state.connections)
+        until(lambda: not served.server.server_state.connections)
         received = 0
         with suppress(ConnectionResetError):
             while part := sock.recv(2**20):

@@ -1,16 +1,15 @@
-"""`deploykit serve` as a process: both protocols, signals, the admin port, tokens and certificates."""
+"""`deploykit serve` as a process: both protocols, signals, the admin port and tokens."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import threading
 import time
-from http.client import BadStatusLine, HTTPConnection, HTTPSConnection, RemoteDisconnected
+from http.client import BadStatusLine, HTTPConnection, RemoteDisconnected
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +132,26 @@ def test_sigterm_answers_all_that_was_accepted(models, server, tmp_path):
     assert {status for status, *_ in clients.answers} == {200}
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert "all that was accepted is answered" in at.messages()
+
+
+def test_spans_of_both_protocols_are_sent_before_the_end(models, server, tmp_path, collector, monkeypatch):
+    import grpc
+
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    at = server(tmp_path / "net", "--threads", "1", "--otlp-endpoint", collector.url, "--trace-ratio", "1")
+    assert at.infer("net", {"x": X})[0] == 200
+    with grpc.insecure_channel(f"127.0.0.1:{at.grpc}") as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"", timeout=60)
+    stats = json.loads(at.ask("GET", "/v2/models/net/stats")[1])["model_stats"]
+    assert [(s["name"], s["version"], s["inference_count"]) for s in stats] == [("net", "1", 1)]
+    assert not collector.got
+    at.signal(signal.SIGTERM)
+    assert at.wait() == 0
+    assert sorted(span.name for _, span in collector.spans()) == [
+        "POST /v2/models/{name}/infer", "compute", "inference.GRPCInferenceService/ModelInfer", "queue",
+    ]  # fmt: skip
 
 
 def test_sigterm_tells_grpc_clients_to_go_elsewhere_and_breaks_nothing(models, server, tmp_path):
@@ -285,63 +304,6 @@ def test_tokens_are_asked_for_everywhere_but_for_health(models, server, tmp_path
     assert at.ask("GET", "/v2/health/ready")[0] == 200
 
 
-@pytest.fixture
-def certificates(tmp_path):
-    """An authority, a server and a client that it has signed, and a client that nobody has."""
-
-    def openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=tmp_path, check=True, capture_output=True)
-
-    new = ["req", "-newkey", "rsa:2048", "-nodes", "-subj"]
-    openssl(*new, "/CN=tests", "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2")
-    (tmp_path / "names").write_text("subjectAltName=IP:127.0.0.1")
-    for name in ("server", "client"):
-        openssl(*new, f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        openssl(
-            "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-            "-out", f"{name}.pem", "-days", "2", "-extfile", "names",
-        )  # fmt: skip
-    openssl(*new, "/CN=stranger", "-x509", "-keyout", "stranger.key", "-out", "stranger.pem", "-days", "2")
-    return tmp_path
-
-
-def test_tls_and_client_certificates(models, server, certificates):
-    import grpc
-
-    models.artifact(certificates / "net", models.scaled, 3.0)
-    at = server(
-        certificates / "net", "--threads", "1", "--tls-cert", certificates / "server.pem",
-        "--tls-key", certificates / "server.key", "--client-ca", certificates / "ca.pem",
-    )  # fmt: skip
-
-    def ask(name: str | None, port: int) -> int:
-        context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
-        if name is not None:
-            context.load_cert_chain(certificates / f"{name}.pem", certificates / f"{name}.key")
-        connection = HTTPSConnection("127.0.0.1", port, context=context, timeout=60)
-        connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status
-
-    for port in (at.http, at.admin):
-        assert ask("client", port) == 200
-        for name in (None, "stranger"):
-            with pytest.raises((ssl.SSLError, OSError, RemoteDisconnected)):
-                ask(name, port)
-    with pytest.raises((OSError, BadStatusLine)):
-        at.ask("GET", "/v2/health/ready")
-
-    def ready(*pair: str) -> bytes:
-        key, chain = ((certificates / name).read_bytes() for name in pair) if pair else (None, None)
-        credentials = grpc.ssl_channel_credentials((certificates / "ca.pem").read_bytes(), key, chain)
-        with grpc.secure_channel(f"127.0.0.1:{at.grpc}", credentials) as channel:
-            return channel.unary_unary("/inference.GRPCInferenceService/ServerReady")(b"", timeout=20)
-
-    assert ready("client.key", "client.pem") == b"\x08\x01"
-    for pair in ((), ("stranger.key", "stranger.pem")):
-        with pytest.raises(grpc.RpcError):
-            ready(*pair)
-
-
 def run(*args: object) -> tuple[int, str]:
     home = str(Path(deploykit.__file__).resolve().parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
@@ -360,6 +322,10 @@ def run(*args: object) -> tuple[int, str]:
         ([], 2, "Missing argument"),
         (["net", "--tls-cert", "x.pem"], 1, "TLS needs a certificate and its key"),
         (["net", "--tls-cert", "x.pem", "--tls-key", "x.key"], 1, "certificates cannot be used"),
+        (["net", "--public-key", "mine.pub"], 1, "net.sig does not exist"),
+        (["bare.onnx", "--public-key", "mine.pub"], 1, "is a bare model file"),
+        (["net", "--otlp-endpoint", "collector:4318"], 1, "is no address of a collector"),
+        (["net", "--trace-ratio", "0.5"], 1, "nowhere to send traces to"),
         (["net", "--repository-api"], 1, "add --admin-port"),
         (["net", "--repository-api", "--admin-port", "0", "--host", "0.0.0.0"], 1, "add --token-file or --client-ca"),
         (["net", "--name", "a", "--name", "b"], 1, "2 names for 1 models"),
@@ -372,7 +338,9 @@ def run(*args: object) -> tuple[int, str]:
 )
 def test_what_cannot_start_says_why_in_one_line(models, tmp_path, monkeypatch, args, code, message):
     models.artifact(tmp_path / "net", models.scaled, 3.0)
+    models.scaled(tmp_path / "bare.onnx", 3.0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     found, text = run(*args)
     assert found == code and message in text
 
