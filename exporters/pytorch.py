@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ __all__ = ["Call", "TorchSource", "export_feeds", "observed_range"]
 _LIMIT_S = 40.0
 _LIMIT_PER_MODULE_S = 0.2
 _PATIENCE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a source was made from, beside its module; see `TorchSource`."""
+
+    examples: dict[str, Array]
+    options: ExportOptions
+    specs: tuple[TensorSpec, ...] | None
+    draw: Callable[[dict[str, int]], dict[str, Array]] | None
+    ranges: dict[str, ValueRange]
+    limits: Mapping[str, tuple[int, int]] | None
+    check: Sequence[dict[str, int]] | None
+    data: str
+    notes: tuple[str, ...]
 
 
 class TorchSource(Source):
@@ -79,9 +95,39 @@ class TorchSource(Source):
         self.kind = kind
         self.label = label
         self.assets = assets
+        self.call = call
+        self._given = _Given(
+            examples, options, None if specs is None else tuple(specs), draw, dict(ranges or {}), limits, check,
+            options.data or data, tuple(notes),
+        )  # fmt: skip
+        self._begin(module)
+
+    @property
+    def scripted(self) -> bool:
+        """Whether it is TorchScript."""
+        return self._scripted
+
+    def renewed(self, module: Any = None) -> TorchSource:
+        """This source with other weights: run anew for its reference outputs.
+
+        Args:
+            module: Another module that takes the same inputs; None for the same one, which was changed in place.
+
+        Raises:
+            SourceError: It does not run on the example inputs.
+        """
+        other = copy.copy(self)
+        other._begin(self.module if module is None else module)
+        return other
+
+    def _begin(self, module: Any) -> None:
+        """Run a module on the examples, and at other sizes."""
+        given, options, label = self._given, self._given.options, self.label
+        examples, call = given.examples, self.call
         ready = prepare(module, label)
+        self.module = ready.module
         self.precision = ready.precision
-        found = [*notes, *ready.notes]
+        found = [*given.notes, *ready.notes]
         if call.fixed:
             found.append(f"held fixed in the graph: {', '.join(call.fixed)}")
         self._widened = ready.widened
@@ -91,7 +137,7 @@ class TorchSource(Source):
         self._wide: Any = None
         self._examples = examples
         self._options = options
-        self._draw = draw
+        self._draw = given.draw
         self._said: dict[Way, tuple[str, ...]] = {}
         self._scripted = torch_onnx.is_scripted(ready.module)
         self._recurrent = () if self._scripted else tuple(recurrent_layers(ready.module))
@@ -99,13 +145,14 @@ class TorchSource(Source):
         if self._scripted and options.way == "torch.export":
             raise ExportError(f"{label} is TorchScript, which torch.export cannot read", hint="leave --exporter out")
         observed = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
-        self.ranges = observed | (ranges or {})
-        dynamic = plan_inputs(examples, options) if specs is None else tuple(specs)
+        self.ranges = observed | given.ranges
+        specs, limits = given.specs, given.limits
+        dynamic = plan_inputs(examples, options) if specs is None else specs
         if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in dynamic):
             found.append(
                 "the first axes of the inputs differ, so all shapes are fixed; --dynamic INPUT:AXIS=NAME,… names some"
             )
-        self.data = options.data or data
+        self.data = given.data
         self._state: dict[str, Any] = {}
         found += self._run_example()
         if self.precision is not None and self._wide is None:
@@ -113,11 +160,11 @@ class TorchSource(Source):
         if options.data:
             cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:
-            dynamic, cases, refused = self._observe(dynamic, limits, check)
+            dynamic, cases, refused = self._observe(dynamic, limits, given.check)
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
-        self._boundaries = Boundaries(dynamic, examples, self._reference, draw, limits)
+        self._boundaries = Boundaries(dynamic, examples, self._reference, given.draw, limits)
         found += _rank_notes(cases)
         if self._recurrent and options.way == "auto":
             found.append(

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.errors import OptimizationError, first_line
+from deploykit.data import user_frame
+from deploykit.errors import DeploykitError, OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.optimizers.training.config import LOSS, TrainConfig
 from deploykit.optimizers.training.evaluating import Evaluation
@@ -103,8 +104,23 @@ class Course:
         random.seed(seed)
 
     def run_step(self, batch: Mapping[str, Any]) -> Any:
-        """The loss of a batch, to be minimised."""
-        parts = self.objective(self.module, batch)
+        """The loss of a batch, to be minimised.
+
+        Raises:
+            OptimizationError: The module, or the objective, failed.
+        """
+        try:
+            parts = self.objective(self.module, batch)
+        except (DeploykitError, MemoryError):
+            raise
+        except Exception as exc:
+            if type(exc).__name__ == "OutOfMemoryError":
+                raise
+            raise OptimizationError(
+                f"step {self.step + 1} failed ({first_line(exc)}{user_frame(exc)})",
+                expected="a module that trains on the data",
+                hint="mend the module, or the objective",
+            ) from exc
         count = len(next(iter(batch.values())))
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * count

@@ -145,18 +145,18 @@ def _open(
     place: TrainingFolder, config: TrainConfig, data: Dataset, told: Progress, *, resume: bool
 ) -> tuple[Rows, dict[str, Any] | None]:
     """The rows, and the checkpoint to go on from where there is one."""
-    with told.step(f"read {data.source}"):
-        discard(place.rows)
-        place.path.mkdir(parents=True, exist_ok=True)
-        rows = gather(data, place.rows)
+    place.check(resume=resume)
+    discard(place.rows)
     try:
-        shape = {"rows": rows.length, "arrays": ", ".join(sorted(rows.arrays))}
-        begun = place.open(config, shape, resume=resume)
+        with told.step(f"read {data.source}"):
+            rows = gather(data, place.rows)
+        begun = place.open(config, {"rows": rows.length, "arrays": ", ".join(sorted(rows.arrays))})
         found = load_tensors(place.last) if begun else None
         if found is not None and STATE not in found:
             raise OptimizationError(f"{place.last} is no checkpoint of ours", hint=f"remove it: rm -r {place.path}")
     except BaseException:
         discard(place.rows)
+        place.abandon()
         raise
     return rows, found
 
@@ -269,7 +269,7 @@ def _run(course: Course, place: TrainingFolder, found: Mapping[str, Any] | None,
             if isinstance(exc, SystemExit) and not isinstance(exc.__context__, KeyboardInterrupt) and not _by_signal(exc):
                 raise
             held = f"its last checkpoint is {place.last}" if place.last.exists() else "there was no checkpoint yet"
-            told.note(f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume")
+            told.note(f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume (resume=True)")
             raise KeyboardInterrupt from None
         except DeploykitError:
             raise

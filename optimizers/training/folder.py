@@ -25,7 +25,7 @@ from typing import Any
 from deploykit.errors import OptimizationError, OutputExistsError, first_line, storage_error
 from deploykit.extras import require
 from deploykit.optimizers.training.config import TrainConfig
-from deploykit.staging import write_file
+from deploykit.staging import check_writable, write_file
 
 WEIGHTS = "weights.pt"
 HISTORY = "history.json"
@@ -62,38 +62,52 @@ class TrainingFolder:
         """Rows that do not fit into memory."""
         return self.path / _ROWS
 
-    def open(self, config: TrainConfig, data: Mapping[str, Any], *, resume: bool) -> bool:
-        """Begin a training here, or find out that one was begun.
+    def check(self, *, resume: bool) -> None:
+        """See that a training may begin here, or go on, and create the folder.
+
+        Raises:
+            OutputExistsError: One is there, and `resume` is not given.
+            StorageError: The folder cannot be written.
+        """
+        if self._begun and not resume:
+            raise OutputExistsError(
+                f"{self.path} holds a training already",
+                hint="go on with it (--resume, or resume=True), or remove it first",
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise storage_error(exc, self.path) or exc from exc
+        check_writable(self.path)
+
+    def open(self, config: TrainConfig, data: Mapping[str, Any]) -> bool:
+        """Begin a training here, or find out that it is the one that was begun.
 
         Args:
             config: Its settings.
             data: What tells its data from others.
-            resume: Whether to go on with one that is there.
 
         Returns:
             Whether there is a checkpoint to go on from.
 
         Raises:
-            OutputExistsError: One is there, and `resume` is not given.
             OptimizationError: It has other settings or data.
-            StorageError: The folder cannot be written.
         """
         plan = {"config": asdict(config), "data": dict(data)}
-        file = self.path / _PLAN
-        if file.exists() or self.last.exists():
-            if not resume:
-                raise OutputExistsError(
-                    f"{self.path} holds a training already",
-                    hint="go on with it (--resume, or resume=True), or remove it first",
-                )
+        if self._begun:
             self._check(plan)
             return self.last.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise storage_error(exc, self.path) or exc from exc
-        write_file(file, _json(plan))
+        write_file(self.path / _PLAN, _json(plan))
         return False
+
+    def abandon(self) -> None:
+        """Remove the folder where nothing stands in it."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    @property
+    def _begun(self) -> bool:
+        return (self.path / _PLAN).exists() or self.last.exists()
 
     def _check(self, plan: Mapping[str, Any]) -> None:
         file = self.path / _PLAN
