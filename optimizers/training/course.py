@@ -122,8 +122,9 @@ class Course:
                 hint="mend the module, or the objective",
             ) from exc
         count = len(next(iter(batch.values())))
+        torch = require("torch", extra="train")
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * count
+            self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(value).detach().float() * count
         self._seen += count
         return parts[LOSS]
 
