@@ -135,7 +135,9 @@ def test_a_finished_training_is_taken_as_it_is(learned):
     assert again.metric == result.metric
     assert same(weights(again.module), weights(result.module))
     with pytest.raises(OptimizationError, match=r"begun with learning rate 0\.01, not 0\.02"):
-        train(make_net(), DATA, replace(config, learning_rate=0.02), folder, eval_data=EVAL, score=ACCURACY, resume=True)
+        train(
+            make_net(), DATA, replace(config, learning_rate=0.02), folder, eval_data=EVAL, score=ACCURACY, resume=True
+        )
     with pytest.raises(OptimizationError, match="data rows 640, not 160"):
         train(make_net(), SMALL, config, folder, eval_data=EVAL, score=ACCURACY, resume=True)
 
@@ -215,7 +217,9 @@ def test_the_seed_decides(tmp_path, uninterrupted):
 
 
 def test_plateau_goes_on_as_well(tmp_path):
-    config = TrainConfig(epochs=5, batch_size=80, schedule="plateau", learning_rate=0.1, optimizer="sgd", metric="fixed")
+    config = TrainConfig(
+        epochs=5, batch_size=80, schedule="plateau", learning_rate=0.1, optimizer="sgd", metric="fixed"
+    )
     fixed = Score("fixed", True, lambda pairs: float(len(list(pairs)) * 0 + 1))
     whole = train(make_net(), SMALL, config, tmp_path / "whole", eval_data=EVAL, score=fixed)
 
