@@ -8,10 +8,10 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-    [], ["doctor"], ["export"], ["finetune"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"],
-    ["quantize", "static"], ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
+    [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
+    ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
-    ["smoke"], ["run"], ["serve"],
+    ["smoke"], ["run"], ["serve"], ["finetune"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 

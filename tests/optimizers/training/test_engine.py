@@ -19,7 +19,7 @@ from torch import nn
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OptimizationError, OutputExistsError
 from deploykit.optimizers.training import Score, TrainConfig, evaluate, train
-from deploykit.optimizers.training.engine import set_dropout
+from deploykit.optimizers.training.probing import set_dropout
 from deploykit.progress import Progress
 
 ROWS, LABELS = load_digits(return_X_y=True)
