@@ -102,7 +102,7 @@ def train(
             if found is None or not found[STATE]["stopped"]:
                 fed = feed or feed_by_name
                 supervised = Supervised(config, fed)
-                probe(module, rows, config, objective, supervised, fed, told)
+                _probe(place, module, rows, config, objective, supervised, fed, told)
                 evaluation = _evaluation(config, objective, supervised, eval_data, score, fed)
                 with stop_on_signals() as stop:
                     course = Course(
@@ -122,7 +122,6 @@ def _check_request(
     Raises:
         OptimizationError: They do.
     """
-    require("torch", extra="train")
     if objective is not None and config.mixup:
         raise OptimizationError("mixup mixes the labels of the config's own loss", hint="set mixup to 0")
     if config.patience is not None and eval_data is None:
@@ -152,6 +151,14 @@ def _open(
         place.abandon()
         raise
     return rows, found
+
+
+def _probe(place: TrainingFolder, *args: Any) -> None:
+    try:
+        probe(*args)
+    except DeploykitError:
+        place.forget()
+        raise
 
 
 def _evaluation(
@@ -226,7 +233,7 @@ def _explained(exc: RuntimeError, course: Course) -> Exception:
     if isinstance(exc, torch.OutOfMemoryError):
         return OptimizationError(
             f"the GPU has no memory left in {where}",
-            hint=f"take a smaller batch size (it was {course.config.batch_size}), and resume",
+            hint=f"take a smaller batch size (it was {course.config.batch_size}), and another folder",
         )
     return OptimizationError(f"the training failed in {where} ({first_line(exc)})", hint="mend the module or the data")
 
