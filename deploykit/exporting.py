@@ -6,8 +6,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,51 @@ def export_parts(
     )  # fmt: skip
 
 
+def export_source(
+    opened: Source,
+    output: str | Path,
+    *,
+    options: ExportOptions | None = None,
+    devices: Sequence[str | Device] = (),
+    contract: Sequence[str] = (),
+    steps: Sequence[StepRecord] = (),
+    judge: Callable[[Path], list[dict[str, Any]]] | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Turn a source that is loaded already, because something was done to it, into a verified artifact.
+
+    Args:
+        opened: The source, with the reference outputs that it gives now.
+        output: Where the artifact will stand; nothing may be there.
+        options: What it was loaded with.
+        devices: As for `export`.
+        contract: As for `export`.
+        steps: What was done to it, for the lineage.
+        judge: Measures the accuracy of the model file, before the artifact stands; for the evidence.
+        progress: Told about steps and notes.
+
+    Raises:
+        ExportError: As for `export`.
+        ContractError: As for `export`.
+        ParityError: As for `export`.
+        UnverifiableError: As for `export`.
+        OutputExistsError: As for `export`.
+    """
+    made = _export(
+        opened.label, output, options or ExportOptions(), devices, parse_targets(contract), progress or Progress(),
+        lambda: {"": opened}, unverified=False, done=_Done(tuple(steps), judge),
+    )  # fmt: skip
+    return next(iter(made.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What was done to a source before its export, and how the result is measured."""
+
+    steps: tuple[StepRecord, ...] = ()
+    judge: Callable[[Path], list[dict[str, Any]]] | None = None
+
+
 def _export(
     source: str,
     output: str | Path,
@@ -173,19 +218,23 @@ def _export(
     load: Callable[[], dict[str, Source]],
     *,
     unverified: bool,
+    done: _Done | None = None,
 ) -> dict[str, Artifact]:
+    done = done or _Done()
     started = time.monotonic()
     targets = find_targets(devices)
     choose_opset(held, options.opset, DEFAULT_OPSET)  # a contradiction is said before the work is done
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
-        with told.step(f"load {source}"), quiet(log):
+        with nullcontext() if done.steps else told.step(f"load {source}"), quiet(log):
             opened = load()
         _check_dims(opened, options.dims, told)
         if len(opened) == 1:
             ((name, only),) = opened.items()
             return {
-                name: _export_graph(only, writer, source, options, targets, held, started, told, unverified=unverified)
+                name: _export_graph(
+                    only, writer, source, options, targets, held, started, told, done, unverified=unverified
+                )
             }
         if options.data is not None:
             raise ExportError(
@@ -201,7 +250,7 @@ def _export(
                 (inner.dir / _LOG).write_bytes(printed)
                 own = replace(options, part=name)
                 made[name] = _export_graph(
-                    graph, inner, source, own, targets, held, started, told, unverified=unverified
+                    graph, inner, source, own, targets, held, started, told, done, unverified=unverified
                 )
         return writer.commit_parts(made)
 
@@ -232,6 +281,7 @@ def _export_graph(
     held: Sequence[Target],
     started: float,
     told: Progress,
+    done: _Done,
     *,
     unverified: bool,
 ) -> Artifact:
@@ -260,6 +310,7 @@ def _export_graph(
     if not log.stat().st_size:
         log.unlink()
     exported = load_model(target)
+    accuracy = done.judge(target) if done.judge is not None else []
     step = StepRecord(
         step="export",
         params={
@@ -276,8 +327,8 @@ def _export_graph(
     return writer.commit(
         model=_MODEL,
         signature=exported.signature if opened.kind != "onnx" else opened.signature,
-        lineage=[step],
-        evidence=Evidence(parity=evidence),
+        lineage=[*done.steps, step],
+        evidence=Evidence(parity=evidence, accuracy=accuracy),
         ranges=opened.ranges,
     )
 

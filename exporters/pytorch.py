@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import computes_in_half, count_modules, has_fast_path, prepare, recurrent_layers
+from deploykit.exporters.observing import export_feeds, observed_range, rank_notes, widen
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
@@ -39,6 +41,21 @@ __all__ = ["Call", "TorchSource", "export_feeds", "observed_range"]
 _LIMIT_S = 40.0
 _LIMIT_PER_MODULE_S = 0.2
 _PATIENCE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a source was made from, beside its module; see `TorchSource`."""
+
+    examples: dict[str, Array]
+    options: ExportOptions
+    specs: tuple[TensorSpec, ...] | None
+    draw: Callable[[dict[str, int]], dict[str, Array]] | None
+    ranges: dict[str, ValueRange]
+    limits: Mapping[str, tuple[int, int]] | None
+    check: Sequence[dict[str, int]] | None
+    data: str
+    notes: tuple[str, ...]
 
 
 class TorchSource(Source):
@@ -79,19 +96,49 @@ class TorchSource(Source):
         self.kind = kind
         self.label = label
         self.assets = assets
+        self.call = call
+        self._given = _Given(
+            examples, options, None if specs is None else tuple(specs), draw, dict(ranges or {}), limits, check,
+            options.data or data, tuple(notes),
+        )  # fmt: skip
+        self._begin(module)
+
+    @property
+    def scripted(self) -> bool:
+        """Whether it is TorchScript."""
+        return self._scripted
+
+    def renewed(self, module: Any = None) -> TorchSource:
+        """This source with other weights: run anew for its reference outputs.
+
+        Args:
+            module: Another module that takes the same inputs; None for the same one, which was changed in place.
+
+        Raises:
+            SourceError: It does not run on the example inputs.
+        """
+        other = copy.copy(self)
+        other._begin(self.module if module is None else module)
+        return other
+
+    def _begin(self, module: Any) -> None:
+        """Run a module on the examples, and at other sizes."""
+        given, options, label = self._given, self._given.options, self.label
+        examples, call = given.examples, self.call
         ready = prepare(module, label)
+        self.module = ready.module
         self.precision = ready.precision
-        found = [*notes, *ready.notes]
+        found = [*given.notes, *ready.notes]
         if call.fixed:
             found.append(f"held fixed in the graph: {', '.join(call.fixed)}")
         self._widened = ready.widened
         if ready.widened:
-            examples = {n: _widen(a) for n, a in examples.items()}
+            examples = {n: widen(a) for n, a in examples.items()}
         self._module = torch_onnx.flatten_module(ready.module, call)
         self._wide: Any = None
         self._examples = examples
         self._options = options
-        self._draw = draw
+        self._draw = given.draw
         self._said: dict[Way, tuple[str, ...]] = {}
         self._scripted = torch_onnx.is_scripted(ready.module)
         self._recurrent = () if self._scripted else tuple(recurrent_layers(ready.module))
@@ -99,13 +146,14 @@ class TorchSource(Source):
         if self._scripted and options.way == "torch.export":
             raise ExportError(f"{label} is TorchScript, which torch.export cannot read", hint="leave --exporter out")
         observed = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
-        self.ranges = observed | (ranges or {})
-        dynamic = plan_inputs(examples, options) if specs is None else tuple(specs)
+        self.ranges = observed | given.ranges
+        specs, limits = given.specs, given.limits
+        dynamic = plan_inputs(examples, options) if specs is None else specs
         if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in dynamic):
             found.append(
                 "the first axes of the inputs differ, so all shapes are fixed; --dynamic INPUT:AXIS=NAME,… names some"
             )
-        self.data = options.data or data
+        self.data = given.data
         self._state: dict[str, Any] = {}
         found += self._run_example()
         if self.precision is not None and self._wide is None:
@@ -113,12 +161,12 @@ class TorchSource(Source):
         if options.data:
             cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:
-            dynamic, cases, refused = self._observe(dynamic, limits, check)
+            dynamic, cases, refused = self._observe(dynamic, limits, given.check)
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
-        self._boundaries = Boundaries(dynamic, examples, self._reference, draw, limits)
-        found += _rank_notes(cases)
+        self._boundaries = Boundaries(dynamic, examples, self._reference, given.draw, limits)
+        found += rank_notes(cases)
         if self._recurrent and options.way == "auto":
             found.append(
                 f"TorchScript goes first, because it keeps a recurrent layer as one operator: {self._recurrent[0]}"
@@ -351,43 +399,3 @@ class TorchSource(Source):
         """torch, onnxscript, and transformers where it built the module."""
         names = ["torch", "onnxscript", "onnx", *(["transformers"] if self.kind == "huggingface" else [])]
         return {name: found for name in names if (found := version_of(name))}
-
-
-def export_feeds(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, Array]:
-    """The example with every dynamic dimension at least 2: torch.export takes 0 and 1 for constants."""
-    rng = np.random.default_rng(1)
-    sizes = {k: max(2, v) for k, v in example_sizes(specs, examples).items()}
-    made = {}
-    for spec in specs:
-        shape = spec.concrete(sizes)
-        example = examples[spec.name]
-        if shape == example.shape:
-            made[spec.name] = example
-        else:
-            made[spec.name] = vary(example, shape, rng)
-    return made
-
-
-def _rank_notes(cases: Sequence[Case]) -> list[str]:
-    ranks = {name: {case.outputs[name].ndim for case in cases} for name in cases[0].outputs}
-    return [
-        f"output {name!r} has {' or '.join(map(str, sorted(found)))} dimensions, which depends on the sizes; the graph "
-        f"declares {cases[0].outputs[name].ndim}"
-        for name, found in ranks.items()
-        if len(found) > 1
-    ]
-
-
-def _widen(array: Array) -> Array:
-    """float32 for bfloat16."""
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-
-def observed_range(example: Array) -> ValueRange | None:
-    """What an example tells about legal values: the extremes of integers, mean and spread of reals."""
-    if example.size == 0 or example.dtype.kind not in "iuf":
-        return None
-    if example.dtype.kind in "iu":
-        return ValueRange(float(example.min()), float(example.max()))
-    mean, spread = float(np.mean(example, dtype=np.float64)), float(np.std(example, dtype=np.float64)) or 1.0
-    return ValueRange(mean - spread, mean + spread)

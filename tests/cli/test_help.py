@@ -12,8 +12,8 @@ COMMANDS = [
     ["preprocess", "image"], ["preprocess", "audio"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
-    ["smoke"], ["run"], ["serve"],
-    ["data"], ["data", "pack"], ["data", "select"], ["data", "show"],
+    ["smoke"], ["run"], ["serve"], ["data"], ["data", "pack"], ["data", "select"], ["data", "show"],
+    ["finetune"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 
