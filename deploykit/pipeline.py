@@ -14,6 +14,7 @@ from deploykit.applying import apply
 from deploykit.benchmarking import benchmark
 from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
+from deploykit.distilling import distill
 from deploykit.exporting import export, export_parts
 from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
@@ -32,6 +33,7 @@ __all__ = [
     "benchmark",
     "check_signature",
     "compare",
+    "distill",
     "export",
     "export_parts",
     "finetune",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,21 +32,9 @@ from deploykit.optimizers.training.config import TrainConfig
 rng = np.random.default_rng(0)
 
 
-class Flat(nn.Module):
-    """A module as exporters flatten it: tensors by position, a tuple of tensors back, with their names."""
-
-    def __init__(self, model: nn.Module, *names: str) -> None:
-        super().__init__()
-        self.model = model
-        self.output_names = names
-
-    def forward(self, *tensors: Any) -> tuple[Any, ...]:
-        value = self.model(*tensors)
-        return value if isinstance(value, tuple) else (value,)
-
-
-def network(model: nn.Module, *names: str, inputs: tuple[str, ...] = ("x",), label: str = "net") -> Network:
-    return Network(Flat(model.eval(), *(names or ("logits",))), inputs, (torch.float32,) * len(inputs), label)
+def network(model: nn.Module, output: str = "logits", label: str = "net") -> Network:
+    """A network of one input, `x`, and one output."""
+    return Network(model.eval(), {"x": "x"}, lambda module, batch: {output: module(batch["x"])}, label)
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -300,7 +287,7 @@ def test_features_of_other_widths_and_sizes(pictures: Any) -> None:
     # The teacher has neither gradients nor new statistics; the student's batch normalization is in training mode.
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.module.state_dict().items())
     assert all(p.grad is None for p in teacher.module.parameters())
-    assert student.module.model.body[1].num_batches_tracked == 1
+    assert student.module.body[1].num_batches_tracked == 1
 
 
 def test_task_loss_is_the_trainings_own(pictures: Any) -> None:
@@ -316,38 +303,12 @@ def test_task_loss_is_the_trainings_own(pictures: Any) -> None:
     assert dict(plan.weights) == {"logits": 0.9, "task": 0.1}
 
 
-def test_mixed_samples_are_asked_of_the_teacher(pictures: Any) -> None:
-    """A student with the teacher's weights has no loss, whatever is mixed."""
-    torch.manual_seed(1)
-    net = Conv(4)
-    teacher, student = network(net), network(copy.deepcopy(net))
-    plan = make_plan(teacher, student, pictures, DistillConfig(logits=1.0, task=0.0))
-    distiller = make_distiller(student, plan, seed=0)
-    distiller.training = True  # and its batch normalization is not
-    mixed = Distillation(teacher, student, plan, DistillConfig(), TrainConfig(mixup=0.5))
-    assert float(mixed(distiller, pictures)["logits"]) == pytest.approx(0, abs=1e-6)
-    integers = Network(teacher.module, ("x",), (torch.int64,), "tokens")
-    with pytest.raises(OptimizationError, match="mixup of integers"):
-        Distillation(integers, student, plan, DistillConfig(), TrainConfig(mixup=0.5))
-
-
 def test_attention_of_transformers(bert: Any, tokens: Any) -> None:
     teacher_model, student_model = copy.deepcopy(bert), derive_student(bert, Derivation(layers=2, width=0.5)).module
-    names = ("input_ids", "attention_mask")
-
-    class Text(nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.inner = model
-            self.config = model.config
-            self.set_attn_implementation = model.set_attn_implementation
-
-        def forward(self, ids: Any, mask: Any) -> Any:
-            return self.inner(input_ids=ids, attention_mask=mask).logits
-
+    keys = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
     nets = [
-        Network(Flat(Text(m).eval(), "logits"), names, (torch.int64,) * 2, label)
-        for m, label in ((teacher_model, "teacher"), (student_model, "student"))
+        Network(model, keys, lambda module, batch: module(**batch), label)
+        for model, label in ((teacher_model, "teacher"), (student_model, "student"))
     ]
     own = student_model.config._attn_implementation
     config = DistillConfig(attention=1.0, features=1.0, attention_layers="all")
@@ -388,7 +349,7 @@ def test_the_kind_follows_from_outputs_and_labels(name: str, shape: Any, labels:
     batch = {"x": torch.ones(8, 2)}
     if labels is not None:
         batch["labels"] = torch.zeros((8,) if labels == "classes" else (8, 6), dtype=torch.int64)
-    nets = [network(output_of(shape), name) for _ in range(2)]
+    nets = [network(output_of(shape), output=name) for _ in range(2)]
     assert make_plan(*nets, batch, DistillConfig()).kind == kind
 
 
@@ -449,22 +410,20 @@ def test_configs_that_are_refused(config: Any) -> None:
 # --- answers that are kept -------------------------------------------------------------------------------------------
 
 
-def test_kept_answers_are_the_teachers(tmp_path: Path, pictures: Any) -> None:
+def test_kept_answers_are_the_teachers(pictures: Any) -> None:
     teacher, student = network(Conv(8)), network(Conv(3))
     arrays = {name: tensor.numpy() for name, tensor in pictures.items()}
     plan = make_plan(teacher, student, pictures, DistillConfig())
     seen: list[int] = []
-    data = with_answers(Dataset.from_arrays(arrays), teacher, plan, tmp_path, 3, seen.append)
-    assert seen == [3, 6, 8]
+    data = with_answers(Dataset.from_arrays(arrays), teacher, plan, 3, seen.append)
     assert data.names == ("x", "labels", ANSWERS)
     found = np.concatenate([batch[ANSWERS] for batch in data.batches(5)])
+    assert seen == [5, 8]
     np.testing.assert_allclose(found, teacher.run(pictures)["logits"], atol=1e-5)
 
     # The objective takes them, and does not ask the teacher again.
-    objective = Distillation(
-        Network(Flat(output_of((8, 4), 100)), ("x",), (torch.float32,), "another"), student, plan, DistillConfig(),
-        TrainConfig(),
-    )  # fmt: skip
+    another = network(output_of((8, 4), 100), label="another")
+    objective = Distillation(another, student, plan, DistillConfig(), TrainConfig())
     distiller = make_distiller(student, plan, seed=0).eval()
     batch = {name: torch.from_numpy(array.copy()) for name, array in data.head(8).items()}
     own = Distillation(teacher, student, plan, DistillConfig(), TrainConfig())(distiller, pictures)
@@ -472,14 +431,14 @@ def test_kept_answers_are_the_teachers(tmp_path: Path, pictures: Any) -> None:
 
 
 def test_when_answers_are_kept() -> None:
-    fixed, made = Dataset.from_arrays({"x": np.zeros((4, 2))}), Dataset("f.py:f", lambda size: iter(()))
-    outside: Any = SimpleNamespace(looks_inside=False)
-    inside: Any = SimpleNamespace(looks_inside=True)
-    assert why_not_kept(fixed, outside, (10,), "auto", mixed=False) is None
-    assert why_not_kept(fixed, outside, (10,), "off", mixed=False)
-    assert "function" in str(why_not_kept(made, outside, (10,), "auto", mixed=False))
-    assert "inside" in str(why_not_kept(fixed, inside, (10,), "auto", mixed=False))
-    assert "GiB" in str(why_not_kept(fixed, outside, (1 << 28,), "auto", mixed=False))
-    assert why_not_kept(fixed, outside, (1 << 28,), "on", mixed=False) is None
-    with pytest.raises(OptimizationError, match="mixup"):
-        why_not_kept(fixed, outside, (10,), "on", mixed=True)
+    rows = Dataset.from_arrays({"x": np.zeros((4, 2))})
+    outside: Any = SimpleNamespace(looks_inside=False, answer=(10,))
+    large: Any = SimpleNamespace(looks_inside=False, answer=(1 << 14, 1 << 14))
+    inside: Any = SimpleNamespace(looks_inside=True, answer=(10,))
+    assert why_not_kept(rows, outside, "auto") is None
+    assert why_not_kept(rows, outside, "off")
+    assert "GiB" in str(why_not_kept(rows, large, "auto"))
+    assert why_not_kept(rows, large, "on") is None
+    assert "inside" in str(why_not_kept(rows, inside, "auto"))
+    with pytest.raises(OptimizationError, match="inside"):
+        why_not_kept(rows, inside, "on")
