@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,16 @@ from typing import Any
 from deploykit.artifact import Artifact, StepRecord
 from deploykit.comparing import find_targets
 from deploykit.data import LABELS, Dataset
-from deploykit.errors import AccuracyError, DataError, OptimizationError, SourceError
+from deploykit.errors import AccuracyError, DataError, OptimizationError
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
-from deploykit.exporters.live import name_of, undisturbed
+from deploykit.exporters.live import undisturbed
 from deploykit.exporters.pytorch import TorchSource
 from deploykit.exporting import export_source
 from deploykit.extras import version_of
 from deploykit.fidelity import Answerer, Fidelity, compare_answers
 from deploykit.goals import read_drop
-from deploykit.optimizers.distillation import (
-    Derived,
-    DistillConfig,
-    check_distill_config,
-    derive_student,
-    parse_derivation,
-)
+from deploykit.optimizers.distillation import DistillConfig, check_distill_config
 from deploykit.optimizers.distillation.cache import why_not_kept, with_answers
 from deploykit.optimizers.distillation.distiller import Distillation, make_distiller
 from deploykit.optimizers.distillation.networks import Network, move
@@ -35,14 +29,14 @@ from deploykit.optimizers.distillation.plan import Plan, make_plan
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
 from deploykit.optimizers.training.folder import TrainingFolder, save_tensors, weights_of
 from deploykit.optimizers.training.outputs import tensors_of
+from deploykit.pairing import Pair, networks_of, open_pair, rows_for
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array
 from deploykit.staging import check_free, write_file
 from deploykit.targets import choose_opset, parse_targets
-from deploykit.trainable import Trainable, find_score, open_trainable
+from deploykit.trainable import Trainable, find_score
 
-_DERIVED = "derive:"
 _PLAN = "distill.json"
 _STUDENT = "student"
 _LOG = "train.log"
@@ -119,6 +113,8 @@ def distill(
     check_distill_config(asked)
     settings = replace(training or TrainConfig(), metric="loss")
     check_train_config(settings)
+    if settings.mixup:
+        raise OptimizationError("mixup of samples that a teacher answers", hint="leave mixup out")
     drop = None if max_drop is None else read_drop(max_drop)
     (device, *_), _ = find_targets(devices)
     choose_opset(parse_targets(contract), opset, DEFAULT_OPSET)
@@ -127,10 +123,13 @@ def distill(
     work = place.with_name(f"{place.name}.training")
     options = ExportOptions(tuple(inputs), tuple(dynamic), opset, dims=dict(dims or {}), task=task)
     with undisturbed():
-        pair = _open_pair(teacher, student, (teacher_inputs, student_inputs), options, settings.seed, told)
-        lesson = _prepare(pair, _opened(data), None if eval_data is None else _opened(eval_data), metric, asked, told)
+        pair = open_pair(teacher, student, (teacher_inputs, student_inputs), options, settings.seed, told)
+        judged = None if eval_data is None else _opened(eval_data)
+        lesson = _prepare(pair, _opened(data), judged, metric, asked, told)
         if drop is not None and lesson.score is None:
-            raise OptimizationError("a largest drop, and no metric to hold to it", hint="add labelled data: --eval DATA")
+            raise OptimizationError(
+                "a largest drop, and no metric to hold to it", hint="give labelled data: --eval DATA"
+            )
         settings = replace(settings, metric="loss" if lesson.score is None else lesson.score.name)
         trained = _train(lesson, asked, settings, work, told, resume=resume)
         source = pair.student.renewed()
@@ -151,15 +150,6 @@ def distill(
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """Teacher and student; how the student was derived, where it was."""
-
-    teacher: Trainable
-    student: Trainable
-    derived: Derived | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Lesson:
     """All that a training needs.
 
@@ -173,7 +163,7 @@ class _Lesson:
         score: The metric; None where there is none.
     """
 
-    pair: _Pair
+    pair: Pair
     networks: tuple[Network, Network]
     plan: Plan
     data: Dataset
@@ -186,110 +176,25 @@ def _opened(data: str | Path | Dataset) -> Dataset:
     return data if isinstance(data, Dataset) else Dataset.open(data)
 
 
-def _called(model: Any) -> str:
-    return str(model) if isinstance(model, str | Path) else name_of(model)
-
-
-def _open_pair(
-    teacher: Any, student: Any, examples: tuple[Any, Any], options: ExportOptions, seed: int, told: Progress
-) -> _Pair:
-    """Load both, or derive the student."""
-    asked = parse_derivation(student) if isinstance(student, str) and student.startswith(_DERIVED) else None
-    with told.step(f"load the teacher {_called(teacher)}"):
-        master = open_trainable(teacher, examples[0], options)
-    if asked is not None:
-        derived = derive_student(master.module, asked, seed=seed)
-        for note in derived.notes:
-            told.note(note)
-        source = master.renewed(derived.module)
-        assert isinstance(source, TorchSource)
-        source.label = f"{student} of {master.label}"
-        pair = _Pair(master, Trainable(source), derived)
-    else:
-        with told.step(f"load the student {_called(student)}"):
-            live = not isinstance(student, str | Path)
-            given = examples[0] if live and examples[1] is None else examples[1]
-            pair = _Pair(master, open_trainable(student, given, options), None)
-    _check_apart(pair)
-    pair.teacher.module.requires_grad_(False)
-    return pair
-
-
-def _check_apart(pair: _Pair) -> None:
-    """Refuse a student that holds tensors of the teacher: a step of the training would change both.
-
-    Raises:
-        SourceError: It does.
-    """
-    places = {p.data_ptr(): name for name, p in pair.teacher.module.named_parameters() if p.numel()}
-    for name, parameter in pair.student.module.named_parameters():
-        if parameter.numel() and parameter.data_ptr() in places:
-            raise SourceError(
-                f"the student's {name} is the teacher's {places[parameter.data_ptr()]}: they share their memory",
-                expected="a student with weights of its own",
-                hint="copy it in the factory: copy.deepcopy(module)",
-            )
-
-
 def _prepare(
-    pair: _Pair, data: Dataset, eval_data: Dataset | None, metric: str | None, asked: DistillConfig, told: Progress
+    pair: Pair, data: Dataset, eval_data: Dataset | None, metric: str | None, asked: DistillConfig, told: Progress
 ) -> _Lesson:
     """See that both, the data and what is asked for fit together."""
-    networks = _networks(pair)
-    rows = _for_both(pair, networks, data)
-    plan = make_plan(*networks, tensors_of(rows.head(_PROBED_ROWS), "cpu"), asked)
+    networks = networks_of(pair)
+    rows = rows_for(pair, networks, data)
+    held_out = None if eval_data is None else rows_for(pair, networks, eval_data)
+    head = None if held_out is None else held_out.head(_PROBED_ROWS)
+    labels = None if head is None else tensors_of(head, "cpu").get(LABELS)
+    plan = make_plan(*networks, tensors_of(rows.head(_PROBED_ROWS), "cpu"), asked, judged=labels)
     for note in plan.notes:
         told.note(note)
-    held_out = None if eval_data is None else _for_both(pair, networks, eval_data)
-    head = None if held_out is None else held_out.head(_PROBED_ROWS)
     score = _score(metric, eval_data, head, plan)
     if head is not None and score is None and "task" in plan.weights and LABELS not in head:
         raise DataError(f"the evaluation data have no {LABELS!r}, and the loss is on labels too", hint="add them")
     return _Lesson(pair, networks, plan, rows, held_out, eval_data, score)
 
 
-def _networks(pair: _Pair) -> tuple[Network, Network]:
-    """Where the inputs of both stand in a batch: once, where both take the same."""
-    types = {spec.name: spec.dtype for spec in pair.student.source.signature.inputs}
-    apart = {
-        spec.name: spec.name if types.get(spec.name, spec.dtype) == spec.dtype else f"teacher.{spec.name}"
-        for spec in pair.teacher.source.signature.inputs
-    }
-    return (
-        Network(pair.teacher.module, {n: apart[n] for n in pair.teacher.names}, pair.teacher.feed, pair.teacher.label),
-        Network(pair.student.module, {n: n for n in pair.student.names}, pair.student.feed, pair.student.label),
-    )
-
-
-def _for_both(pair: _Pair, networks: tuple[Network, Network], data: Dataset) -> Dataset:
-    """A dataset whose arrays are those that teacher and student take, and `labels`.
-
-    Raises:
-        DataError: While it is read: an array is missing, or does not fit.
-    """
-
-    def fitted(model: Trainable, batch: Mapping[str, Array]) -> dict[str, Array]:
-        try:
-            return model.fit_batch(batch)
-        except DataError as exc:
-            raise DataError(f"{data.source} does not fit {model.label}: {exc.what}", expected=exc.expected) from exc
-
-    def batches(size: int) -> Iterator[dict[str, Array]]:
-        for batch in data.batches(size):
-            made = {networks[0].keys[name]: array for name, array in fitted(pair.teacher, batch).items()}
-            made |= fitted(pair.student, batch)
-            yield made | ({LABELS: batch[LABELS]} if LABELS in batch else {})
-
-    names = None
-    if data.names is not None:
-        names = (*dict.fromkeys([*networks[0].keys.values(), *networks[1].keys.values()]),)
-        names += (LABELS,) if data.has_labels else ()
-    return Dataset(data.source, batches, length=data.length, names=names)
-
-
-def _score(
-    asked: str | None, data: Dataset | None, head: Mapping[str, Array] | None, plan: Plan
-) -> Score | None:
+def _score(asked: str | None, data: Dataset | None, head: Mapping[str, Array] | None, plan: Plan) -> Score | None:
     """The metric that both are judged by.
 
     Raises:
@@ -299,7 +204,9 @@ def _score(
         return None
     chosen = None if asked is None else find_score(asked)
     if chosen is not None and plan.kind == "embedding":
-        raise DataError(f"{asked} of embeddings", expected="their cosines with the teacher's", hint="leave --metric out")
+        raise DataError(
+            f"{asked} of embeddings", expected="their cosines with the teacher's", hint="leave --metric out"
+        )
     if chosen is not None and (data is None or head is None or LABELS not in head):
         lacking = "there are no data to judge on" if data is None else f"{data.source} has no {LABELS!r}"
         raise DataError(f"{asked} is asked for, and {lacking}", hint="give labelled data: --eval DATA")

@@ -87,7 +87,9 @@ class Plan:
         return self.kind == "embedding" and self.embedding_loss != "similarity" and self.widths[0] != self.widths[1]
 
 
-def make_plan(teacher: Network, student: Network, batch: Mapping[str, Any], config: DistillConfig) -> Plan:
+def make_plan(
+    teacher: Network, student: Network, batch: Mapping[str, Any], config: DistillConfig, *, judged: Any = None
+) -> Plan:
     """Decide what is compared.
 
     Args:
@@ -95,17 +97,18 @@ def make_plan(teacher: Network, student: Network, batch: Mapping[str, Any], conf
         student: In evaluation mode.
         batch: Tensors by name, some rows of the data; `labels` where there are any.
         config: What the user asked for.
+        judged: Labels of the data to be judged on, which tell what the models give where `batch` has none.
 
     Raises:
         OptimizationError: The two do not fit together, or what is asked for is not there.
     """
-    labels = batch.get(LABELS)
+    labels = batch.get(LABELS, judged)
     theirs, ours = teacher.run(batch), student.run(batch)
     kind = config.kind if config.kind != "auto" else _kind(theirs, labels, teacher.label)
-    judged = _output(theirs, kind, config.output, teacher.label), _output(ours, kind, config.output, student.label)
-    weights = _weights(config, kind, labels is not None)
-    have, want = ours[judged[1]], theirs[judged[0]]
-    notes = [f"{kind}: {student.label}'s {judged[1]} learns from {teacher.label}'s {judged[0]}"]
+    names = _output(theirs, kind, config.output, teacher.label), _output(ours, kind, config.output, student.label)
+    weights = _weights(config, kind, LABELS in batch)
+    want, have = theirs[names[0]], ours[names[1]]
+    notes = [f"{kind}: {student.label}'s {names[1]} learns from {teacher.label}'s {names[0]}"]
     probabilities = False, False
     if kind == "embedding":
         loss, more = _embedding_loss(config, have, want)
@@ -117,7 +120,7 @@ def make_plan(teacher: Network, student: Network, batch: Mapping[str, Any], conf
     pairs = _pairs(teacher, student, batch, config) if weights.get("features") else ()
     attention = _attention(teacher, student, batch, config) if weights.get("attention") else ()
     return Plan(
-        kind, judged[0], judged[1], probabilities[0], probabilities[1], weights, loss,
+        kind, names[0], names[1], probabilities[0], probabilities[1], weights, loss,
         (have.shape[-1], want.shape[-1]), tuple(want.shape[1:]), pairs, attention, tuple(notes),
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ def test_features_are_compared_on_the_smaller_map() -> None:
 
 @pytest.fixture(scope="module")
 def bert() -> Any:
-    """Four layers, hidden 32 in four heads, 64 neurons; the larger half of the weights is planted where a test looks."""
+    """Four layers, hidden 32 in four heads, 64 neurons."""
     import transformers
 
     torch.manual_seed(0)
