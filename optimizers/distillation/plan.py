@@ -204,14 +204,14 @@ def _embedding_loss(config: DistillConfig, have: Any, want: Any) -> tuple[str, l
         if same:
             return "cosine", []
         return "similarity", [
-            f"the student's embeddings are {have.shape[-1]} wide and the teacher's {want.shape[-1]}: the cosines between "
-            "the rows of a batch are compared"
+            f"the student's embeddings are {have.shape[-1]} wide and the teacher's {want.shape[-1]}: what is compared "
+            "are the cosines between the rows of a batch"
         ]
     if same or config.embedding_loss == "similarity":
         return config.embedding_loss, []
     return config.embedding_loss, [
-        f"the student's embeddings ({have.shape[-1]} wide) are compared with the teacher's ({want.shape[-1]}) through a "
-        "learned projection, which does not belong to the student"
+        f"the student's embeddings ({have.shape[-1]} wide) are compared with the teacher's ({want.shape[-1]} wide) "
+        "through a learned projection, which does not belong to the student"
     ]
 
 
