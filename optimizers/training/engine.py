@@ -266,10 +266,16 @@ def _run(course: Course, place: TrainingFolder, found: Mapping[str, Any] | None,
             trainer.fit(trainee, ckpt_path=place.last if found is not None else None, weights_only=True)
         except (Stopped, SystemExit) as exc:
             # Lightning makes a SystemExit of signals that come while it runs.
-            if isinstance(exc, SystemExit) and not isinstance(exc.__context__, KeyboardInterrupt) and not _by_signal(exc):
+            if (
+                isinstance(exc, SystemExit)
+                and not isinstance(exc.__context__, KeyboardInterrupt)
+                and not _by_signal(exc)
+            ):
                 raise
             held = f"its last checkpoint is {place.last}" if place.last.exists() else "there was no checkpoint yet"
-            told.note(f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume (resume=True)")
+            told.note(
+                f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume (resume=True)"
+            )
             raise KeyboardInterrupt from None
         except DeploykitError:
             raise

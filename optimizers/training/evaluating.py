@@ -151,4 +151,6 @@ def check_classes(rows: Mapping[str, Any], source: str, classes: int) -> None:
         )  # fmt: skip
     top = int(np.max(labels))
     if top >= classes:
-        raise DataError(f"{source} has label {top}", expected=f"classes from 0 to {classes - 1}, which is what the output has")
+        raise DataError(
+            f"{source} has label {top}", expected=f"classes from 0 to {classes - 1}, which is what the output has"
+        )

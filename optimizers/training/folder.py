@@ -153,13 +153,14 @@ def save_tensors(value: Any, path: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as exc:  # torch's zip writer raises its own where the disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         cause = exc if isinstance(exc, OSError) else exc.__context__
         error = storage_error(cause, path) if isinstance(cause, OSError) else None
         if error is None:
             raise
         raise error from exc
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_tensors(path: Path, device: Any = "cpu") -> Any:
