@@ -8,8 +8,9 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-    [], ["doctor"], ["export"], ["finetune"], ["distill"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"],
-    ["quantize", "static"], ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
+    [], ["doctor"], ["export"], ["finetune"], ["distill"], ["simplify"], ["fuse"], ["quantize"],
+    ["quantize", "dynamic"], ["quantize", "static"], ["quantize", "repair"], ["quantize", "weights"],
+    ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
     ["smoke"], ["run"], ["serve"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
