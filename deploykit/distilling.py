@@ -233,9 +233,10 @@ def _train(
         told.note(f"the teacher is asked in every epoch: {why}")
     distiller = make_distiller(student, lesson.plan, settings.seed)
     objective = Distillation(teacher, student, lesson.plan, asked, settings)
-    _begin(work, lesson, asked, resume=resume)
     try:
         with objective.looking():
+            objective.check(distiller, tensors_of(lesson.data.head(_PROBED_ROWS), "cpu"))
+            _begin(work, lesson, asked, resume=resume)
             return train(
                 distiller, data, settings, work, objective=objective, eval_data=lesson.eval_data, score=lesson.score,
                 feed=objective.feed, resume=resume, progress=told,

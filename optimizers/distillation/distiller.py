@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deploykit.data import LABELS
+from deploykit.errors import OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.optimizers.distillation import losses
 from deploykit.optimizers.distillation.config import DistillConfig
@@ -98,6 +99,30 @@ class Distillation:
     def feed(self, module: Any, batch: Mapping[str, Any]) -> Any:
         """The judged output of the distiller for a batch."""
         return module(batch)
+
+    def check(self, module: Any, batch: Mapping[str, Any]) -> None:
+        """Compute the loss of a few rows, so that what does not fit is said before anything is trained.
+
+        Args:
+            module: The distiller; in evaluation mode afterwards.
+            batch: The rows.
+
+        Raises:
+            DataError: The labels do not fit the loss.
+            OptimizationError: The loss cannot be computed, or is not finite.
+        """
+        torch = require("torch", extra="train")
+        module.eval()
+        try:
+            with torch.no_grad():
+                parts = self(module, batch)
+        except RuntimeError as exc:
+            raise OptimizationError(f"{self._student.label} has no loss on the first rows ({first_line(exc)})") from exc
+        wrong = next((name for name, part in parts.items() if not bool(part.isfinite())), None)
+        if wrong is not None:
+            raise OptimizationError(
+                f"the part {wrong} of the loss is {float(parts[wrong])} on the first rows", expected="a finite number"
+            )
 
     def __call__(self, module: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The parts of the loss by name, and their weighted sum as "loss"."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deploykit.data import Dataset
-from deploykit.errors import OptimizationError
+from deploykit.errors import DataError, OptimizationError
 from deploykit.optimizers.distillation import (
     Derivation,
     DistillConfig,
@@ -301,6 +301,27 @@ def test_task_loss_is_the_trainings_own(pictures: Any) -> None:
     wanted = nn.functional.cross_entropy(output, pictures["labels"], label_smoothing=0.2)
     torch.testing.assert_close(found["task"], wanted)
     assert dict(plan.weights) == {"logits": 0.9, "task": 0.1}
+
+
+def test_frames_with_labels_of_frames_and_of_symbols() -> None:
+    nets = [network(output_of((8, 6, 5)), label=label) for label in ("teacher", "student")]
+    symbols = {"x": torch.ones(8, 2), "labels": torch.ones((8, 2), dtype=torch.int64)}
+    frames = {"x": torch.ones(8, 2), "labels": torch.ones((8, 6), dtype=torch.int64)}
+    plan = make_plan(*nets, frames, DistillConfig())
+    distiller = make_distiller(nets[1], plan, seed=0)
+    output = nets[1].run(frames)["logits"]
+    objective = Distillation(*nets, plan, DistillConfig(), TrainConfig())
+    wanted = nn.functional.cross_entropy(output.flatten(0, 1), frames["labels"].flatten())
+    torch.testing.assert_close(objective(distiller, frames)["task"], wanted)
+    objective.check(distiller, frames)
+    with pytest.raises(DataError):
+        objective.check(distiller, symbols)
+    ctc = Distillation(*nets, plan, DistillConfig(), TrainConfig(loss="ctc"))
+    ctc.check(distiller, symbols)
+    with torch.no_grad():
+        nets[0].module.value.fill_(math.nan)
+    with pytest.raises(OptimizationError, match="the part logits of the loss is nan"):
+        ctc.check(distiller, symbols)
 
 
 def test_attention_of_transformers(bert: Any, tokens: Any) -> None:
