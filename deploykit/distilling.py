@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from deploykit.optimizers.distillation.distiller import Distillation, make_disti
 from deploykit.optimizers.distillation.networks import Network, move
 from deploykit.optimizers.distillation.plan import Plan, make_plan
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
+from deploykit.optimizers.training.evaluating import check_classes
 from deploykit.optimizers.training.folder import TrainingFolder, save_tensors, weights_of
+from deploykit.optimizers.training.losses import CLASSIFIERS
 from deploykit.optimizers.training.outputs import tensors_of
 from deploykit.pairing import Pair, networks_of, open_pair, rows_for
 from deploykit.progress import Progress, quiet
@@ -222,7 +224,11 @@ def _train(
 ) -> Trained:
     """Train the student in place."""
     teacher, student = lesson.networks
-    data = lesson.data
+    data, held_out = lesson.data, lesson.eval_data
+    if "task" in lesson.plan.weights and settings.loss in (*CLASSIFIERS, "ctc"):
+        data = _with_known_labels(data, lesson.plan)
+        held_out = None if held_out is None else _with_known_labels(held_out, lesson.plan)
+    few = tensors_of(data.head(_PROBED_ROWS), "cpu")
     why = why_not_kept(data, lesson.plan, asked.cache)
     if why is None:
         data = with_answers(
@@ -235,14 +241,31 @@ def _train(
     objective = Distillation(teacher, student, lesson.plan, asked, settings)
     try:
         with objective.looking():
-            objective.check(distiller, tensors_of(lesson.data.head(_PROBED_ROWS), "cpu"))
+            objective.check(distiller, few)
             _begin(work, lesson, asked, resume=resume)
             return train(
-                distiller, data, settings, work, objective=objective, eval_data=lesson.eval_data, score=lesson.score,
+                distiller, data, settings, work, objective=objective, eval_data=held_out, score=lesson.score,
                 feed=objective.feed, resume=resume, progress=told,
             )  # fmt: skip
     finally:
         move(teacher.module, "cpu")
+
+
+def _with_known_labels(data: Dataset, plan: Plan) -> Dataset:
+    """The same data, whose labels are classes that the models have.
+
+    Raises:
+        DataError: While it is read: one is not.
+    """
+    classes = max(2, plan.answer[-1] if plan.answer else 2)
+
+    def batches(size: int) -> Iterator[dict[str, Array]]:
+        for batch in data.batches(size):
+            if LABELS in batch:
+                check_classes(batch, data.source, classes)
+            yield batch
+
+    return Dataset(data.source, batches, length=data.length, names=data.names)
 
 
 def _begin(work: Path, lesson: _Lesson, asked: DistillConfig, *, resume: bool) -> None:

@@ -241,6 +241,7 @@ def test_a_derived_student_of_a_transformer(bert_dir: Path, tmp_path: Path) -> N
         ("large", {"student": "{}:nosuch"}, SourceError, "has no 'nosuch'"),
         ("large", {"metric": "accuracy"}, DataError, "no data to judge on"),
         ("large", {"config": DistillConfig()}, OptimizationError, "--kind classification"),
+        ("large", {"data": {"pixels": np.zeros((4, 64)), "labels": np.full(4, 11)}}, DataError, "label 11"),
         ("large", {"max_drop": 0.1}, OptimizationError, "no metric to hold to it"),
         ("large", {"max_drop": "much"}, DataError, "max drop"),
         ("large", {"data": {"other": np.zeros((4, 3), np.float32)}}, DataError, "does not fit"),
