@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deploykit.optimizers.training import TrainConfig
 
 _OPTIONS: tuple[common.Decorator, ...] = (
-    click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Times that the data are seen."),
+    click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Passes over the data."),
     click.option("--batch", "batch_size", type=click.IntRange(1), default=64, show_default=True, help="Rows a step."),
     click.option(
         "--optimizer", type=click.Choice(["adamw", "adam", "sgd", "rmsprop"]), default="adamw", show_default=True,

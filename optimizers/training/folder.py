@@ -100,6 +100,12 @@ class TrainingFolder:
         write_file(self.path / _PLAN, _json(plan))
         return False
 
+    def forget(self) -> None:
+        """Take a training back that has no checkpoint."""
+        if not self.last.exists():
+            (self.path / _PLAN).unlink(missing_ok=True)
+            self.abandon()
+
     def abandon(self) -> None:
         """Remove the folder where nothing stands in it."""
         with contextlib.suppress(OSError):

@@ -8,11 +8,10 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-    [], ["doctor"], ["export"], ["finetune"], ["distill"], ["simplify"], ["fuse"], ["quantize"],
-    ["quantize", "dynamic"], ["quantize", "static"], ["quantize", "repair"], ["quantize", "weights"],
-    ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
+    [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
+    ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
-    ["smoke"], ["run"], ["serve"],
+    ["smoke"], ["run"], ["serve"], ["finetune"], ["distill"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 

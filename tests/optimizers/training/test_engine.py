@@ -19,7 +19,7 @@ from torch import nn
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OptimizationError, OutputExistsError
 from deploykit.optimizers.training import Score, TrainConfig, evaluate, train
-from deploykit.optimizers.training.engine import set_dropout
+from deploykit.optimizers.training.probing import set_dropout
 from deploykit.progress import Progress
 
 ROWS, LABELS = load_digits(return_X_y=True)
@@ -358,6 +358,7 @@ def test_what_does_not_fit_is_said_before(tmp_path, data, settings, options, kin
             **options,
         )  # fmt: skip
     assert word in str(caught.value)
+    assert "step 1" in word or not (tmp_path / "t").exists()
 
 
 def test_whole_numbers_cannot_be_mixed(tmp_path):
@@ -386,3 +387,18 @@ def test_evaluate_leaves_the_modes_alone():
     with torch.no_grad():
         want = nn.functional.cross_entropy(net(rows), torch.tensor(LABELS[ORDER[640:]]))
     assert found.loss == pytest.approx(float(want), rel=1e-5)
+
+
+def test_mixed_precision_computes_in_16_bits_and_keeps_32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    net = make_net()
+    seen: dict[bool, Any] = {}
+    net[0].register_forward_hook(lambda part, given, output: seen.update({part.training: output.dtype}))
+    result = train(
+        net, SMALL, TrainConfig(epochs=2, precision="bf16", metric="loss"), tmp_path / "t", eval_data=EVAL
+    )  # fmt: skip
+    assert seen == {True: torch.bfloat16, False: torch.float32}
+    assert {tensor.dtype for tensor in result.module.parameters()} == {torch.float32}
+    assert result.history[1]["loss"] < result.history[0]["loss"]
+    with pytest.raises(OptimizationError, match="fp16 is trained on GPUs"):
+        train(make_net(), SMALL, TrainConfig(precision="fp16"), tmp_path / "u")
