@@ -139,6 +139,11 @@ class DistillStep(_TrainingStep):
     devices: list[str] = []
     contract: list[str] = []
 
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str | None) -> str | None:
+        return metric if metric in (None, "loss") else _known_metric(metric)
+
 
 class SimplifyStep(_Step):
     """`deploykit simplify`."""

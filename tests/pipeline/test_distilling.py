@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import deploykit
+from deploykit import runner
 from deploykit.errors import AccuracyError, DataError, OptimizationError, OutputExistsError, SourceError
 from deploykit.optimizers.distillation import DistillConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
-from deploykit.recipe import DistillStep, Recipe, dump
+from deploykit.recipe import Recipe
 
 
 class Net(nn.Sequential):
@@ -280,27 +280,40 @@ def test_weights_that_are_shared_are_refused(tmp_path: Path) -> None:
         deploykit.distill(source, tmp_path / "out", student=source, data=data)
 
 
-def test_the_command_is_a_recipe(command: Any) -> None:
-    printed = command(
-        "distill", "t.py:make", "--student", "derive:layers=2", "--data", "d.npz", "-o", "out",
-        "--weight", "features=2", "--weight", "task=0", "--features", "body.1=body.0", "--epochs", "3", "--dry-run",
-    )  # fmt: skip
-    recipe = Recipe.from_tables(tomllib.loads(printed), Path())
-    step = recipe.steps["distill"]
-    assert isinstance(step, DistillStep)
-    assert (step.weights, step.pairs, step.epochs) == ({"features": 2, "task": 0}, [["body.1", "body.0"]], 3)
-    assert Recipe.from_tables(tomllib.loads(dump(recipe.tables())), Path()) == recipe
+def test_the_command_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from deploykit.cli import cli
+
+    told = ["distill", "nets.py:large", "--student", "derive:layers=2", "--data", "train.npz", "-o", "out",
+            "--weight", "features=2", "--weight", "task=0", "--features", "body.1=body.0", "--temperature", "2",
+            "--epochs", "3", "--max-drop", "1%", "--dry-run"]  # fmt: skip
+    printed = CliRunner().invoke(cli, told)
+    assert printed.exit_code == 0, printed.output
+    (tmp_path / "r.toml").write_text(printed.output)
+    seen: dict[str, Any] = {}
+
+    def distill(teacher: str, output: Path, **options: Any) -> Any:
+        seen.update(options, teacher=teacher, output=output)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.pipeline, "distill", distill)
+    with pytest.raises(KeyboardInterrupt):
+        deploykit.run(Recipe.load(tmp_path / "r.toml"), tmp_path / "out")
+    assert seen["config"] == DistillConfig(temperature=2.0, features=2.0, task=0.0, pairs=(("body.1", "body.0"),))
+    assert seen["training"] == TrainConfig(epochs=3, metric="loss")
+    assert (seen["teacher"], seen["student"]) == (f"{tmp_path / 'nets.py'}:large", "derive:layers=2")
+    assert (seen["data"], seen["max_drop"]) == (str(tmp_path / "train.npz"), "1%")
+    assert seen["output"] == tmp_path / "out" / "distill"
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Any:
-    from deploykit.cli import main
+@pytest.mark.parametrize("option", [["--weight", "features"], ["--weight", "depth=1"], ["--features", "body"]])
+def test_options_that_cannot_be_read(option: list[str]) -> None:
+    from click.testing import CliRunner
 
-    def run(*args: str) -> str:
-        with pytest.raises(SystemExit) as caught:
-            main(args)
-        captured = capsys.readouterr()
-        assert caught.value.code == 0, captured.err
-        return captured.out
+    from deploykit.cli import cli
 
-    return run
+    given = ["distill", "nets.py:large", "--student", "nets.py:small", "--data", "train.npz", "-o", "out", *option]
+    refused = CliRunner().invoke(cli, given)
+    assert refused.exit_code == 2
+    assert option[1] in refused.output
