@@ -142,7 +142,7 @@ class DistillStep(_TrainingStep):
     @field_validator("metric")
     @classmethod
     def _known(cls, metric: str | None) -> str | None:
-        return metric if metric in (None, "loss") else _known_metric(metric)
+        return metric if metric is None or metric == "loss" else _known_metric(metric)
 
 
 class SimplifyStep(_Step):
