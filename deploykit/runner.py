@@ -205,7 +205,7 @@ def _finetune(target: Path, *, source: str, metric: str, **params: Any) -> Artif
 
 
 def _distill(
-    target: Path, *, teacher: str, weights: dict[str, float], pairs: list[list[str]], output_name: str | None,
+    target: Path, *, teacher: str, weights: dict[str, Any], pairs: list[list[str]], output_name: str | None,
     **params: Any,
 ) -> Artifact:  # fmt: skip
     kept = {key: params.pop(key) for key in ("kind", "temperature", "attention_layers", "embedding_loss", "cache")}
