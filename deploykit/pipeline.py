@@ -20,6 +20,7 @@ from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
+from deploykit.qat import quantize_qat
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.serving_models import serve
@@ -42,6 +43,7 @@ __all__ = [
     "package",
     "quantize_dynamic",
     "quantize_half",
+    "quantize_qat",
     "quantize_repair",
     "quantize_static",
     "quantize_sweep",

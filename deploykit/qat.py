@@ -75,7 +75,7 @@ def quantize_qat(
         training: How to train; by default 5 epochs at a learning rate of 1e-4.
         config: As for `quantize_static`; what would change the trained weights is off.
         max_drop: How much of the metric of the trained module may be lost by the real rounding, as for
-            `quantize_static`; needs ``eval_data``.
+            `quantize_static`; 0.01 by default where there are ``eval_data``, which it needs.
         resume: Go on with the training beside the output, where there is one.
         dynamic: As for `export`, and so are the following.
         inputs: See there.
@@ -132,7 +132,8 @@ def quantize_qat(
     judged = {} if score is None else {"eval_data": eval_data, "metric": score.name, "max_drop": max_drop}
     return quantize_static(
         trained.path, place, data=data, config=settings, min_cosine=min_cosine, contract=contract, devices=devices,
-        allow_slower=allow_slower, gate_seconds=gate_seconds, progress=told, **judged,  # type: ignore[arg-type]
+        allow_slower=allow_slower, gate_seconds=gate_seconds, escalate=False, progress=told,
+        **judged,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
