@@ -53,7 +53,6 @@ def quantize_qat(
     dims: Mapping[str, int] | None = None,
     opset: int | None = None,
     task: str | None = None,
-    min_cosine: float = MIN_COSINE,
     devices: Sequence[str | Device] = (),
     contract: Sequence[str] = (),
     allow_slower: bool = False,
@@ -82,8 +81,7 @@ def quantize_qat(
         dims: See there.
         opset: See there.
         task: See there.
-        min_cosine: As for `quantize_static`, and so are the following.
-        devices: See there.
+        devices: As for `quantize_static`, and so are the following.
         contract: See there.
         allow_slower: See there.
         gate_seconds: See there.
@@ -129,6 +127,8 @@ def quantize_qat(
         trained = export_source(
             model.renewed(), work / _FLOAT, options=options, contract=contract, steps=[step], progress=told
         )
+    # Weights that were trained to be rounded need not give the same without: where there is a metric, that decides.
+    min_cosine = MIN_COSINE if score is None else -1.0
     judged = {} if score is None else {"eval_data": eval_data, "metric": score.name, "max_drop": max_drop}
     return quantize_static(
         trained.path, place, data=data, config=settings, min_cosine=min_cosine, contract=contract, devices=devices,

@@ -18,8 +18,9 @@ from deploykit.optimizers.scheme import Scheme
 
 _STEPS = 255
 _INPUT = "deploykit_input"
-# Share of a batch in the running extremes of an input, as in torch's own moving averages.
-_SHARE = 0.01
+# How much of an input's extremes is forgotten in a step: they are those of some fifty batches, as calibration over
+# many rows will find them. An average of the batches' extremes would lie below.
+_FORGOTTEN = 0.02
 _TINY = 1e-12
 
 
@@ -135,12 +136,9 @@ def _rounding_types() -> tuple[type[Any], type[Any]]:
 
         def _watch(self, values: Any) -> None:
             low, high = values.amin().clamp_max(0), values.amax().clamp_min(0)
-            if self.watching:
-                self.low.copy_(torch.minimum(self.low, low))
-                self.high.copy_(torch.maximum(self.high, high))
-            else:
-                self.low.lerp_(low.to(self.low.dtype), _SHARE)
-                self.high.lerp_(high.to(self.high.dtype), _SHARE)
+            kept = 1.0 if self.watching else 1 - _FORGOTTEN
+            self.low.copy_(torch.minimum(kept * self.low, low))
+            self.high.copy_(torch.maximum(kept * self.high, high))
 
     return WeightRounding, InputRounding
 

@@ -36,7 +36,7 @@ def test_numbers_are_those_of_the_scheme(bits: int) -> None:
     assert bool((given.grad[wide.abs() < 1] != 0).all())
     assert bool((given.grad[~inside] == 0).all()) and bool((~inside).any())
     (kept,) = [p for n, p in layer.named_parameters() if n.endswith("original")]
-    np.testing.assert_allclose(kept.grad, np.repeat(inputs.sum(0)[None], 4, 0), rtol=1e-4)
+    np.testing.assert_allclose(kept.grad, np.repeat(inputs.sum(0)[None], 4, 0), rtol=1e-4, atol=1e-4)
 
     rounding.remove()
     assert list(layer.state_dict()) == ["weight", "bias"] or sorted(layer.state_dict()) == ["bias", "weight"]
@@ -45,15 +45,18 @@ def test_numbers_are_those_of_the_scheme(bits: int) -> None:
         np.testing.assert_allclose(layer(rows), rows @ before.T + layer.bias, atol=1e-6)
 
 
-def test_ranges_follow_the_training_slowly() -> None:
+def test_ranges_are_those_of_the_last_batches() -> None:
     layer = nn.Linear(1, 1)
     rounding = fake_quantize(layer, Scheme(8, per_channel=True))
-    rounding.observe(layer(torch.tensor([[v]])) for v in (-1.0, 3.0))
+    rounding.observe(layer(torch.tensor([[v]])) for v in (-1.0, 3.0, 2.0))
     part = layer.deploykit_input
-    layer.train()(torch.tensor([[13.0]]))
-    assert (float(part.low), float(part.high)) == pytest.approx((-0.99, 3.1))
+    assert (float(part.low), float(part.high)) == (-1, 3)
+    layer.train()(torch.tensor([[2.0]]))
+    assert (float(part.low), float(part.high)) == pytest.approx((-0.98, 2.94))
+    layer(torch.tensor([[13.0]]))
+    assert float(part.high) == 13
     layer.eval()(torch.tensor([[100.0]]))
-    assert float(part.high) == pytest.approx(3.1)
+    assert float(part.high) == 13
 
 
 def test_attention_of_torch_is_left_alone() -> None:
@@ -121,5 +124,5 @@ def test_a_copy_rounds_by_itself() -> None:
     rounding.observe(layer(torch.ones(1, 2)) for _ in range(1))
     other = copy.deepcopy(layer)
     other.train()(torch.full((1, 2), 101.0))
-    assert float(other.deploykit_input.high) == pytest.approx(2)
-    assert float(layer.deploykit_input.high) == pytest.approx(1)
+    assert float(other.deploykit_input.high) == 101
+    assert float(layer.deploykit_input.high) == 1

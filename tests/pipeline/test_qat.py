@@ -53,7 +53,7 @@ def net(digits: Path) -> Net:
             optimizer.zero_grad()
             nn.functional.cross_entropy(made(images[index]), labels[index]).backward()
             optimizer.step()
-    factors = torch.logspace(-1.5, 1.5, 16)[torch.randperm(16)]
+    factors = torch.logspace(-2, 2, 16)[torch.randperm(16)]
     with torch.no_grad():
         made.norm.weight *= factors
         made.norm.bias *= factors
@@ -71,21 +71,22 @@ def test_training_gives_back_what_rounding_took(net: Net, digits: Path, tmp_path
         allow_slower=True, gate_seconds=0, escalate=False,
     )  # fmt: skip
     artifact = deploykit.quantize_qat(
-        net, tmp_path / "out", example, data=digits / "train.npz", eval_data=digits / "eval.npz", max_drop=0.03,
-        training=TrainConfig(epochs=6, learning_rate=3e-3), devices=["ort:cpu"], allow_slower=True, gate_seconds=0,
+        net, tmp_path / "out", example, data=digits / "train.npz", eval_data=digits / "eval.npz", max_drop=0.1,
+        training=TrainConfig(epochs=6, learning_rate=1e-2), devices=["ort:cpu"], allow_slower=True, gate_seconds=0,
     )  # fmt: skip
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     (spoiled,), (found,) = plain.manifest.evidence.accuracy, artifact.manifest.evidence.accuracy
-    assert spoiled["value"] < spoiled["parent"] - 0.05  # else there would be nothing to give back
-    assert found["value"] > spoiled["value"] + 0.05
-    assert found["value"] > spoiled["parent"] - 0.03
+    assert spoiled["value"] < spoiled["parent"] - 0.2  # else there would be nothing to give back
+    assert found["value"] > spoiled["value"] + 0.1
+    assert found["value"] > spoiled["parent"] - 0.1
     trained, exported, quantized = artifact.manifest.lineage
     assert (trained.step, exported.step, quantized.step) == ("qat", "export", "quantize-static")
     assert trained.params["folded"] == 1
     assert trained.params["layers"] == 3
     assert trained.params["rounded_before"] < trained.params["rounded_after"]
-    # What the training saw is what the quantizer made.
-    assert found["value"] == pytest.approx(trained.params["rounded_after"], abs=0.02)
+    # What the training saw is what the quantizer makes.
+    assert spoiled["value"] == pytest.approx(trained.params["rounded_before"], abs=0.1)
+    assert found["value"] == pytest.approx(trained.params["rounded_after"], abs=0.05)
     assert quantized.params["smooth"] == "off"
     assert json.loads((tmp_path / "out.training" / "history.json").read_bytes())[-1]["accuracy"] > 0.8
 
