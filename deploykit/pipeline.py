@@ -20,6 +20,7 @@ from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
+from deploykit.preprocessing import preprocess
 from deploykit.qat import quantize_qat
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
@@ -41,6 +42,7 @@ __all__ = [
     "fuse",
     "optimize",
     "package",
+    "preprocess",
     "quantize_dynamic",
     "quantize_half",
     "quantize_qat",
