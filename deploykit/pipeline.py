@@ -14,6 +14,7 @@ from deploykit.applying import apply
 from deploykit.benchmarking import benchmark
 from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
+from deploykit.distilling import distill
 from deploykit.exporting import export, export_parts
 from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
@@ -22,6 +23,7 @@ from deploykit.optimizing import optimize
 from deploykit.packaging import package
 from deploykit.packing import pack_data
 from deploykit.preprocessing import preprocess
+from deploykit.qat import quantize_qat
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.selecting import select_data
@@ -37,6 +39,7 @@ __all__ = [
     "benchmark",
     "check_signature",
     "compare",
+    "distill",
     "export",
     "export_parts",
     "finetune",
@@ -47,6 +50,7 @@ __all__ = [
     "preprocess",
     "quantize_dynamic",
     "quantize_half",
+    "quantize_qat",
     "quantize_repair",
     "quantize_static",
     "quantize_sweep",

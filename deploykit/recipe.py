@@ -66,14 +66,9 @@ class ExportStep(_Step):
     allow_unverified: bool = False
 
 
-class FinetuneStep(_Step):
-    """`deploykit finetune`; a `clip_norm` of 0 is any norm."""
+class _TrainingStep(_Step):
+    """How something is trained; a `clip_norm` of 0 is any norm."""
 
-    step: Literal["finetune"] = "finetune"
-    source: str
-    data: str
-    eval_data: str | None = None
-    metric: str = "accuracy"
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=64, ge=1)
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
@@ -93,6 +88,16 @@ class FinetuneStep(_Step):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_minutes: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+
+
+class FinetuneStep(_TrainingStep):
+    """`deploykit finetune`."""
+
+    step: Literal["finetune"] = "finetune"
+    source: str
+    data: str
+    eval_data: str | None = None
+    metric: str = "accuracy"
     dynamic: list[str] = []
     inputs: list[str] = []
     dims: dict[str, int] = {}
@@ -106,6 +111,38 @@ class FinetuneStep(_Step):
     @classmethod
     def _known(cls, metric: str) -> str:
         return metric if metric == "loss" else _known_metric(metric)
+
+
+class DistillStep(_TrainingStep):
+    """`deploykit distill`."""
+
+    step: Literal["distill"] = "distill"
+    teacher: str
+    student: str
+    data: str
+    eval_data: str | None = None
+    metric: str | None = None
+    max_drop: float | str | None = None
+    kind: Literal["auto", "classification", "embedding", "frames"] = "auto"
+    temperature: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    weights: dict[Literal["logits", "embedding", "features", "attention", "task"], float] = {}
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+    attention_layers: Literal["last", "all"] = "last"
+    embedding_loss: Literal["auto", "cosine", "mse", "similarity"] = "auto"
+    output_name: str | None = None
+    cache: Literal["auto", "on", "off"] = "auto"
+    dynamic: list[str] = []
+    inputs: list[str] = []
+    dims: dict[str, int] = {}
+    opset: int | None = None
+    task: str | None = None
+    devices: list[str] = []
+    contract: list[str] = []
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str | None) -> str | None:
+        return metric if metric is None or metric == "loss" else _known_metric(metric)
 
 
 class SimplifyStep(_Step):
@@ -341,6 +378,7 @@ class BenchmarkStep(_Step):
 Step = (
     ExportStep
     | FinetuneStep
+    | DistillStep
     | SimplifyStep
     | FuseStep
     | DynamicStep
@@ -356,6 +394,7 @@ Step = (
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "finetune": FinetuneStep,
+    "distill": DistillStep,
     "simplify": SimplifyStep,
     "fuse": FuseStep,
     "quantize-dynamic": DynamicStep,
@@ -448,7 +487,7 @@ def _check_references(name: str, steps: Mapping[str, Step]) -> None:
     """The first step has to bring its own model; a benchmark is no model."""
     step = steps[name]
     before = [n for n, s in steps.items() if n != name and not isinstance(s, BenchmarkStep)]
-    if isinstance(step, ExportStep | FinetuneStep):
+    if isinstance(step, ExportStep | FinetuneStep | DistillStep):
         return
     named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
     if not named and not before:

@@ -25,12 +25,14 @@ from deploykit.optimizers import (
     make_audio_config,
     make_image_config,
 )
+from deploykit.optimizers.distillation import DistillConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import (
     ApplyStep,
     AudioStep,
     BenchmarkStep,
+    DistillStep,
     DynamicStep,
     ExportStep,
     FinetuneStep,
@@ -47,7 +49,7 @@ from deploykit.recipe import (
 from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
-_PATHS = ("data", "eval_data", "source", "model", "preset")
+_PATHS = ("data", "eval_data", "source", "teacher", "student", "model", "preset")
 _FILES = ("merge", "tuned")
 _CONFIG = tuple(field.name for field in fields(StaticConfig))
 _TRAIN = tuple(field.name for field in fields(TrainConfig))
@@ -103,7 +105,7 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
     else:
-        models = [] if isinstance(step, ExportStep | FinetuneStep) else [step.model or str(previous)]
+        models = [] if isinstance(step, ExportStep | FinetuneStep | DistillStep) else [step.model or str(previous)]
     digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
     files = [
         stamp_of(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts
@@ -194,6 +196,8 @@ def _run_step(
         return pipeline.export(params.pop("source"), target, progress=progress, **params)
     if isinstance(step, FinetuneStep):
         return _finetune(target, resume=resume, progress=progress, **params)
+    if isinstance(step, DistillStep):
+        return _distill(target, resume=resume, progress=progress, **params)
     model = params.pop("model") or str(output / str(previous))
     verbs: dict[type[Step], Callable[..., Artifact]] = {
         SimplifyStep: pipeline.simplify,
@@ -210,10 +214,24 @@ def _run_step(
     return verbs[type(step)](model, target, progress=progress, **params)
 
 
-def _finetune(target: Path, *, source: str, **params: Any) -> Artifact:
-    settings = {key: params.pop(key) for key in _TRAIN if key in params}
-    config = TrainConfig(**settings | {"clip_norm": settings["clip_norm"] or None})
-    return pipeline.finetune(source, target, config=config, **params)
+def _finetune(target: Path, *, source: str, metric: str, **params: Any) -> Artifact:
+    return pipeline.finetune(source, target, config=_training(params, metric), **params)
+
+
+def _distill(
+    target: Path, *, teacher: str, weights: dict[str, Any], pairs: list[list[str]], output_name: str | None,
+    **params: Any,
+) -> Artifact:  # fmt: skip
+    kept = {key: params.pop(key) for key in ("kind", "temperature", "attention_layers", "embedding_loss", "cache")}
+    named = tuple((of_teacher, of_student) for of_teacher, of_student in pairs)
+    config = DistillConfig(**kept, **weights, pairs=named, output=output_name)
+    return pipeline.distill(teacher, target, config=config, training=_training(params, "loss"), **params)
+
+
+def _training(params: dict[str, Any], metric: str) -> TrainConfig:
+    """The settings of a training, which are taken out of a step's."""
+    settings = {key: params.pop(key) for key in _TRAIN if key in params and key != "metric"}
+    return TrainConfig(**settings | {"clip_norm": settings["clip_norm"] or None}, metric=metric)
 
 
 def _dynamic(
@@ -258,6 +276,8 @@ def _static(model: str, target: Path, **params: Any) -> Artifact:
 
 def _located(text: str, recipe: Recipe, output: Path, *, is_model: bool) -> str:
     """A step's folder, or a path relative to the recipe; `module:function` stays as it is."""
+    if text.startswith("derive:"):
+        return text
     if is_model and text in recipe.steps:
         return str(output / text)
     file, sep, function = text.rpartition(":")

@@ -23,7 +23,7 @@ from deploykit.optimizers.training import Score
 from deploykit.optimizers.training.scoring import Pairs
 from deploykit.progress import quiet
 from deploykit.runtimes import Device, open_session
-from deploykit.specs import Array, Signature, TensorSpec, fit_feeds
+from deploykit.specs import Array, Feeds, Signature, TensorSpec, fit_feeds
 
 _KINDS = "file.py:factory, package.module:factory or a Hugging Face model directory, of PyTorch"
 _BATCH = 32
@@ -44,6 +44,11 @@ class Trainable:
         self._signature = Signature(
             tuple(TensorSpec(s.name, s.dtype, _any_number(s.shape)) for s in source.signature.inputs), ()
         )
+
+    @property
+    def source(self) -> TorchSource:
+        """The source itself, with the reference outputs of the module as it was opened."""
+        return self._source
 
     @property
     def module(self) -> Any:
@@ -71,9 +76,17 @@ class Trainable:
         def batches(size: int) -> Iterator[dict[str, Array]]:
             for batch in data.batches(size):
                 labels = {LABELS: batch[LABELS]} if LABELS in batch else {}
-                yield fit_feeds(self._signature, {k: v for k, v in batch.items() if k != LABELS}) | labels
+                yield self.fit_batch(batch) | labels
 
         return Dataset(data.source, batches, length=data.length, names=data.names)
+
+    def fit_batch(self, batch: Feeds) -> dict[str, Array]:
+        """The inputs out of a batch, checked and cast.
+
+        Raises:
+            DataError: A name is missing, or a shape or type does not fit.
+        """
+        return fit_feeds(self._signature, {k: v for k, v in batch.items() if k != LABELS})
 
     def renewed(self, module: Any = None) -> Source:
         """The source with the weights that its module has now, or with another module of the same inputs."""

@@ -93,6 +93,19 @@ class HuggingFaceSource(TorchSource):
         with self._attention(way.attention), _global_pooling(self._model), _batched_experts(self._model):
             super().write(way, target, opset)
 
+    def renewed(self, module: Any = None) -> TorchSource:
+        """This source with other weights, or with another model, such as one with fewer layers.
+
+        Raises:
+            ExportError: It is a part of a model, which cannot be another one.
+        """
+        if module is not None and self.module is not self._model:
+            raise ExportError(f"{self.label} is exported in parts, which cannot be exchanged", hint=_OWN_MODULE)
+        other = super().renewed(module)
+        assert isinstance(other, HuggingFaceSource)
+        other._model = self._model if module is None else module
+        return other
+
     @contextmanager
     def _attention(self, name: str) -> Iterator[None]:
         own = getattr(self._model.config, "_attn_implementation", None)

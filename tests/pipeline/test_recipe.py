@@ -22,6 +22,7 @@ from deploykit.recipe import Recipe, dump
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nbias_correction='slow'\n", "bias_correction"),
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nengine='vitis'\n", "engine"),
         ("[finetune]\nsource='x'\n", "data"),
+        ("[distill]\nteacher='x'\nstudent='y'\ndata='d'\npairs=[['a']]\n", "pairs"),
         ("[finetune]\nsource='x'\ndata='d'\nmetric='bleu'\n", "metric"),
     ],
 )
