@@ -89,10 +89,12 @@ class TorchSource(Source):
             examples = {n: _widen(a) for n, a in examples.items()}
         self._module = torch_onnx.flatten_module(ready.module, call)
         self._wide: Any = None
+        self._state: dict[str, Any] = {}
+        self._said: dict[Way, tuple[str, ...]] = {}
+        self._fixed_cases: tuple[Case, ...] | None = None
         self._examples = examples
         self._options = options
         self._draw = draw
-        self._said: dict[Way, tuple[str, ...]] = {}
         self._scripted = torch_onnx.is_scripted(ready.module)
         self._recurrent = () if self._scripted else tuple(recurrent_layers(ready.module))
         self._size = count_modules(ready.module)
@@ -100,32 +102,57 @@ class TorchSource(Source):
             raise ExportError(f"{label} is TorchScript, which torch.export cannot read", hint="leave --exporter out")
         observed = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
         self.ranges = observed | (ranges or {})
-        dynamic = plan_inputs(examples, options) if specs is None else tuple(specs)
-        if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in dynamic):
+        self._planned = plan_inputs(examples, options) if specs is None else tuple(specs)
+        if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in self._planned):
             found.append(
                 "the first axes of the inputs differ, so all shapes are fixed; --dynamic INPUT:AXIS=NAME,… names some"
             )
         self.data = options.data or data
-        self._state: dict[str, Any] = {}
+        self._bounds, self._check = limits, check
+        self._given = tuple(found), self.precision
+        self.observe()
+
+    def observe(self) -> None:
+        """Run the module for its reference outputs: anew, where its weights or its structure were changed from outside.
+
+        Raises:
+            SourceError: It does not run, or gives other outputs when it runs again.
+            ExportError: It runs at one shape only, where others were asked for.
+        """
+        found, self.precision = list(self._given[0]), self._given[1]
+        self._wide, self._state, self._said, self._fixed_cases = None, {}, {}, None
         found += self._run_example()
         if self.precision is not None and self._wide is None:
-            self.precision = self.precision if computes_in_half(lambda: self._reference(examples)) else None
-        if options.data:
-            cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
+            self.precision = self.precision if computes_in_half(lambda: self._reference(self._examples)) else None
+        dynamic = self._planned
+        if self._options.data:
+            cases = cases_from_data(dynamic, Dataset.open(self._options.data), self._reference)
         else:
-            dynamic, cases, refused = self._observe(dynamic, limits, check)
+            dynamic, cases, refused = self._observe(dynamic, self._bounds, self._check)
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
-        self._boundaries = Boundaries(dynamic, examples, self._reference, draw, limits)
+        self._boundaries = Boundaries(dynamic, self._examples, self._reference, self._draw, self._bounds)
         found += _rank_notes(cases)
-        if self._recurrent and options.way == "auto":
+        if self._recurrent and self._options.way == "auto":
             found.append(
                 f"TorchScript goes first, because it keeps a recurrent layer as one operator: {self._recurrent[0]}"
                 + (f" and {len(self._recurrent) - 1} more" if len(self._recurrent) > 1 else "")
             )
         self.notes = tuple(found)
-        self._fixed_cases: tuple[Case, ...] | None = None
+
+    @property
+    def module(self) -> Any:
+        """The module, called with tensors by position in the order of the inputs; it gives a tuple of tensors.
+
+        What is inside, `module.model`, is the user's. Who changes it calls `observe`.
+        """
+        return self._module
+
+    @property
+    def examples(self) -> dict[str, Array]:
+        """The example inputs by name, in order."""
+        return dict(self._examples)
 
     def _observe(
         self,
@@ -328,24 +355,36 @@ class TorchSource(Source):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Export, then put names and shapes in order."""
-        cases = self.cases_for(way)
-        inputs = self.signature.inputs if way.dynamic else self._fixed(self.signature.inputs)
-        job = torch_onnx.Job(
-            module=self._module,
-            feeds=export_feeds(inputs, self._examples) if way.dynamic else self._examples,
-            signature=Signature(inputs, observed_outputs(cases)),
-            opset=opset or DEFAULT_OPSET,
-        )
         self._restore()
-        torch_onnx.preload(way.name)
-        limit = self._limit_s(way)
-        try:
-            written = run_bounded(lambda: torch_onnx.write(job, way.name, target), limit)
-        except TimeLimitError as exc:
-            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
+        written = self._translate(self._module, way, target, opset)
         self._said[way] = written.notes
         if way.dynamic and self.signature.symbols:
             self._boundaries.learn(written.edges, self.cases)
+
+    def draft(self, module: Any, way: Way, target: Path) -> None:
+        """Write another module with the same inputs and outputs as ONNX, such as this one with fewer channels.
+
+        For what is timed on the way to a result: nobody compares it.
+
+        Raises:
+            ExportError: This way does not lead there.
+        """
+        self._translate(module, way, target, self._options.opset)
+
+    def _translate(self, module: Any, way: Way, target: Path, opset: int | None) -> torch_onnx.Written:
+        inputs = self.signature.inputs if way.dynamic else self._fixed(self.signature.inputs)
+        job = torch_onnx.Job(
+            module=module,
+            feeds=export_feeds(inputs, self._examples) if way.dynamic else self._examples,
+            signature=Signature(inputs, observed_outputs(self.cases_for(way))),
+            opset=opset or DEFAULT_OPSET,
+        )
+        torch_onnx.preload(way.name)
+        limit = self._limit_s(way)
+        try:
+            return run_bounded(lambda: torch_onnx.write(job, way.name, target), limit)
+        except TimeLimitError as exc:
+            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
 
     def tools(self) -> dict[str, str]:
         """torch, onnxscript, and transformers where it built the module."""
