@@ -164,6 +164,51 @@ def export_parts(
     )  # fmt: skip
 
 
+def export_source(
+    opened: Source,
+    output: str | Path,
+    *,
+    options: ExportOptions | None = None,
+    devices: Sequence[str | Device] = (),
+    contract: Sequence[str] = (),
+    steps: Sequence[StepRecord] = (),
+    judge: Callable[[Path], list[dict[str, Any]]] | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Turn a source that is loaded already, because something was done to it, into a verified artifact.
+
+    Args:
+        opened: The source, with the reference outputs that it gives now.
+        output: Where the artifact will stand; nothing may be there.
+        options: What it was loaded with.
+        devices: As for `export`.
+        contract: As for `export`.
+        steps: What was done to it, for the lineage.
+        judge: Measures the accuracy of the model file, before the artifact stands; for the evidence.
+        progress: Told about steps and notes.
+
+    Raises:
+        ExportError: As for `export`.
+        ContractError: As for `export`.
+        ParityError: As for `export`.
+        UnverifiableError: As for `export`.
+        OutputExistsError: As for `export`.
+    """
+    made = _export(
+        opened.label, output, options or ExportOptions(), devices, parse_targets(contract), progress or Progress(),
+        lambda: {"": opened}, unverified=False, done=_Done(tuple(steps), judge),
+    )  # fmt: skip
+    return next(iter(made.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What was done to a source before its export, and how the result is measured."""
+
+    steps: tuple[StepRecord, ...] = ()
+    judge: Callable[[Path], list[dict[str, Any]]] | None = None
+
+
 def _export(
     source: str,
     output: str | Path,
@@ -174,7 +219,9 @@ def _export(
     load: Callable[[], dict[str, Source]],
     *,
     unverified: bool,
+    done: _Done | None = None,
 ) -> dict[str, Artifact]:
+    done = done or _Done()
     started = time.monotonic()
     targets = find_targets(devices)
     choose_opset(held, options.opset, DEFAULT_OPSET)  # a contradiction is said before the work is done
@@ -186,7 +233,9 @@ def _export(
         if len(opened) == 1:
             ((name, only),) = opened.items()
             return {
-                name: _export_graph(only, writer, source, options, targets, held, started, told, unverified=unverified)
+                name: _export_graph(
+                    only, writer, source, options, targets, held, started, told, done, unverified=unverified
+                )
             }
         if options.data is not None:
             raise ExportError(
@@ -202,7 +251,7 @@ def _export(
                 (inner.dir / _LOG).write_bytes(printed)
                 own = replace(options, part=name)
                 made[name] = _export_graph(
-                    graph, inner, source, own, targets, held, started, told, unverified=unverified
+                    graph, inner, source, own, targets, held, started, told, done, unverified=unverified
                 )
         return writer.commit_parts(made)
 
@@ -248,16 +297,18 @@ def _export_graph(
     held: Sequence[Target],
     started: float,
     told: Progress,
+    done: _Done,
     *,
     unverified: bool,
 ) -> Artifact:
     """Write one graph that is right, with its evidence."""
     made = export_graph(opened, writer.dir, source, options, targets, held, started, told, unverified=unverified)
+    accuracy = done.judge(writer.dir / MODEL) if done.judge is not None else []
     return writer.commit(
         model=MODEL,
         signature=made.signature,
-        lineage=[made.step],
-        evidence=Evidence(parity=made.parity),
+        lineage=[*done.steps, made.step],
+        evidence=Evidence(parity=made.parity, accuracy=accuracy),
         ranges=opened.ranges,
     )
 

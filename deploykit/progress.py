@@ -26,6 +26,9 @@ class Progress:
         """Something that the user must know: a fall-back, an option chosen for them."""
         self.notes.append(text)
 
+    def say(self, text: str) -> None:
+        """How something came out on the way, for who watches; it is not kept."""
+
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:
         """A piece of work that takes a while."""
@@ -51,6 +54,11 @@ class TerminalProgress(Progress):
         super().note(text)
         self._clear()
         self._stream.write(f"note: {text}\n")
+
+    def say(self, text: str) -> None:
+        """Print."""
+        self._clear()
+        self._stream.write(f"{text}\n")
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import computes_in_half, count_modules, has_fast_path, prepare, recurrent_layers
+from deploykit.exporters.reasons import torch_reason
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
@@ -39,6 +41,21 @@ __all__ = ["Call", "TorchSource", "export_feeds", "observed_range"]
 _LIMIT_S = 40.0
 _LIMIT_PER_MODULE_S = 0.2
 _PATIENCE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a source was made from, beside its module; see `TorchSource`."""
+
+    examples: dict[str, Array]
+    options: ExportOptions
+    specs: tuple[TensorSpec, ...] | None
+    draw: Callable[[dict[str, int]], dict[str, Array]] | None
+    ranges: dict[str, ValueRange]
+    limits: Mapping[str, tuple[int, int]] | None
+    check: Sequence[dict[str, int]] | None
+    data: str
+    notes: tuple[str, ...]
 
 
 class TorchSource(Source):
@@ -79,9 +96,53 @@ class TorchSource(Source):
         self.kind = kind
         self.label = label
         self.assets = assets
+        self.call = call
+        self._given = _Given(
+            examples, options, None if specs is None else tuple(specs), draw, dict(ranges or {}), limits, check,
+            options.data or data, tuple(notes),
+        )  # fmt: skip
+        self._begin(module)
+
+    @property
+    def scripted(self) -> bool:
+        """Whether it is TorchScript."""
+        return self._scripted
+
+    def renewed(self, module: Any = None) -> TorchSource:
+        """This source with other weights: run anew for its reference outputs.
+
+        Args:
+            module: Another module that takes the same inputs; None for the same one, which was changed in place.
+
+        Raises:
+            SourceError: It does not run on the example inputs.
+        """
+        other = copy.copy(self)
+        other._begin(self.module if module is None else module)
+        return other
+
+    def observe(self) -> None:
+        """Run the same module anew for its reference outputs, because its weights or its structure were changed.
+
+        Raises:
+            SourceError: It does not run, or gives other outputs when it runs again.
+            ExportError: It runs at one shape only, where others were asked for.
+        """
+        self._begin(self.module)
+
+    @property
+    def examples(self) -> dict[str, Array]:
+        """The example inputs by name, in order."""
+        return dict(self._examples)
+
+    def _begin(self, module: Any) -> None:
+        """Run a module on the examples, and at other sizes."""
+        given, options, label = self._given, self._given.options, self.label
+        examples, call = given.examples, self.call
         ready = prepare(module, label)
+        self.module = ready.module
         self.precision = ready.precision
-        found = [*notes, *ready.notes]
+        found = [*given.notes, *ready.notes]
         if call.fixed:
             found.append(f"held fixed in the graph: {', '.join(call.fixed)}")
         self._widened = ready.widened
@@ -89,70 +150,44 @@ class TorchSource(Source):
             examples = {n: _widen(a) for n, a in examples.items()}
         self._module = torch_onnx.flatten_module(ready.module, call)
         self._wide: Any = None
-        self._state: dict[str, Any] = {}
-        self._said: dict[Way, tuple[str, ...]] = {}
-        self._fixed_cases: tuple[Case, ...] | None = None
         self._examples = examples
         self._options = options
-        self._draw = draw
+        self._draw = given.draw
+        self._said: dict[Way, tuple[str, ...]] = {}
         self._scripted = torch_onnx.is_scripted(ready.module)
         self._recurrent = () if self._scripted else tuple(recurrent_layers(ready.module))
         self._size = count_modules(ready.module)
         if self._scripted and options.way == "torch.export":
             raise ExportError(f"{label} is TorchScript, which torch.export cannot read", hint="leave --exporter out")
         observed = {n: r for n, a in examples.items() if (r := observed_range(a)) is not None}
-        self.ranges = observed | (ranges or {})
-        self._planned = plan_inputs(examples, options) if specs is None else tuple(specs)
-        if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in self._planned):
+        self.ranges = observed | given.ranges
+        specs, limits = given.specs, given.limits
+        dynamic = plan_inputs(examples, options) if specs is None else specs
+        if specs is None and not options.dynamic and not options.inputs and not any(s.symbols for s in dynamic):
             found.append(
                 "the first axes of the inputs differ, so all shapes are fixed; --dynamic INPUT:AXIS=NAME,… names some"
             )
-        self.data = options.data or data
-        self._bounds, self._check = limits, check
-        self._given = tuple(found), self.precision
-        self.observe()
-
-    def observe(self) -> None:
-        """Run the module for its reference outputs: anew, where its weights or its structure were changed from outside.
-
-        Raises:
-            SourceError: It does not run, or gives other outputs when it runs again.
-            ExportError: It runs at one shape only, where others were asked for.
-        """
-        found, self.precision = list(self._given[0]), self._given[1]
-        self._wide, self._state, self._said, self._fixed_cases = None, {}, {}, None
+        self.data = given.data
+        self._state: dict[str, Any] = {}
         found += self._run_example()
         if self.precision is not None and self._wide is None:
-            self.precision = self.precision if computes_in_half(lambda: self._reference(self._examples)) else None
-        dynamic = self._planned
-        if self._options.data:
-            cases = cases_from_data(dynamic, Dataset.open(self._options.data), self._reference)
+            self.precision = self.precision if computes_in_half(lambda: self._reference(examples)) else None
+        if options.data:
+            cases = cases_from_data(dynamic, Dataset.open(options.data), self._reference)
         else:
-            dynamic, cases, refused = self._observe(dynamic, self._bounds, self._check)
+            dynamic, cases, refused = self._observe(dynamic, limits, given.check)
             found += refused
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
-        self._boundaries = Boundaries(dynamic, self._examples, self._reference, self._draw, self._bounds)
+        self._boundaries = Boundaries(dynamic, examples, self._reference, given.draw, limits)
         found += _rank_notes(cases)
-        if self._recurrent and self._options.way == "auto":
+        if self._recurrent and options.way == "auto":
             found.append(
                 f"TorchScript goes first, because it keeps a recurrent layer as one operator: {self._recurrent[0]}"
                 + (f" and {len(self._recurrent) - 1} more" if len(self._recurrent) > 1 else "")
             )
         self.notes = tuple(found)
-
-    @property
-    def module(self) -> Any:
-        """The module, called with tensors by position in the order of the inputs; it gives a tuple of tensors.
-
-        What is inside, `module.model`, is the user's. Who changes it calls `observe`.
-        """
-        return self._module
-
-    @property
-    def examples(self) -> dict[str, Array]:
-        """The example inputs by name, in order."""
-        return dict(self._examples)
+        self._fixed_cases: tuple[Case, ...] | None = None
 
     def _observe(
         self,
@@ -369,7 +404,24 @@ class TorchSource(Source):
         Raises:
             ExportError: This way does not lead there.
         """
-        self._translate(module, way, target, self._options.opset)
+        flat = torch_onnx.flatten_module(module, self.call)
+        torch_onnx.run_module(flat, self._examples)  # the names of its outputs are known after the first run
+        self._translate(flat, way, target, self._options.opset)
+
+    def program(self) -> Any:
+        """The module as a program of `torch.export`: tensors by position, in the order of the inputs.
+
+        Returns:
+            A `torch.export.ExportedProgram`; it gives a tuple of the outputs' tensors.
+
+        Raises:
+            ExportError: torch.export cannot read the module.
+        """
+        feeds = export_feeds(self.signature.inputs, self._examples)
+        try:
+            return torch_onnx.export_program(self._module, feeds, self.signature.inputs)
+        except Exception as exc:
+            raise ExportError(torch_reason(exc, [s.name for s in self.signature.inputs])) from exc
 
     def _translate(self, module: Any, way: Way, target: Path, opset: int | None) -> torch_onnx.Written:
         inputs = self.signature.inputs if way.dynamic else self._fixed(self.signature.inputs)
