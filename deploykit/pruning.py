@@ -17,10 +17,10 @@ from deploykit.artifact import TORCH, Artifact, Evidence, StepRecord
 from deploykit.benchmarks.metrics import check_metric
 from deploykit.comparing import find_targets
 from deploykit.data import LABELS, Dataset
-from deploykit.errors import AccuracyError, DataError, OptimizationError, SourceError, SpeedError
-from deploykit.exporters import ExportOptions, open_source
+from deploykit.errors import AccuracyError, DataError, ExportError, OptimizationError, SpeedError
+from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
-from deploykit.exporters.live import name_of, open_model, undisturbed
+from deploykit.exporters.live import undisturbed
 from deploykit.exporters.pytorch import TorchSource
 from deploykit.exporting import MODEL, export_graph
 from deploykit.extras import require, version_of
@@ -42,18 +42,16 @@ from deploykit.optimizers.pruning import (
 )
 from deploykit.optimizers.pruning.sparse import NOTE
 from deploykit.optimizers.training import Supervised, TrainConfig, check_train_config, train
+from deploykit.optimizers.training.config import LOSS
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device
-from deploykit.specs import Signature, TensorSpec, fit_feeds
 from deploykit.staging import ArtifactWriter, check_free
 from deploykit.targets import Target, choose_opset, parse_targets
-from deploykit.training_score import score_of
+from deploykit.trainable import Trainable, find_score, open_trainable
 
 _LOG = "export.log"
 _WORK = ".work"
 WEIGHTS, STRUCTURE, PROGRAM = "model.safetensors", "structure.json", "program.pt2"
-# The name of the user's module inside the flat one.
-_PREFIX = "model."
 _TOLERANCE = 0.05
 # Rows that the sensitivity of the groups, and the gradient, are measured on.
 _ROWS, _BATCH = 128, 32
@@ -281,17 +279,18 @@ class _Job:
         with ArtifactWriter(output) as writer:
             log, work = writer.dir / _LOG, writer.dir / _WORK
             work.mkdir()
-            label = str(given) if isinstance(given, str | Path) else name_of(given)
-            with told.step(f"load {label}"), quiet(log):
-                source = self._open(given, examples, label)
-            rows = None if data is None else _fitted(Dataset.open(data), source)
+            with told.step(f"load {given}" if isinstance(given, str | Path) else "load the module"), quiet(log):
+                model = open_trainable(given, examples, self.options)
+            source = model.source
+            rows = None if data is None else model.fit(Dataset.open(data))
+            held_out = None if eval_data is None else model.fit(Dataset.open(eval_data))
             watch = Stopwatch(source, work, log, rows, told)
-            judge = self._judge(watch, targets[0][0], eval_data, source, work)
-            before = attributes_of(source.module.model)
-            done = self._prune(source, rows, eval_data, watch, work)
+            judge = self._judge(watch, targets[0][0], held_out, source, work)
+            before = attributes_of(model.module)
+            done = self._prune(model, rows, held_out, watch, work)
             source.observe()
             exported = export_graph(
-                source, writer.dir, label, self.options, targets, self.held, time.monotonic(), told,
+                source, writer.dir, model.label, self.options, targets, self.held, time.monotonic(), told,
                 unverified=unverified,
             )  # fmt: skip
             speed = self._time(watch, writer.dir / MODEL)
@@ -302,7 +301,7 @@ class _Job:
                 log.unlink()
             step = StepRecord(
                 step="prune",
-                params={"source": label, "kind": source.kind, **self._params(data, eval_data), **done},
+                params={"source": model.label, "kind": source.kind, **self._params(data, eval_data), **done},
                 tools=_tools(),
                 parent=None,
                 seconds=round(time.monotonic() - started, 3),
@@ -316,65 +315,31 @@ class _Job:
                 ranges=source.ranges,
             )
 
-    def _open(self, given: Any, examples: Any, label: str) -> TorchSource:
-        """A torch module, from disk or from this process.
-
-        Raises:
-            SourceError: It is another kind of model, or computes in 16 bits.
-        """
-        if isinstance(given, str | Path):
-            opened = open_source(str(given), self.options, _no_onnx)
-        else:
-            opened = open_model(given, examples, self.options, label)
-        if not isinstance(opened, TorchSource):
-            raise SourceError(
-                f"{label} is of the kind {opened.kind}",
-                expected="a torch module (file.py:factory), or a Hugging Face model directory",
-                hint="prune where the model can be trained, and export what comes out of it",
-            )
-        if opened.precision is not None:
-            raise SourceError(
-                f"{label} computes in {opened.precision}", expected="float32", hint="module.float() in the factory"
-            )
-        return opened
-
     def _judge(
-        self, watch: Stopwatch, device: Device, eval_data: str | Path | None, source: TorchSource, work: Path
+        self, watch: Stopwatch, device: Device, data: Dataset | None, source: TorchSource, work: Path
     ) -> Judge | None:
         """What the module as it is gives on the evaluation data."""
-        if eval_data is None:
+        if data is None:
             self.told.note("accuracy is not measured: there are no evaluation data (--eval)")
             return None
         folder = work / "judge"
         folder.mkdir()
         goal = Goal(self.metric, *read_drop(0.0 if self.max_drop is None else self.max_drop))
         with self.told.step(f"measure {self.metric} before"):
-            return Judge(watch.original.path, source.signature, device, Dataset.open(eval_data), goal, folder)
+            return Judge(watch.original.path, source.signature, device, data, goal, folder)
 
     def _prune(
-        self,
-        source: TorchSource,
-        rows: Dataset | None,
-        eval_data: str | Path | None,
-        watch: Stopwatch,
-        work: Path,
+        self, model: Trainable, rows: Dataset | None, held_out: Dataset | None, watch: Stopwatch, work: Path
     ) -> dict[str, Any]:
         """Prune the source's module in place; what the lineage keeps of it."""
-        tensors = {name: _tensor(array) for name, array in source.examples.items()}
-        names = tuple(tensors)
-
-        def feed(module: Any, batch: Mapping[str, Any]) -> Any:
-            return module(*(batch[name] for name in names))
-
         metrics: list[float | None] = []
 
         def recover(module: Any, step: int, hold: Callable[..., None] | None = None) -> None:
             assert rows is not None and self.training is not None
-            judged = None if eval_data is None else _fitted(Dataset.open(eval_data), source)
-            config = replace(self.training, metric=self.metric if judged is not None else "loss")
+            config = replace(self.training, metric=LOSS if held_out is None else self.metric)
             trained = train(
-                module, rows, config, work / f"recovery-{step}", eval_data=judged,
-                score=None if judged is None else score_of(self.metric), feed=feed, after_step=hold,
+                module, rows, config, work / f"recovery-{step}", eval_data=held_out,
+                score=None if held_out is None else find_score(self.metric), feed=model.feed, after_step=hold,
                 progress=self.told,
             )  # fmt: skip
             metrics.append(trained.metric)
@@ -383,13 +348,14 @@ class _Job:
             self.told.note("the weights are not trained again after the pruning; accuracy is likely to be lost")
         again = recover if self.training is not None else None
         if self.config.method != "structured":
-            masks = make_sparse(source.module, self.config, again, _PREFIX)
+            masks = make_sparse(model.module, self.config, again)
             self.told.note(NOTE)
             return {**_sparse_params(masks), "recovered": metrics}
-        subject = Subject(source.module, tensors, feed, _PREFIX, self.config.keep)
+        examples = {name: _tensor(array) for name, array in model.source.examples.items()}
+        subject = Subject(model.module, examples, model.feed, self.config.keep)
         done = prune_structured(
-            subject, self.config, aim=self._aim(watch), losses=self._losses(rows, feed),
-            batches=_batches(rows, names), recover=again, told=self.told,
+            subject, self.config, aim=self._aim(watch), losses=self._losses(rows, model.feed),
+            batches=_batches(rows, model.names), recover=again, told=self.told,
         )  # fmt: skip
         return {**_structured_params(done), "recovered": metrics}
 
@@ -468,23 +434,23 @@ class _Job:
 
     def _write_torch(self, source: TorchSource, folder: Path, before: Mapping[str, Any], log: Path) -> None:
         """Weights, structure and program of the pruned module."""
+        torch = require("torch", extra="prune")
         folder.mkdir()
-        model = source.module.model
+        module = source.module
         saved: dict[int, str] = {}
         kept = {}
-        for name, tensor in model.state_dict().items():
-            # safetensors holds no tensor twice; `restore` finds tied ones by their module.
+        for name, tensor in module.state_dict().items():
+            # safetensors holds no tensor twice; `restore` finds tied ones in the module that it is given.
             if saved.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name:
                 kept[name] = tensor.detach().contiguous()
         require("safetensors.torch", extra="prune").save_file(kept, str(folder / WEIGHTS))
-        changed = changed_attributes(before, model)
-        text = {"class": type(model).__qualname__, "module": type(model).__module__, "changed": changed}
+        text = {"class": type(module).__qualname__, "changed": changed_attributes(before, module)}
         (folder / STRUCTURE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-        with self.told.step("write a program of torch.export"), quiet(log):
-            why = source.write_program(folder / PROGRAM)
-        if why:
-            (folder / PROGRAM).unlink(missing_ok=True)
-            self.told.note(f"there is no {TORCH}{PROGRAM}: {why}; deploykit.pruning.restore takes the weights")
+        try:
+            with self.told.step("write a program of torch.export"), quiet(log):
+                torch.export.save(source.program(), str(folder / PROGRAM))
+        except ExportError as exc:
+            self.told.note(f"there is no {TORCH}{PROGRAM} ({exc.what}); deploykit.pruning.restore takes the weights")
 
     def _params(self, data: Any, eval_data: Any) -> dict[str, Any]:
         return {
@@ -517,33 +483,9 @@ def _structured_params(done: Pruned) -> dict[str, Any]:
 def _sparse_params(masks: Masks) -> dict[str, Any]:
     return {
         "sparsity": round(masks.sparsity, 4),
-        "layers": {name.removeprefix(_PREFIX): round(share, 4) for name, share in masks.layers().items()},
+        "layers": {name: round(share, 4) for name, share in masks.layers().items()},
         "kept": dict(masks.left),
     }
-
-
-def _no_onnx(path: Path) -> Any:
-    raise SourceError(f"{path} is an ONNX file, and cannot be trained", expected="a torch module (file.py:factory)")
-
-
-def _fitted(data: Dataset, source: TorchSource) -> Dataset:
-    """The same data with the names and types of the module's inputs; labels stay.
-
-    Raises:
-        DataError: They do not fit, when they are read.
-    """
-    specs = tuple(
-        TensorSpec(s.name, s.dtype, None if s.shape is None else ("batch", *s.shape[1:]))
-        for s in source.signature.inputs
-    )
-    wanted = Signature(specs, ())
-
-    def batches(size: int) -> Iterator[dict[str, Any]]:
-        for batch in data.batches(size):
-            labels = {name: array for name, array in batch.items() if name == LABELS}
-            yield fit_feeds(wanted, {n: a for n, a in batch.items() if n != LABELS}) | labels
-
-    return Dataset(data.source, batches, length=data.length)
 
 
 def _batches(rows: Dataset | None, names: Sequence[str]) -> list[dict[str, Any]]:

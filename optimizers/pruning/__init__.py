@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from deploykit.optimizers.pruning.config import METHODS, PruneConfig, check_prune_config
 from deploykit.optimizers.pruning.counting import Layer, count_layers, count_parameters
-from deploykit.optimizers.pruning.restoring import changed_attributes, restore_structure
+from deploykit.optimizers.pruning.restoring import attributes_of, changed_attributes, restore_structure
 from deploykit.optimizers.pruning.search import Found, find_ratio
 from deploykit.optimizers.pruning.sparse import Masks, make_sparse
 from deploykit.optimizers.pruning.structured import Aim, Pruned, prune_structured
+from deploykit.optimizers.pruning.subject import Subject
 
 __all__ = [
     "METHODS",
@@ -22,6 +23,8 @@ __all__ = [
     "Masks",
     "PruneConfig",
     "Pruned",
+    "Subject",
+    "attributes_of",
     "changed_attributes",
     "check_prune_config",
     "count_layers",

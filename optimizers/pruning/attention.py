@@ -68,4 +68,3 @@ def find_attention(module: Any) -> dict[Any, Attention]:
             continue
         found |= dict.fromkeys(layers, Attention(name, holder, attribute, heads, total // heads))
     return found
-

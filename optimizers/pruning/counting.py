@@ -39,7 +39,7 @@ def layer_kinds() -> tuple[type, ...]:
 
 
 def count_layers(
-    module: Any, example: Mapping[str, Any], feed: Callable[[Any, Mapping[str, Any]], Any], prefix: str = ""
+    module: Any, example: Mapping[str, Any], feed: Callable[[Any, Mapping[str, Any]], Any]
 ) -> dict[str, Layer]:
     """Run the module once and count.
 
@@ -47,13 +47,12 @@ def count_layers(
         module: In evaluation mode.
         example: Inputs by name.
         feed: Calls the module with them.
-        prefix: Left out of the names.
 
     Returns:
         The layers that ran, by name.
     """
     torch = require("torch", extra="prune")
-    names = {part: name.removeprefix(prefix) for name, part in module.named_modules()}
+    names = {part: name for name, part in module.named_modules()}
     macs: dict[str, int] = {}
 
     def note(part: Any, _: Any, output: Any) -> None:

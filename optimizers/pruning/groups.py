@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,97 +20,11 @@ from deploykit.errors import OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.optimizers.pruning.attention import Attention, find_attention
 from deploykit.optimizers.pruning.counting import layer_kinds
+from deploykit.optimizers.pruning.subject import Group, Member, Subject, names_of_parts, trace
+from deploykit.optimizers.pruning.surgery import take_out_checked
 
-# Calls a module with inputs by name.
-Feed = Callable[[Any, Mapping[str, Any]], Any]
-# Float32 sums in another order; what a wrong channel does is far more.
-_TOLERANCE = 1e-3
 # Of each group, for a trial.
 _TRIED = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A module, and how it is run.
-
-    Attributes:
-        module: In evaluation mode.
-        example: Inputs by name.
-        feed: Calls a module with them.
-        prefix: Left out of the names of its parts.
-        keep: Patterns of the names of parts that stay as they are.
-    """
-
-    module: Any
-    example: Mapping[str, Any]
-    feed: Feed
-    prefix: str = ""
-    keep: tuple[str, ...] = ()
-
-    def of(self, module: Any) -> Subject:
-        """Another module that is run in the same way."""
-        return Subject(module, self.example, self.feed, self.prefix, self.keep)
-
-    def outputs(self, module: Any | None = None) -> list[Any]:
-        """The floating-point tensors among what the module gives for the example."""
-        torch = require("torch", extra="prune")
-        with torch.no_grad():
-            return _tensors(self.feed(self.module if module is None else module, self.example))
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A layer whose channels are the group's.
-
-    Attributes:
-        name: Of the layer.
-        reads: Whether it reads them (its input channels go) or makes them (its output channels go).
-        channels: Its channels, in the order of `roots`.
-        roots: The group's channel that each of them belongs to.
-    """
-
-    name: str
-    reads: bool
-    channels: tuple[int, ...]
-    roots: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Channels that can only go together.
-
-    Attributes:
-        name: Of the layer whose output channels are counted.
-        channels: How many there are.
-        units: How many pieces they go in.
-        width: Neighbouring channels in a unit: those of an attention head.
-        blocks: In how many blocks they lie that have to stay equally large, because a grouped convolution is among the
-            members.
-        members: Convolutions and linear layers.
-    """
-
-    name: str
-    channels: int
-    units: int
-    width: int
-    blocks: int
-    members: tuple[Member, ...]
-
-    @property
-    def heads(self) -> bool:
-        """Whether its units are attention heads."""
-        return self.width > 1
-
-    @property
-    def readers(self) -> tuple[Member, ...]:
-        """The layers that read the channels."""
-        return tuple(m for m in self.members if m.reads)
-
-    def channels_of(self, units: Sequence[int]) -> list[int]:
-        """The channels of some units."""
-        if self.width > 1:
-            return [unit * self.width + i for unit in units for i in range(self.width)]
-        return sorted(unit + block * self.units for unit in units for block in range(self.blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +52,8 @@ def find_structure(subject: Subject, known_groups: Collection[str] | None = None
         OptimizationError: There is a recurrent layer, the module cannot be followed, or nothing of it can go.
     """
     _refuse_recurrent(subject)
-    graph = _trace(subject)
-    known = _names(subject)
+    graph = trace(subject)
+    known = names_of_parts(subject)
     attention = find_attention(subject.module)
     shared = _shared(subject)
     groups: dict[str, Group] = {}
@@ -168,152 +81,13 @@ def find_structure(subject: Subject, known_groups: Collection[str] | None = None
     return Structure(groups, kept)
 
 
-def take_out(subject: Subject, groups: Mapping[str, Group], chosen: Mapping[str, Sequence[int]]) -> None:
-    """Take units out of a module, in place.
-
-    Args:
-        subject: The module.
-        groups: Its groups.
-        chosen: Units by group.
-
-    Raises:
-        OptimizationError: They cannot go.
-    """
-    flags = {name: p.requires_grad for name, p in subject.module.named_parameters()}
-    graph = _trace(subject)
-    known = _names(subject)
-    parts = {name: part for part, name in known.items()}
-    attention = find_attention(subject.module)
-    for name, units in chosen.items():
-        part = parts[name]
-        write = graph.get_pruner_of_module(part).prune_out_channels
-        found = graph.get_pruning_group(part, write, groups[name].channels_of(units))
-        if not graph.check_pruning_group(found):
-            raise OptimizationError(f"{name} would lose all of its channels")
-        found.prune(record_history=False)
-        makers = (parts[m.name] for m in groups[name].members if not m.reads)
-        if groups[name].heads:
-            next(attention[p] for p in makers if p in attention).lose(len(units))
-    for name, p in subject.module.named_parameters():
-        p.requires_grad_(flags[name])
-
-
-def take_out_checked(subject: Subject, groups: Mapping[str, Group], chosen: Mapping[str, Sequence[int]]) -> None:
-    """As `take_out`, and then compare with the module as it was, with zeros for the weights that read the channels.
-
-    Raises:
-        OptimizationError: The outputs are others.
-    """
-    twin = copy.deepcopy(subject.module)
-    silence(subject.of(twin), groups, chosen)
-    expected = subject.outputs(twin)
-    take_out(subject, groups, chosen)
-    if not _same(expected, subject.outputs()):
-        raise OptimizationError(
-            f"without channels of {', '.join(list(chosen)[:4])} the module gives other outputs than with zeros there",
-            hint=f"leave them as they are: --keep {next(iter(chosen))}, or report it",
-        )
-
-
-def silence(subject: Subject, groups: Mapping[str, Group], chosen: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Set the weights to zero that read some units, in place.
-
-    Returns:
-        The weights as they were, by the name of their layer; for `unsilence`.
-    """
-    torch = require("torch", extra="prune")
-    parts = {name: part for part, name in _names(subject).items()}
-    before: dict[str, Any] = {}
-    with torch.no_grad():
-        for name, units in chosen.items():
-            gone = set(groups[name].channels_of(units))
-            for member in groups[name].readers:
-                weight = parts[member.name].weight
-                before.setdefault(member.name, weight.detach().clone())
-                columns = [c for c, root in zip(member.channels, member.roots, strict=True) if root in gone]
-                for index in column_indices(parts[member.name], columns):
-                    weight[index] = 0
-    return before
-
-
-def unsilence(subject: Subject, before: Mapping[str, Any]) -> None:
-    """Undo `silence`."""
-    torch = require("torch", extra="prune")
-    parts = {name: part for part, name in _names(subject).items()}
-    with torch.no_grad():
-        for name, weight in before.items():
-            parts[name].weight.copy_(weight)
-
-
-def column_indices(layer: Any, channels: Sequence[int]) -> list[Any]:
-    """Where the weights stand that read some input channels, as indices of the layer's weight.
-
-    A linear layer's weight is [out, in], a convolution's [out, in / groups, ...], a transposed one's [in, ...].
-    """
-    if not channels:
-        return []
-    if getattr(layer, "transposed", False):
-        return [list(channels)]
-    blocks = getattr(layer, "groups", 1)
-    if blocks == 1:
-        return [(slice(None), list(channels))]
-    inputs, outputs = layer.in_channels // blocks, layer.out_channels // blocks
-    return [
-        (slice(block * outputs, (block + 1) * outputs), here)
-        for block in range(blocks)
-        if (here := [c % inputs for c in channels if c // inputs == block])
-    ]
-
-
 # --- what the dependency graph is asked -------------------------------------------------------------------------------
-
-
-def _trace(subject: Subject) -> Any:
-    """Torch-Pruning's graph of a module; it follows autograd, so that every weight has to take part."""
-    torch = require("torch", extra="prune")
-    pruning = require("torch_pruning", extra="prune")
-    flags = [(p, p.requires_grad) for p in subject.module.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(p.is_floating_point())
-    graph = pruning.DependencyGraph()
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                subject.module,
-                example_inputs=dict(subject.example),
-                # The copies are what nothing reads: who makes them makes an output of the module.
-                forward_fn=lambda module, example: [t.clone() for t in _tensors(subject.feed(module, example))],
-                verbose=False,
-            )
-    except Exception as exc:
-        raise OptimizationError(
-            f"the module's structure cannot be followed ({first_line(exc)})",
-            expected="a forward through which gradients flow, without torch.no_grad()",
-            hint="set weights to zero instead: --method magnitude",
-        ) from exc
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-    return graph
-
-
-def _tensors(value: Any) -> list[Any]:
-    """Floating-point tensors in a nest, in order."""
-    torch = require("torch", extra="prune")
-    from torch.utils._pytree import tree_leaves
-
-    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def _names(subject: Subject) -> dict[Any, str]:
-    return {part: name.removeprefix(subject.prefix) for name, part in subject.module.named_modules()}
 
 
 def _refuse_recurrent(subject: Subject) -> None:
     torch = require("torch", extra="prune")
     kinds = (torch.nn.RNNBase, torch.nn.RNNCellBase)
-    for part, name in _names(subject).items():
+    for part, name in names_of_parts(subject).items():
         if isinstance(part, kinds) and not matches(name, subject.keep):
             raise OptimizationError(
                 f"{name or 'the module itself'} is a {type(part).__name__}, whose state cannot lose channels",
@@ -425,16 +199,3 @@ def _why_wrong(subject: Subject, groups: Mapping[str, Group], names: Sequence[st
     except Exception as exc:  # noqa: BLE001 - the user's forward minds the number of channels, whatever it says
         return f"it does not run without them ({first_line(exc, 120)})"
     return ""
-
-
-def _same(expected: Sequence[Any], found: Sequence[Any]) -> bool:
-    """Whether outputs agree, as far as sums in another order do."""
-    if len(expected) != len(found):
-        return False
-    for want, have in zip(expected, found, strict=True):
-        if want.shape != have.shape:
-            return False
-        scale = float(want.abs().max()) if want.numel() else 0.0
-        if want.numel() and not float((want - have).abs().max()) <= _TOLERANCE * scale + 1e-6:
-            return False
-    return True

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from deploykit.optimizers.pruning.counting import Layer
-from deploykit.optimizers.pruning.groups import Group, Member, Subject, silence, unsilence
+from deploykit.optimizers.pruning.subject import Group, Member, Subject
+from deploykit.optimizers.pruning.surgery import silence, unsilence
 from deploykit.specs import Array
 
 # Yields a module's loss on one batch after another, with its graph.
@@ -33,7 +34,7 @@ def magnitudes(subject: Subject, groups: Mapping[str, Group]) -> dict[str, Array
     for name, group in groups.items():
         total = np.zeros(group.channels)
         for member in group.members:
-            part = parts[subject.prefix + member.name]
+            part = parts[member.name]
             values = np.zeros(group.channels)
             np.add.at(values, list(member.roots), _norms(part, member))
             total += values / (values.mean() or 1.0)
@@ -67,7 +68,7 @@ def taylor(subject: Subject, groups: Mapping[str, Group], losses: Losses) -> dic
             for name, group in groups.items():
                 change = np.zeros(group.channels)
                 for member in group.readers:
-                    np.add.at(change, list(member.roots), _first_order(parts[subject.prefix + member.name], member))
+                    np.add.at(change, list(member.roots), _first_order(parts[member.name], member))
                 found[name] += np.square(_by_unit(group, change))
     finally:
         module.zero_grad(set_to_none=True)
@@ -165,15 +166,11 @@ def _per_channel(part: Any, values: Any, member: Member) -> Array:
     groups = getattr(part, "groups", 1)
     flat = values.double().flatten(2) if values.ndim > 2 else values.double().unsqueeze(2)
     flat = flat.sum(2)
-    if member.reads == transposed:
-        # The first axis counts them: outputs of a layer, inputs of a transposed one.
-        sums = flat.sum(1)
-    else:
-        # The second axis counts the channels of one group.
-        sums = flat.reshape(groups, -1, flat.shape[1]).sum(1).reshape(-1)
+    # The first axis counts the outputs, of a transposed layer the inputs; the second the channels of one group.
+    first = member.reads == transposed
+    sums = flat.sum(1) if first else flat.reshape(groups, -1, flat.shape[1]).sum(1).reshape(-1)
     return np.asarray(sums[list(member.channels)].cpu().numpy(), np.float64)
 
 
 def _outputs(subject: Subject, feed: Mapping[str, Any]) -> list[Any]:
     return Subject(subject.module, feed, subject.feed).outputs()
-

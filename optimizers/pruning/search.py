@@ -119,8 +119,5 @@ def find_ratio(
 
 def _best(probes: list[Probe], target_ms: float, tolerance: float) -> Found:
     meeting = [p for p in probes if p.ms <= target_ms * (1 + tolerance)]
-    if meeting:
-        best = min(meeting, key=lambda p: abs(math.log(p.ms / target_ms)))
-    else:
-        best = min(probes, key=lambda p: p.ms)
+    best = min(meeting or probes, key=(lambda p: abs(math.log(p.ms / target_ms))) if meeting else (lambda p: p.ms))
     return Found(best.ratio, best.ms, bool(meeting), tuple(probes))

@@ -59,19 +59,18 @@ class Masks:
         return {name: 1 - float(mask.double().mean()) for name, mask in self.kept.items()}
 
 
-def make_sparse(module: Any, config: PruneConfig, recover: Recover | None = None, prefix: str = "") -> Masks:
+def make_sparse(module: Any, config: PruneConfig, recover: Recover | None = None) -> Masks:
     """Set weights of convolutions and linear layers to zero, in place, in steps.
 
     Args:
         module: The module.
         config: Which method, how many, in how many steps.
         recover: Trains it after each step; None to leave that out.
-        prefix: Left out of the names of the module's parts.
 
     Raises:
         OptimizationError: There is no weight that could lose anything.
     """
-    weights, left = _weights(module, config, prefix)
+    weights, left = _weights(module, config)
     masks = Masks({}, left)
     for step in range(1, config.steps + 1):
         if config.method == "2:4":
@@ -136,14 +135,13 @@ def _nth_smallest(values: Any, count: int) -> float:
     return float(values.kthvalue(count).values) if count > 0 else -1.0
 
 
-def _weights(module: Any, config: PruneConfig, prefix: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _weights(module: Any, config: PruneConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Weights that may lose something, by the parameter's name, and why the others may not."""
     torch = require("torch", extra="prune")
     found: dict[str, Any] = {}
     left: dict[str, str] = {}
     known = {id(p): name for name, p in module.named_parameters()}
-    for whole, part in module.named_modules():
-        name = whole.removeprefix(prefix)
+    for name, part in module.named_modules():
         weight = getattr(part, "weight", None)
         if not isinstance(part, layer_kinds()) or not isinstance(weight, torch.nn.Parameter):
             continue

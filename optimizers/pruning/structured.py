@@ -12,9 +12,11 @@ from deploykit.errors import OptimizationError, SpeedError
 from deploykit.optimizers.pruning.allocation import Prospect, allocate, highest_ratio, least_important
 from deploykit.optimizers.pruning.config import PruneConfig
 from deploykit.optimizers.pruning.counting import Layer, count_layers, count_parameters
-from deploykit.optimizers.pruning.groups import Group, Subject, find_structure, take_out, take_out_checked
+from deploykit.optimizers.pruning.groups import find_structure
 from deploykit.optimizers.pruning.importance import Losses, losses_of, magnitudes, savings, sensitivities, taylor
 from deploykit.optimizers.pruning.search import Found, Probe, find_ratio
+from deploykit.optimizers.pruning.subject import Group, Subject
+from deploykit.optimizers.pruning.surgery import take_out, take_out_checked
 from deploykit.progress import Progress
 from deploykit.specs import Array
 
@@ -170,7 +172,7 @@ class _Work:
 
     def _count(self) -> dict[str, Layer]:
         s = self._subject
-        return count_layers(s.module, s.example, s.feed, s.prefix)
+        return count_layers(s.module, s.example, s.feed)
 
     @property
     def _groups(self) -> Mapping[str, Group]:
