@@ -15,6 +15,7 @@ from deploykit.benchmarking import benchmark
 from deploykit.benchmarks.compare_verb import compare
 from deploykit.deriving import simplify
 from deploykit.exporting import export, export_parts
+from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
@@ -33,6 +34,7 @@ __all__ = [
     "compare",
     "export",
     "export_parts",
+    "finetune",
     "fuse",
     "optimize",
     "package",

@@ -58,6 +58,43 @@ class ExportStep(_Step):
     allow_unverified: bool = False
 
 
+class FinetuneStep(_Step):
+    """`deploykit finetune`; a `clip_norm` of 0 is any norm."""
+
+    step: Literal["finetune"] = "finetune"
+    source: str
+    data: str
+    eval_data: str | None = None
+    metric: str = "accuracy"
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    schedule: Literal["cosine", "one-cycle", "step", "plateau", "constant"] = "cosine"
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    loss: Literal["cross-entropy", "focal", "mse", "cosine", "ctc"] = "cross-entropy"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    focal_gamma: float = Field(default=2.0, ge=0, allow_inf_nan=False)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    clip_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    patience: int | None = Field(default=None, ge=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    checkpoint_minutes: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    dynamic: list[str] = []
+    inputs: list[str] = []
+    dims: dict[str, int] = {}
+    opset: int | None = None
+    task: str | None = None
+    part: str | None = None
+    devices: list[str] = []
+    contract: list[str] = []
+
+
 class SimplifyStep(_Step):
     """`deploykit simplify`."""
 
@@ -239,6 +276,7 @@ class BenchmarkStep(_Step):
 
 Step = (
     ExportStep
+    | FinetuneStep
     | SimplifyStep
     | FuseStep
     | DynamicStep
@@ -251,6 +289,7 @@ Step = (
 )
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
+    "finetune": FinetuneStep,
     "simplify": SimplifyStep,
     "fuse": FuseStep,
     "quantize-dynamic": DynamicStep,
@@ -341,7 +380,7 @@ def _check_references(name: str, steps: Mapping[str, Step]) -> None:
     """The first step has to bring its own model; a benchmark is no model."""
     step = steps[name]
     before = [n for n, s in steps.items() if n != name and not isinstance(s, BenchmarkStep)]
-    if isinstance(step, ExportStep):
+    if isinstance(step, ExportStep | FinetuneStep):
         return
     named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
     if not named and not before:

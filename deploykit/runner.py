@@ -15,12 +15,14 @@ from deploykit.artifact import Artifact, is_artifact, stamp_of
 from deploykit.benchmarks import Report
 from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
 from deploykit.optimizers import DynamicConfig, HalfConfig, RepairConfig, StaticConfig, WeightsConfig
+from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import (
     ApplyStep,
     BenchmarkStep,
     DynamicStep,
     ExportStep,
+    FinetuneStep,
     FuseStep,
     HalfStep,
     Recipe,
@@ -36,6 +38,7 @@ _RECORD = ".recipe.json"
 _PATHS = ("data", "eval_data", "source", "model")
 _FILES = ("merge", "tuned")
 _CONFIG = tuple(field.name for field in fields(StaticConfig))
+_TRAIN = tuple(field.name for field in fields(TrainConfig))
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress) -> dict[str, Artifact | Report]:
@@ -66,7 +69,7 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress
                     continue
                 # Made from something else, or whole and not yet noted as done when the run was killed.
                 _remove(target)
-                made[name] = _run_step(recipe, name, step, output, previous, progress)
+                made[name] = _run_step(recipe, name, step, output, previous, progress, resume=resume)
                 if isinstance(made[name], Report) and made[name].interrupted:  # type: ignore[union-attr]
                     raise KeyboardInterrupt
                 record[name] = key
@@ -88,7 +91,7 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
     else:
-        models = [] if isinstance(step, ExportStep) else [step.model or str(previous)]
+        models = [] if isinstance(step, ExportStep | FinetuneStep) else [step.model or str(previous)]
     digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
     files = [
         stamp_of(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts
@@ -158,7 +161,7 @@ def _remove(target: Path) -> None:
 
 
 def _run_step(
-    recipe: Recipe, name: str, step: Step, output: Path, previous: str | None, progress: Progress
+    recipe: Recipe, name: str, step: Step, output: Path, previous: str | None, progress: Progress, *, resume: bool
 ) -> Artifact | Report:
     target = output / name
     params = step.model_dump(exclude={"step"})
@@ -177,6 +180,8 @@ def _run_step(
         return report
     if isinstance(step, ExportStep):
         return pipeline.export(params.pop("source"), target, progress=progress, **params)
+    if isinstance(step, FinetuneStep):
+        return _finetune(target, resume=resume, progress=progress, **params)
     model = params.pop("model") or str(output / str(previous))
     verbs: dict[type[Step], Callable[..., Artifact]] = {
         SimplifyStep: pipeline.simplify,
@@ -189,6 +194,12 @@ def _run_step(
         ApplyStep: _apply,
     }
     return verbs[type(step)](model, target, progress=progress, **params)
+
+
+def _finetune(target: Path, *, source: str, **params: Any) -> Artifact:
+    settings = {key: params.pop(key) for key in _TRAIN if key in params}
+    config = TrainConfig(**settings | {"clip_norm": settings["clip_norm"] or None})
+    return pipeline.finetune(source, target, config=config, **params)
 
 
 def _dynamic(

@@ -17,6 +17,7 @@ from deploykit.errors import DeploykitError, storage_error
 _COMMANDS = {
     "doctor": "What is installed, which devices exist, what clashes, and what to do about it.",
     "export": "Turn a model into a verified ONNX artifact.",
+    "finetune": "Train a PyTorch model further, and turn it into a verified ONNX artifact.",
     "simplify": "Simplify the graph, compared with its parent.",
     "fuse": "Fuse nodes, where that is right and faster.",
     "quantize": "Fewer bits for weights, activations or both; sweep and repair.",

@@ -19,19 +19,33 @@ _METRICS = ("accuracy", "f1", "precision", "recall")
 
 
 class _Metric(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2
-    """One of ours, or of a plugin; those are looked up only where the name is not ours."""
+    """One of ours, or of a plugin; those are looked up only where the name is not ours.
 
-    name = "|".join((*_METRICS, "NAME"))
+    Args:
+        further: Names that stand for something else.
+    """
+
+    def __init__(self, further: tuple[str, ...] = ()) -> None:
+        self._known = (*_METRICS, *further)
+        self.name = "|".join((*self._known, "NAME"))
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Take it over; anything unknown is wrong usage."""
         name = str(value)
-        if name not in _METRICS:
+        if name not in self._known:
             from deploykit.plugins import find, names
 
             if find("metrics", name) is None:
-                self.fail(f"{name!r} is not one of {', '.join((*_METRICS, *names('metrics')))}.", param, ctx)
+                self.fail(f"{name!r} is not one of {', '.join((*self._known, *names('metrics')))}.", param, ctx)
         return name
+
+
+def metric_option(text: str, *, default: str | None = None, further: tuple[str, ...] = ()) -> common.Decorator:
+    """`--metric`, with the command's own help."""
+    kind = _Metric(further)
+    return click.option(
+        "--metric", type=kind, default=default, show_default=default is not None, metavar=f"[{kind.name}]", help=text
+    )
 
 
 _TARGET_OPTIONS: tuple[common.Decorator, ...] = (
@@ -39,9 +53,8 @@ _TARGET_OPTIONS: tuple[common.Decorator, ...] = (
         "--eval", "eval_data", metavar="DATA",
         help="Real inputs, with 'labels' for a metric: FILE.npz, a directory of .npy, or module:function.",
     ),
-    click.option(
-        "--metric", type=_Metric(), metavar=f"[{_Metric.name}]",
-        help="What may get worse by --max-drop on --eval; NAME: a plugin's. accuracy, where no other target is given.",
+    metric_option(
+        "What may get worse by --max-drop on --eval; NAME: a plugin's. accuracy, where no other target is given."
     ),
     click.option(
         "--max-drop", metavar="DROP", help="0.01: in the metric's units (the default); 1%: of the parent's value."

@@ -69,7 +69,7 @@ class TrainingFolder:
             OutputExistsError: One is there, and `resume` is not given.
             StorageError: The folder cannot be written.
         """
-        if self._begun and not resume:
+        if self.begun and not resume:
             raise OutputExistsError(
                 f"{self.path} holds a training already",
                 hint="go on with it (--resume, or resume=True), or remove it first",
@@ -94,7 +94,7 @@ class TrainingFolder:
             OptimizationError: It has other settings or data.
         """
         plan = {"config": asdict(config), "data": dict(data)}
-        if self._begun:
+        if self.begun:
             self._check(plan)
             return self.last.exists()
         write_file(self.path / _PLAN, _json(plan))
@@ -106,7 +106,8 @@ class TrainingFolder:
             self.path.rmdir()
 
     @property
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
+        """Whether a training is here."""
         return (self.path / _PLAN).exists() or self.last.exists()
 
     def _check(self, plan: Mapping[str, Any]) -> None:
