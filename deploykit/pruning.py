@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -11,47 +10,45 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deploykit.artifact import TORCH, Artifact, Evidence, StepRecord
 from deploykit.benchmarks.metrics import check_metric
 from deploykit.comparing import find_targets
 from deploykit.data import LABELS, Dataset
-from deploykit.errors import AccuracyError, DataError, ExportError, OptimizationError, SpeedError
+from deploykit.errors import AccuracyError, DataError, OptimizationError, SpeedError
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
 from deploykit.exporters.pytorch import TorchSource
 from deploykit.exporting import MODEL, export_graph
-from deploykit.extras import require, version_of
+from deploykit.extras import require
 from deploykit.gating import DEFAULT_SECONDS, Gate, check_speed, time_against_parent
 from deploykit.goals import Goal, Judge, Score, read_drop
 from deploykit.latency import Stopwatch
 from deploykit.optimizers.pruning import (
     Aim,
-    Masks,
     PruneConfig,
-    Pruned,
     Subject,
     attributes_of,
-    changed_attributes,
     check_prune_config,
     make_sparse,
     prune_structured,
-    restore_structure,
 )
 from deploykit.optimizers.pruning.sparse import NOTE
-from deploykit.optimizers.training import Supervised, TrainConfig, check_train_config, train
+from deploykit.optimizers.training import Supervised, TrainConfig, check_train_config, first_output, train
 from deploykit.optimizers.training.config import LOSS
+from deploykit.optimizers.training.losses import CLASSIFIERS, are_probabilities
+from deploykit.optimizers.training.outputs import tensors_of
 from deploykit.progress import Progress, quiet
+from deploykit.pruned import restore, sparse_params, structured_params, tools_used, write_torch
 from deploykit.runtimes import Device
 from deploykit.staging import ArtifactWriter, check_free
 from deploykit.targets import Target, choose_opset, parse_targets
 from deploykit.trainable import Trainable, find_score, open_trainable
 
+__all__ = ["prune", "restore"]
+
 _LOG = "export.log"
 _WORK = ".work"
-WEIGHTS, STRUCTURE, PROGRAM = "model.safetensors", "structure.json", "program.pt2"
 _TOLERANCE = 0.05
 # Rows that the sensitivity of the groups, and the gradient, are measured on.
 _ROWS, _BATCH = 128, 32
@@ -175,30 +172,6 @@ def prune(
         return job.run(source, example_inputs, Path(output), targets, data, eval_data, unverified=allow_unverified)
 
 
-def restore(module: Any, artifact: str | Path) -> Any:
-    """Give a module of the class that was pruned its structure and its weights, to train it on.
-
-    Args:
-        module: As it was built before the pruning; changed in place.
-        artifact: What `prune` wrote, or a later artifact's parent.
-
-    Returns:
-        The module.
-
-    Raises:
-        OptimizationError: The artifact has no torch module beside it, or another one.
-        ArtifactError: It was changed.
-    """
-    opened = Artifact.open(artifact)
-    folder = opened.path / TORCH
-    if TORCH + STRUCTURE not in opened.manifest.files:
-        raise OptimizationError(f"{opened.path} has no {TORCH}{STRUCTURE}", expected="an artifact of deploykit prune")
-    weights = require("safetensors.torch", extra="prune").load_file(str(folder / WEIGHTS))
-    changed = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))["changed"]
-    restore_structure(module, changed, weights)
-    return module
-
-
 def _check_request(
     config: PruneConfig,
     target: _Target,
@@ -237,7 +210,7 @@ def _check_request(
     if training is not None:
         check_train_config(training)
         if data is None:
-            raise OptimizationError("a recovery needs training data", hint="add --data DATA, or --epochs 0")
+            raise OptimizationError("a recovery needs training data", hint="add --data DATA")
     if metric is not None:
         check_metric(metric)
     if eval_data is None and (metric is not None or max_drop is not None):
@@ -284,8 +257,9 @@ class _Job:
             source = model.source
             rows = None if data is None else model.fit(Dataset.open(data))
             held_out = None if eval_data is None else model.fit(Dataset.open(eval_data))
-            watch = Stopwatch(source, work, log, rows, told)
-            judge = self._judge(watch, targets[0][0], held_out, source, work)
+            timed = self.gate.seconds > 0 or held_out is not None
+            watch = Stopwatch(source, work, log, rows, told) if timed else None
+            judge = self._judge(watch, targets[0][0], held_out, work)
             before = attributes_of(model.module)
             done = self._prune(model, rows, held_out, watch, work)
             source.observe()
@@ -295,14 +269,14 @@ class _Job:
             )  # fmt: skip
             speed = self._time(watch, writer.dir / MODEL)
             accuracy = self._score(judge, writer.dir / MODEL)
-            self._write_torch(source, writer.dir / TORCH, before, log)
+            write_torch(source, writer.dir / TORCH, before, log, told)
             shutil.rmtree(work)
             if log.is_file() and not log.stat().st_size:
                 log.unlink()
             step = StepRecord(
                 step="prune",
                 params={"source": model.label, "kind": source.kind, **self._params(data, eval_data), **done},
-                tools=_tools(),
+                tools=tools_used(),
                 parent=None,
                 seconds=round(time.monotonic() - started, 3),
                 notes=list(told.notes[first_note:]),
@@ -316,20 +290,20 @@ class _Job:
             )
 
     def _judge(
-        self, watch: Stopwatch, device: Device, data: Dataset | None, source: TorchSource, work: Path
+        self, watch: Stopwatch | None, device: Device, data: Dataset | None, work: Path
     ) -> Judge | None:
         """What the module as it is gives on the evaluation data."""
-        if data is None:
+        if data is None or watch is None:
             self.told.note("accuracy is not measured: there are no evaluation data (--eval)")
             return None
         folder = work / "judge"
         folder.mkdir()
         goal = Goal(self.metric, *read_drop(0.0 if self.max_drop is None else self.max_drop))
         with self.told.step(f"measure {self.metric} before"):
-            return Judge(watch.original.path, source.signature, device, data, goal, folder)
+            return Judge(watch.original.path, watch.original.signature, device, data, goal, folder)
 
     def _prune(
-        self, model: Trainable, rows: Dataset | None, held_out: Dataset | None, watch: Stopwatch, work: Path
+        self, model: Trainable, rows: Dataset | None, held_out: Dataset | None, watch: Stopwatch | None, work: Path
     ) -> dict[str, Any]:
         """Prune the source's module in place; what the lineage keeps of it."""
         metrics: list[float | None] = []
@@ -337,11 +311,15 @@ class _Job:
         def recover(module: Any, step: int, hold: Callable[..., None] | None = None) -> None:
             assert rows is not None and self.training is not None
             config = replace(self.training, metric=LOSS if held_out is None else self.metric)
-            trained = train(
-                module, rows, config, work / f"recovery-{step}", eval_data=held_out,
-                score=None if held_out is None else find_score(self.metric), feed=model.feed, after_step=hold,
-                progress=self.told,
-            )  # fmt: skip
+            try:
+                trained = train(
+                    module, rows, config, work / f"recovery-{step}", eval_data=held_out,
+                    score=None if held_out is None else find_score(self.metric), feed=model.feed, after_step=hold,
+                    progress=self.told,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                self.told.note("a pruning that was interrupted begins anew: nothing of it was kept")
+                raise
             metrics.append(trained.metric)
 
         if self.training is None:
@@ -350,17 +328,17 @@ class _Job:
         if self.config.method != "structured":
             masks = make_sparse(model.module, self.config, again)
             self.told.note(NOTE)
-            return {**_sparse_params(masks), "recovered": metrics}
-        examples = {name: _tensor(array) for name, array in model.source.examples.items()}
+            return {**sparse_params(masks), "recovered": metrics}
+        examples = tensors_of(model.source.examples, "cpu")
         subject = Subject(model.module, examples, model.feed, self.config.keep)
         done = prune_structured(
             subject, self.config, aim=self._aim(watch), losses=self._losses(rows, model.feed),
             batches=_batches(rows, model.names), recover=again, told=self.told,
         )  # fmt: skip
-        return {**_structured_params(done), "recovered": metrics}
+        return {**structured_params(done), "recovered": metrics}
 
-    def _aim(self, watch: Stopwatch) -> Aim | None:
-        if not self.target.asked:
+    def _aim(self, watch: Stopwatch | None) -> Aim | None:
+        if not self.target.asked or watch is None:
             return None
         absolute = self.target.latency_ms is not None
         with self.told.step("time the module as it is"):
@@ -370,22 +348,29 @@ class _Job:
 
     def _losses(self, rows: Dataset | None, feed: Any) -> Any:
         """Losses on some labelled batches, for importance by Taylor expansion; None without labels."""
-        if rows is None or LABELS not in rows.head(1):
+        labels = None if rows is None else rows.head(1).get(LABELS)
+        if rows is None or labels is None or (self.training is None and labels.dtype.kind not in "iub"):
             return None
-        objective = Supervised(replace(self.training or TrainConfig(), mixup=0.0), feed)
+        config = replace(self.training or TrainConfig(), mixup=0.0)
 
         def losses(module: Any) -> Iterator[Any]:
+            objective = Supervised(config, feed)
             for batch in _batches(rows, ()):
+                if config.loss in CLASSIFIERS:
+                    objective.probabilities = are_probabilities(first_output(feed(module, batch)).detach())
                 yield objective(module, batch)["loss"]
 
         return losses
 
-    def _time(self, watch: Stopwatch, model: Path) -> list[dict[str, Any]]:
+    def _time(self, watch: Stopwatch | None, model: Path) -> list[dict[str, Any]]:
         """Time the result against the module as it was.
 
         Raises:
             SpeedError: It is not faster, or misses the target, and that was not allowed.
         """
+        if watch is None or self.gate.seconds <= 0:
+            self.told.note("whether it is faster is not measured: --gate-seconds 0")
+            return []
         with self.told.step("time it against the module as it was"):
             records = time_against_parent(watch.original, model, self.gate, watch.feeds, watch.origin)
         if self.config.method != "structured":
@@ -430,27 +415,8 @@ class _Job:
         summary = f"{told} on {judge.data.source} ({score.samples} samples)"
         if score.collapsed:
             summary += f"; {score.collapsed}"
-        return [record | {"certified": certified, "target": record["target"] if certified else None, "summary": summary}]
-
-    def _write_torch(self, source: TorchSource, folder: Path, before: Mapping[str, Any], log: Path) -> None:
-        """Weights, structure and program of the pruned module."""
-        torch = require("torch", extra="prune")
-        folder.mkdir()
-        module = source.module
-        saved: dict[int, str] = {}
-        kept = {}
-        for name, tensor in module.state_dict().items():
-            # safetensors holds no tensor twice; `restore` finds tied ones in the module that it is given.
-            if saved.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name:
-                kept[name] = tensor.detach().contiguous()
-        require("safetensors.torch", extra="prune").save_file(kept, str(folder / WEIGHTS))
-        text = {"class": type(module).__qualname__, "changed": changed_attributes(before, module)}
-        (folder / STRUCTURE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-        try:
-            with self.told.step("write a program of torch.export"), quiet(log):
-                torch.export.save(source.program(), str(folder / PROGRAM))
-        except ExportError as exc:
-            self.told.note(f"there is no {TORCH}{PROGRAM} ({exc.what}); deploykit.pruning.restore takes the weights")
+        wanted = record["target"] if certified else None
+        return [record | {"certified": certified, "target": wanted, "summary": summary}]
 
     def _params(self, data: Any, eval_data: Any) -> dict[str, Any]:
         return {
@@ -461,51 +427,13 @@ class _Job:
         }  # fmt: skip
 
 
-def _structured_params(done: Pruned) -> dict[str, Any]:
-    return {
-        "ratio": round(done.ratio, 4),
-        "parameters": list(done.parameters),
-        "macs": list(done.macs),
-        "channels": {name: list(pair) for name, pair in done.channels.items()},
-        "heads": {name: list(pair) for name, pair in done.heads.items()},
-        "layers": {
-            name: {"inputs": [a.inputs, b.inputs], "outputs": [a.outputs, b.outputs]}
-            for name, (a, b) in done.layers.items()
-            if a != b
-        },
-        "kept": dict(done.kept),
-        "importance": done.importance,
-        "sensitivity": {name: float(f"{value:.4g}") for name, value in done.sensitivity.items()},
-        "trials": [{"ratio": round(p.ratio, 4), "ms": round(p.ms, 4)} for p in done.probes],
-    }
-
-
-def _sparse_params(masks: Masks) -> dict[str, Any]:
-    return {
-        "sparsity": round(masks.sparsity, 4),
-        "layers": {name: round(share, 4) for name, share in masks.layers().items()},
-        "kept": dict(masks.left),
-    }
-
-
 def _batches(rows: Dataset | None, names: Sequence[str]) -> list[dict[str, Any]]:
     """Some rows as tensors, in batches; of the named inputs, or of all with the labels."""
     if rows is None:
         return []
-    head = rows.head(_ROWS)
+    head = {name: array for name, array in rows.head(_ROWS).items() if not names or name in names}
     count = len(next(iter(head.values())))
     return [
-        {name: _tensor(a[start : start + _BATCH]) for name, a in head.items() if not names or name in names}
+        tensors_of({name: a[start : start + _BATCH] for name, a in head.items()}, "cpu")
         for start in range(0, count, _BATCH)
     ]
-
-
-def _tensor(array: Any) -> Any:
-    torch = require("torch", extra="prune")
-    found = torch.from_numpy(np.array(array))
-    return found
-
-
-def _tools() -> dict[str, str]:
-    names = ("torch", "torch-pruning", "pytorch-lightning", "safetensors")
-    return {name: found for name in names if (found := version_of(name))}
