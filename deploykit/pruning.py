@@ -18,7 +18,6 @@ from deploykit.errors import AccuracyError, DataError, OptimizationError, SpeedE
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
-from deploykit.exporters.pytorch import TorchSource
 from deploykit.exporting import MODEL, export_graph
 from deploykit.extras import require
 from deploykit.gating import DEFAULT_SECONDS, Gate, check_speed, time_against_parent
@@ -289,9 +288,7 @@ class _Job:
                 ranges=source.ranges,
             )
 
-    def _judge(
-        self, watch: Stopwatch | None, device: Device, data: Dataset | None, work: Path
-    ) -> Judge | None:
+    def _judge(self, watch: Stopwatch | None, device: Device, data: Dataset | None, work: Path) -> Judge | None:
         """What the module as it is gives on the evaluation data."""
         if data is None or watch is None:
             self.told.note("accuracy is not measured: there are no evaluation data (--eval)")

@@ -58,14 +58,9 @@ class ExportStep(_Step):
     allow_unverified: bool = False
 
 
-class FinetuneStep(_Step):
-    """`deploykit finetune`; a `clip_norm` of 0 is any norm."""
+class _TrainingStep(_Step):
+    """How a module is trained; a `clip_norm` of 0 is any norm."""
 
-    step: Literal["finetune"] = "finetune"
-    source: str
-    data: str
-    eval_data: str | None = None
-    metric: str = "accuracy"
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=64, ge=1)
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
@@ -93,6 +88,41 @@ class FinetuneStep(_Step):
     part: str | None = None
     devices: list[str] = []
     contract: list[str] = []
+
+
+class FinetuneStep(_TrainingStep):
+    """`deploykit finetune`."""
+
+    step: Literal["finetune"] = "finetune"
+    source: str
+    data: str
+    eval_data: str | None = None
+    metric: str = "accuracy"
+
+
+class PruneStep(_TrainingStep):
+    """`deploykit prune`; `recovery` is whether it is trained afterwards, which needs data."""
+
+    step: Literal["prune"] = "prune"
+    source: str
+    method: Literal["structured", "magnitude", "2:4"] = "structured"
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    speedup: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=1, ge=1)
+    round_to: int = Field(default=16, ge=1)
+    importance: Literal["auto", "magnitude", "taylor"] = "auto"
+    allocation: Literal["sensitivity", "uniform"] = "sensitivity"
+    max_ratio: float = Field(default=0.9, gt=0, lt=1)
+    keep: list[str] = []
+    data: str | None = None
+    recovery: bool = True
+    eval_data: str | None = None
+    metric: str | None = None
+    max_drop: float | str | None = None
+    allow_slower: bool = False
+    gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    allow_unverified: bool = False
 
 
 class SimplifyStep(_Step):
@@ -277,6 +307,7 @@ class BenchmarkStep(_Step):
 Step = (
     ExportStep
     | FinetuneStep
+    | PruneStep
     | SimplifyStep
     | FuseStep
     | DynamicStep
@@ -290,6 +321,7 @@ Step = (
 _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "finetune": FinetuneStep,
+    "prune": PruneStep,
     "simplify": SimplifyStep,
     "fuse": FuseStep,
     "quantize-dynamic": DynamicStep,
@@ -380,7 +412,7 @@ def _check_references(name: str, steps: Mapping[str, Step]) -> None:
     """The first step has to bring its own model; a benchmark is no model."""
     step = steps[name]
     before = [n for n, s in steps.items() if n != name and not isinstance(s, BenchmarkStep)]
-    if isinstance(step, ExportStep | FinetuneStep):
+    if isinstance(step, ExportStep | FinetuneStep | PruneStep):
         return
     named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
     if not named and not before:

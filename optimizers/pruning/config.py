@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from deploykit.errors import OptimizationError
 
@@ -41,6 +41,16 @@ class PruneConfig:
     keep: tuple[str, ...] = ()
 
 
+# Settings that count for some methods only.
+_OWNED = {
+    "round_to": ("structured",),
+    "importance": ("structured",),
+    "allocation": ("structured", "magnitude"),
+    "max_ratio": ("structured", "magnitude"),
+}
+_DEFAULTS = {field.name: field.default for field in fields(PruneConfig)}
+
+
 def check_prune_config(config: PruneConfig) -> None:
     """Refuse what cannot be done, before anything is loaded.
 
@@ -65,7 +75,11 @@ def check_prune_config(config: PruneConfig) -> None:
         raise OptimizationError(f"channels in multiples of {config.round_to}", expected="1 or more")
     if config.method == "2:4" and config.ratio is not None:
         raise OptimizationError("a ratio with 2:4, which is one half", hint="leave --ratio out, or use magnitude")
-    if config.method != "structured" and config.importance == "taylor":
-        raise OptimizationError(
-            f"importance taylor with {config.method}", expected="taylor for structured pruning", hint="leave it out"
-        )
+    for name, methods in _OWNED.items():
+        if config.method not in methods and getattr(config, name) != _DEFAULTS[name]:
+            words = name.replace("_", "-")
+            raise OptimizationError(
+                f"{words} does nothing with the method {config.method}",
+                expected=f"{words} with {' or '.join(methods)}",
+                hint=f"leave --{words} out",
+            )
