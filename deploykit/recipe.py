@@ -39,6 +39,14 @@ class _Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _known_metric(name: str) -> str:
+    try:
+        check_metric(name)
+    except DataError as exc:
+        raise ValueError(str(exc)) from exc
+    return name
+
+
 class ExportStep(_Step):
     """`deploykit export`."""
 
@@ -88,6 +96,11 @@ class _TrainingStep(_Step):
     part: str | None = None
     devices: list[str] = []
     contract: list[str] = []
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        return metric if metric == "loss" else _known_metric(metric)
 
 
 class FinetuneStep(_TrainingStep):
@@ -168,12 +181,7 @@ class _GoalStep(_Step):
     @field_validator("metric")
     @classmethod
     def _known(cls, metric: str | None) -> str | None:
-        if metric is not None:
-            try:
-                check_metric(metric)
-            except DataError as exc:
-                raise ValueError(str(exc)) from exc
-        return metric
+        return metric if metric is None else _known_metric(metric)
 
 
 class _QuantizeStep(_GoalStep):

@@ -192,7 +192,7 @@ class Course:
             plateau.step(watched)
         entry["seconds"] = round(self._seconds + time.monotonic() - self._since, 3)
         self.history.append(entry)
-        log({(n if n == LOSS else f"epoch/{n}"): v for n, v in entry.items() if n not in ("epoch", "step")}, self.step)
+        log({f"epoch/{n}": v for n, v in entry.items() if n not in ("epoch", "step")}, self.step)
         patience = self.config.patience
         if self.epoch == self.config.epochs:
             self.stopped = "epochs"

@@ -21,6 +21,8 @@ from deploykit.recipe import Recipe, dump
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nsmooth=2.0\n", "smooth"),
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nbias_correction='slow'\n", "bias_correction"),
         ("[export]\nsource='x'\n[quantize-static]\ndata='d'\nengine='vitis'\n", "engine"),
+        ("[finetune]\nsource='x'\n", "data"),
+        ("[finetune]\nsource='x'\ndata='d'\nmetric='bleu'\n", "metric"),
     ],
 )
 def test_errors_say_what_to_mend(tmp_path, text, word):

@@ -1,0 +1,216 @@
+"""`finetune`: from a module to a verified artifact that is better, with the training as its evidence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+import deploykit
+from deploykit import runner
+from deploykit.errors import DataError, OptimizationError, OutputExistsError, SourceError
+from deploykit.optimizers.training import TrainConfig
+from deploykit.progress import Progress
+from deploykit.recipe import Recipe
+from deploykit.trainable import find_score, open_trainable
+
+SOURCE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(64, 48)
+        self.drop = nn.Dropout(0.1)
+        self.out = nn.Linear(48, 10)
+
+    def forward(self, image, scale):
+        return self.out(self.drop(torch.relu(self.hidden(image.flatten(1) * scale))))
+
+
+def make():
+    torch.manual_seed(0)
+    return Net(), (torch.zeros(2, 8, 8), torch.ones(2, 1))
+"""
+CONFIG = TrainConfig(epochs=5, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("finetune")
+    (made / "net.py").write_text(SOURCE)
+    rows, labels = load_digits(return_X_y=True)
+    images = (rows / 16).astype(np.float32).reshape(-1, 8, 8)
+    ones = np.ones((len(labels), 1), np.float32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    for name, index in (("train", order[:800]), ("eval", order[800:1200])):
+        # Named out of order, with a column that the module does not take.
+        np.savez(
+            made / f"{name}.npz", scale=ones[index], spare=ones[index], image=images[index], labels=labels[index]
+        )  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    told = Progress()
+    artifact = deploykit.finetune(
+        f"{folder / 'net.py'}:make", folder / "tuned", data=folder / "train.npz", eval_data=folder / "eval.npz",
+        config=CONFIG, devices=["ort:cpu"], progress=told,
+    )  # fmt: skip
+    return artifact, told
+
+
+def test_the_artifact_is_the_trained_module(folder, tuned):
+    artifact = deploykit.Artifact.open(tuned[0].path)
+    state = torch.load(folder / "tuned.training" / "weights.pt", weights_only=True)
+    module = open_trainable(f"{folder / 'net.py'}:make").module
+    module.load_state_dict(state)
+    held_out = np.load(folder / "eval.npz")
+    feeds = {"image": held_out["image"], "scale": held_out["scale"]}
+    with deploykit.open_session(artifact.path, "ort:cpu") as session, torch.no_grad():
+        found = next(iter(session.run(feeds).values()))
+        want = module(*(torch.tensor(feeds[name]) for name in ("image", "scale")))
+    np.testing.assert_allclose(found, want.numpy(), atol=1e-4)
+    accuracy = np.mean(found.argmax(1) == held_out["labels"])
+    assert accuracy > 0.9
+    (record,) = artifact.manifest.evidence.accuracy
+    assert record["value"] == pytest.approx(accuracy, abs=1e-6)
+    assert record["before"] < 0.3
+    assert artifact.manifest.evidence.parity[0]["verdict"] == "passed"
+
+
+def test_the_lineage_tells_how_it_was_trained(folder, tuned):
+    trained, exported = tuned[0].manifest.lineage
+    assert (trained.step, exported.step) == ("finetune", "export")
+    params = trained.params
+    assert params["config"]["learning_rate"] == 1e-2
+    assert params["before"] < 0.3 < 0.9 < params["after"] == max(e["accuracy"] for e in params["history"])
+    assert params["history"] == json.loads((folder / "tuned.training" / "history.json").read_text())
+    assert (params["metric"], params["epochs"], params["stopped"]) == ("accuracy", 5, "epochs")
+    assert {"torch", "pytorch-lightning"} <= set(trained.tools)
+
+
+def test_the_result_is_quantized_like_any_artifact(folder, tuned):
+    made = deploykit.quantize_dynamic(tuned[0].path, folder / "int8", allow_slower=True, gate_seconds=0)
+    assert [step.step for step in made.manifest.lineage] == ["finetune", "export", "quantize-dynamic"]
+
+
+def test_nothing_is_overwritten(folder, tuned):
+    options: dict[str, Any] = {"data": folder / "train.npz", "config": CONFIG}
+    source = f"{folder / 'net.py'}:make"
+    with pytest.raises(OutputExistsError, match="left as it is"):
+        deploykit.finetune(source, folder / "tuned", **options)
+    (folder / "other.training").mkdir()
+    (folder / "other.training" / "mine").write_text("x")
+    with pytest.raises(OutputExistsError, match="--resume"):
+        deploykit.finetune(source, folder / "other", **options)
+    assert [p.name for p in (folder / "other.training").iterdir()] == ["mine"]
+
+
+def test_a_training_outlives_a_failed_export(folder, monkeypatch):
+    options: dict[str, Any] = {
+        "data": folder / "train.npz", "eval_data": folder / "eval.npz", "config": TrainConfig(epochs=1),
+        "devices": ["ort:cpu"],
+    }  # fmt: skip
+    source = f"{folder / 'net.py'}:make"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planned"):
+        patch.setattr("deploykit.exporting.write_onnx", _fail)
+        deploykit.finetune(source, folder / "late", **options)
+    assert not (folder / "late").exists()
+    before = (folder / "late.training" / "weights.pt").read_bytes()
+    artifact = deploykit.finetune(source, folder / "late", resume=True, **options)
+    assert artifact.manifest.lineage[0].params["epochs"] == 1
+    assert (folder / "late.training" / "weights.pt").read_bytes() == before
+
+
+def _fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("planned")
+
+
+def test_a_training_that_does_not_begin_leaves_nothing(folder):
+    with pytest.raises(DataError, match="no data for input 'image'"):
+        np.savez(folder / "bare.npz", scale=np.ones((4, 1), np.float32), labels=np.zeros(4, np.int64))
+        deploykit.finetune(
+            f"{folder / 'net.py'}:make", folder / "none", data=folder / "bare.npz", eval_data=folder / "eval.npz"
+        )  # fmt: skip
+    assert not list(folder.glob("none*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "word"),
+    [
+        ({"config": TrainConfig(metric="bleu"), "eval_data": "eval.npz"}, DataError, "unknown metric"),
+        ({"config": TrainConfig(learning_rate=-1.0)}, OptimizationError, "learning rate"),
+        ({"data": "nosuch.npz"}, DataError, "does not exist"),
+        ({"source": "nosuch.py:make"}, SourceError, "does not exist"),
+    ],
+)
+def test_errors_come_before_the_work(folder, monkeypatch, options, kind, word):
+    monkeypatch.chdir(folder)
+    with pytest.raises(kind) as caught:
+        deploykit.finetune(**{"source": "net.py:make", "output": "x", "data": "train.npz", **options})
+    assert word in str(caught.value)
+    assert not list(folder.glob("x*"))
+
+
+def test_sources_that_cannot_be_trained(folder):
+    for module, word in (
+        (torch.jit.script(nn.Linear(2, 2)), "TorchScript"),
+        (nn.Linear(2, 2).half(), "16 bits"),
+    ):
+        with pytest.raises(SourceError, match=word):
+            open_trainable(module, torch.zeros(2, 2, dtype=next(module.parameters()).dtype))
+
+
+def test_a_module_of_this_process_stays_as_it_is(tmp_path):
+    net = nn.Linear(64, 10)
+    before = net.weight.detach().clone()
+    model = open_trainable(net, torch.zeros(2, 64))
+    model.module.weight.data.zero_()
+    assert torch.equal(net.weight, before)
+    case = model.renewed().cases[0]
+    np.testing.assert_allclose(next(iter(case.outputs.values())), np.tile(net.bias.detach().numpy(), (2, 1)))
+
+
+def test_scores_are_those_of_the_benchmarks():
+    outputs = np.random.default_rng(0).standard_normal((90, 3)).astype(np.float32)
+    labels = np.random.default_rng(1).integers(0, 3, 90)
+    pairs = [(outputs[i : i + 20], labels[i : i + 20]) for i in range(0, 90, 20)]
+    from sklearn.metrics import f1_score
+
+    assert find_score("accuracy").of(pairs) == pytest.approx(np.mean(outputs.argmax(1) == labels))
+    assert find_score("f1").of(pairs) == pytest.approx(f1_score(labels, outputs.argmax(1), average="macro"))
+
+
+def test_a_recipe_says_the_same(tmp_path, monkeypatch, capsys):
+    from click.testing import CliRunner
+
+    from deploykit.cli import cli
+
+    told = ["finetune", "net.py:make", "-o", "out", "--data", "train.npz", "--eval", "eval.npz", "--metric", "f1",
+            "--epochs", "3", "--clip-norm", "0", "--schedule", "one-cycle", "--dry-run"]  # fmt: skip
+    printed = CliRunner().invoke(cli, told)
+    assert printed.exit_code == 0, printed.output
+    (tmp_path / "r.toml").write_text(printed.output)
+    seen: dict[str, Any] = {}
+
+    def finetune(source: str, output: Path, **options: Any) -> Any:
+        seen.update(options, source=source, output=output)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.pipeline, "finetune", finetune)
+    with pytest.raises(KeyboardInterrupt):
+        deploykit.run(Recipe.load(tmp_path / "r.toml"), tmp_path / "out")
+    assert seen["config"] == TrainConfig(epochs=3, clip_norm=None, schedule="one-cycle", metric="f1")
+    assert seen["source"] == f"{tmp_path / 'net.py'}:make"
+    assert (seen["data"], seen["eval_data"]) == (str(tmp_path / "train.npz"), str(tmp_path / "eval.npz"))
+    assert seen["output"] == tmp_path / "out" / "finetune"
