@@ -1,5 +1,7 @@
 """Which channels go: in multiples, the cheapest first, and more of them for a larger ratio."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -29,7 +31,7 @@ def test_cheap_channels_go_first_and_a_larger_ratio_takes_them_too():
     ]
     assert allocate(groups, 0.2, 0.8) == {"dear": 64, "cheap": 64, "slow": 16}
     kept = [allocate(groups, ratio, 0.8) for ratio in np.linspace(0.01, 0.9, 30)]
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in pairwise(kept):
         assert all(after[name] <= before[name] for name in after)
     assert kept[-1] == {"dear": 16, "cheap": 16, "slow": 16}
     gone = 1 - sum(allocate(groups, 0.5, 0.8).values()) / 192
