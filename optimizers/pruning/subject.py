@@ -112,7 +112,9 @@ def trace(subject: Subject) -> Any:
                 subject.module,
                 example_inputs=dict(subject.example),
                 # The copies are what nothing reads: who makes them makes an output of the module.
-                forward_fn=lambda module, example: [t.clone() for t in tensors_in(subject.feed(module, example))],
+                forward_fn=lambda module, example: [
+                    t.clone() for t in tensors_in(subject.feed(module, example)) if t.requires_grad
+                ],
                 verbose=False,
             )
     except Exception as exc:
