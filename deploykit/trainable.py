@@ -83,7 +83,9 @@ class Trainable:
         return self._source.renewed(module)
 
 
-def open_trainable(source: str | Path | Any, example_inputs: Any = None, options: ExportOptions | None = None) -> Trainable:
+def open_trainable(
+    source: str | Path | Any, example_inputs: Any = None, options: ExportOptions | None = None
+) -> Trainable:
     """Open a source of PyTorch; a module of this process is copied.
 
     Args:

@@ -21,7 +21,11 @@ from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import computes_in_half, count_modules, has_fast_path, prepare, recurrent_layers
+<<<<<<< HEAD
 from deploykit.exporters.reasons import torch_reason
+=======
+from deploykit.exporters.observing import export_feeds, observed_range, rank_notes, widen
+>>>>>>> h-TRAIN
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
@@ -147,7 +151,7 @@ class TorchSource(Source):
             found.append(f"held fixed in the graph: {', '.join(call.fixed)}")
         self._widened = ready.widened
         if ready.widened:
-            examples = {n: _widen(a) for n, a in examples.items()}
+            examples = {n: widen(a) for n, a in examples.items()}
         self._module = torch_onnx.flatten_module(ready.module, call)
         self._wide: Any = None
         self._examples = examples
@@ -180,7 +184,7 @@ class TorchSource(Source):
         self.cases = tuple(cases)
         self.signature = Signature(dynamic, observed_outputs(cases))
         self._boundaries = Boundaries(dynamic, examples, self._reference, given.draw, limits)
-        found += _rank_notes(cases)
+        found += rank_notes(cases)
         if self._recurrent and options.way == "auto":
             found.append(
                 f"TorchScript goes first, because it keeps a recurrent layer as one operator: {self._recurrent[0]}"
@@ -442,43 +446,3 @@ class TorchSource(Source):
         """torch, onnxscript, and transformers where it built the module."""
         names = ["torch", "onnxscript", "onnx", *(["transformers"] if self.kind == "huggingface" else [])]
         return {name: found for name in names if (found := version_of(name))}
-
-
-def export_feeds(specs: Sequence[TensorSpec], examples: Feeds) -> dict[str, Array]:
-    """The example with every dynamic dimension at least 2: torch.export takes 0 and 1 for constants."""
-    rng = np.random.default_rng(1)
-    sizes = {k: max(2, v) for k, v in example_sizes(specs, examples).items()}
-    made = {}
-    for spec in specs:
-        shape = spec.concrete(sizes)
-        example = examples[spec.name]
-        if shape == example.shape:
-            made[spec.name] = example
-        else:
-            made[spec.name] = vary(example, shape, rng)
-    return made
-
-
-def _rank_notes(cases: Sequence[Case]) -> list[str]:
-    ranks = {name: {case.outputs[name].ndim for case in cases} for name in cases[0].outputs}
-    return [
-        f"output {name!r} has {' or '.join(map(str, sorted(found)))} dimensions, which depends on the sizes; the graph "
-        f"declares {cases[0].outputs[name].ndim}"
-        for name, found in ranks.items()
-        if len(found) > 1
-    ]
-
-
-def _widen(array: Array) -> Array:
-    """float32 for bfloat16."""
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-
-def observed_range(example: Array) -> ValueRange | None:
-    """What an example tells about legal values: the extremes of integers, mean and spread of reals."""
-    if example.size == 0 or example.dtype.kind not in "iuf":
-        return None
-    if example.dtype.kind in "iu":
-        return ValueRange(float(example.min()), float(example.max()))
-    mean, spread = float(np.mean(example, dtype=np.float64)), float(np.std(example, dtype=np.float64)) or 1.0
-    return ValueRange(mean - spread, mean + spread)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from deploykit.optimizers.training import TrainConfig
 
 _OPTIONS: tuple[common.Decorator, ...] = (
-    click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Times that all data are seen."),
-    click.option("--batch", "batch_size", type=click.IntRange(1), default=64, show_default=True, help="Samples a step."),
+    click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="Passes over the data."),
+    click.option("--batch", "batch_size", type=click.IntRange(1), default=64, show_default=True, help="Rows a step."),
     click.option(
         "--optimizer", type=click.Choice(["adamw", "adam", "sgd", "rmsprop"]), default="adamw", show_default=True,
         help="Weight decay is for matrices only.",
@@ -30,7 +30,7 @@ _OPTIONS: tuple[common.Decorator, ...] = (
         "--warmup", type=float, metavar="SHARE",
         help="Share of the steps in which the learning rate rises; 0.05, 0.3 of one-cycle, 0 of plateau.",
     ),
-    click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Not of biases and normalizations."),
+    click.option("--weight-decay", type=float, default=0.01, show_default=True, help="Of matrices and kernels."),
     click.option("--momentum", type=float, default=0.9, show_default=True, help="Of sgd and rmsprop."),
     click.option(
         "--loss", type=click.Choice(["cross-entropy", "focal", "mse", "cosine", "ctc"]), default="cross-entropy",
@@ -50,7 +50,7 @@ _OPTIONS: tuple[common.Decorator, ...] = (
         "--clip-norm", type=float, default=1.0, show_default=True, help="Largest norm of the gradient; 0: any."
     ),
     click.option(
-        "--patience", type=click.IntRange(1), metavar="EPOCHS", help="Stop after so many epochs without a better metric."
+        "--patience", type=click.IntRange(1), metavar="EPOCHS", help="Stop after so many epochs that were no better."
     ),
     click.option(
         "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,

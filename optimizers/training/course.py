@@ -31,8 +31,8 @@ _LOOK_EVERY = 16
 _LOG_EVERY = 10
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
-    """The training ends here, with its checkpoint written."""
+class Stopped(Exception):
+    """No error: somebody asked for it, and the checkpoint is written."""
 
 
 class Course:
@@ -122,8 +122,9 @@ class Course:
                 hint="mend the module, or the objective",
             ) from exc
         count = len(next(iter(batch.values())))
+        torch = require("torch", extra="train")
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * count
+            self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(value).detach().float() * count
         self._seen += count
         return parts[LOSS]
 
@@ -185,7 +186,8 @@ class Course:
             watched = self._evaluation.watched(found)
             if not math.isfinite(watched):
                 raise OptimizationError(
-                    f"the evaluation gave {watched} after epoch {self.epoch}", hint=self._cure("lower the learning rate")
+                    f"the evaluation gave {watched} after epoch {self.epoch}",
+                    hint=self._cure("lower the learning rate"),
                 )
             self._remember(watched)
         if plateau is not None:
@@ -212,7 +214,9 @@ class Course:
             raise OptimizationError(
                 f"the weights of {wrong} are not finite any more, by step {self.step}",
                 expected="finite weights",
-                hint=self._cure(f"lower the learning rate (it was {self.config.learning_rate:g}), or clip the gradient"),
+                hint=self._cure(
+                    f"lower the learning rate (it was {self.config.learning_rate:g}), or clip the gradient"
+                ),
             )
 
     def saved_epoch(self) -> None:
@@ -266,7 +270,9 @@ class Course:
             raise OptimizationError(
                 f"the loss became {total} in epoch {self.epoch + 1}, by step {self.step}",
                 expected="a finite loss",
-                hint=self._cure(f"lower the learning rate (it was {self.config.learning_rate:g}), or clip the gradient"),
+                hint=self._cure(
+                    f"lower the learning rate (it was {self.config.learning_rate:g}), or clip the gradient"
+                ),
             )
 
     def _cure(self, text: str) -> str:

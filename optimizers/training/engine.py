@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import random
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deploykit.data import LABELS, Dataset, user_frame
-from deploykit.errors import DataError, DeploykitError, OptimizationError, first_line
+from deploykit.data import Dataset, user_frame
+from deploykit.errors import DeploykitError, OptimizationError, first_line
 from deploykit.extras import require
 from deploykit.optimizers.training.config import LOSS, TrainConfig, check_train_config
 from deploykit.optimizers.training.course import Course, Stopped
-from deploykit.optimizers.training.evaluating import Evaluation, check_classes, device_of, evaluating
+from deploykit.optimizers.training.evaluating import Evaluation
 from deploykit.optimizers.training.folder import LOG, WEIGHTS, TrainingFolder, load_tensors, save_tensors
-from deploykit.optimizers.training.losses import CLASSIFIERS, Objective, Supervised, are_probabilities
-from deploykit.optimizers.training.outputs import Feed, feed_by_name, first_output, tensors_of
+from deploykit.optimizers.training.losses import Objective, Supervised
+from deploykit.optimizers.training.outputs import Feed, feed_by_name
+from deploykit.optimizers.training.probing import probe, set_dropout
 from deploykit.optimizers.training.rows import Rows, discard, gather
 from deploykit.optimizers.training.scoring import Score
+from deploykit.optimizers.training.surroundings import silent_lightning, stop_on_signals, untouched_randomness
 from deploykit.optimizers.training.trainee import STATE, make_trainee, make_trainer, precision_of
 from deploykit.progress import Progress, quiet
-
-_PROBED_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +96,15 @@ def train(
     place = TrainingFolder(Path(folder))
     if config.dropout is not None:
         told.note(f"dropout {config.dropout:g} in {set_dropout(module, config.dropout)} layers")
-    with _untouched_randomness():
+    with untouched_randomness():
         rows, found = _open(place, config, data, told, resume=resume)
         try:
             if found is None or not found[STATE]["stopped"]:
                 fed = feed or feed_by_name
                 supervised = Supervised(config, fed)
-                _probe(module, rows, config, objective, supervised, fed, told)
+                _probe(place, module, rows, config, objective, supervised, fed, told)
                 evaluation = _evaluation(config, objective, supervised, eval_data, score, fed)
-                with _stop_on_signals() as stop:
+                with stop_on_signals() as stop:
                     course = Course(
                         module, rows, config, objective or supervised, evaluation, place, after_step, told, stop.is_set
                     )
@@ -129,7 +122,6 @@ def _check_request(
     Raises:
         OptimizationError: They do.
     """
-    require("torch", extra="train")
     if objective is not None and config.mixup:
         raise OptimizationError("mixup mixes the labels of the config's own loss", hint="set mixup to 0")
     if config.patience is not None and eval_data is None:
@@ -161,68 +153,12 @@ def _open(
     return rows, found
 
 
-def _probe(
-    module: Any,
-    rows: Rows,
-    config: TrainConfig,
-    objective: Objective | None,
-    supervised: Supervised,
-    feed: Feed,
-    told: Progress,
-) -> None:
-    """Run a few rows, so that what does not fit is said before hours are spent.
-
-    Raises:
-        DataError: The rows do not fit the module, or the labels do not fit its output.
-        OptimizationError: Mixup of inputs that cannot be mixed.
-    """
-    torch = require("torch", extra="train")
-    if config.mixup:
-        whole = [name for name, array in rows.inputs.items() if array.dtype.kind != "f"]
-        if whole:
-            raise OptimizationError(f"mixup cannot mix {whole[0]!r}, which holds no real numbers", hint="leave it out")
-    if objective is None and LABELS not in rows.arrays:
-        raise DataError(f"{rows.source} has no {LABELS!r}, which the loss needs", hint="add them")
-    batch = tensors_of(rows.take(np.arange(min(_PROBED_ROWS, rows.length))), device_of(module))
+def _probe(place: TrainingFolder, *args: Any) -> None:
     try:
-        with evaluating(module), torch.no_grad():
-            output = first_output(feed(module, batch))
+        probe(*args)
     except DeploykitError:
+        place.forget()
         raise
-    except Exception as exc:
-        shapes = ", ".join(f"{name} {a.dtype}{list(a.shape[1:])}" for name, a in rows.inputs.items())
-        raise DataError(
-            f"the module does not take rows of {rows.source} ({first_line(exc)}{user_frame(exc)})",
-            expected=f"a forward that runs on {shapes}, with a batch axis before",
-        ) from exc
-    if objective is not None:
-        return
-    if config.loss in CLASSIFIERS:
-        supervised.probabilities = are_probabilities(output)
-        if supervised.probabilities:
-            told.note("the output holds probabilities, whose logarithm the loss is computed from")
-        single = output.ndim == batch[LABELS].ndim or output.shape[-1] == 1
-        check_classes(rows.arrays, rows.source, 2 if single else output.shape[-1])
-    if config.loss == "ctc":
-        check_classes(rows.arrays, rows.source, output.shape[-1])
-        _check_frames(rows, output.shape[1] if output.ndim == 3 else 0)
-    with torch.no_grad():
-        supervised.loss(output, batch[LABELS])
-
-
-def _check_frames(rows: Rows, frames: int) -> None:
-    """Refuse labels that are longer than the output; a repeated symbol takes a blank in between.
-
-    Raises:
-        DataError: One is.
-    """
-    labels = np.asarray(rows.arrays[LABELS])
-    if labels.ndim != 2:
-        return  # the loss says what it expects
-    repeated = (labels[:, 1:] == labels[:, :-1]) & (labels[:, 1:] >= 0)
-    need = int(((labels >= 0).sum(1) + repeated.sum(1)).max())
-    if need > frames:
-        raise DataError(f"a label of {rows.source} needs {need} frames, and the output has {frames}")
 
 
 def _evaluation(
@@ -258,7 +194,7 @@ def _run(course: Course, place: TrainingFolder, found: Mapping[str, Any] | None,
     begun_at = 0 if found is None else int(found[STATE]["step"])
     if begun_at:
         told.note(f"the training goes on after step {begun_at} of {course.steps}")
-    with _silent_lightning(), told.step(f"train {course.config.epochs} epochs"), quiet(place.path / LOG):
+    with silent_lightning(), told.step(f"train {course.config.epochs} epochs"), quiet(place.path / LOG):
         course.module.train()
         trainee = make_trainee(course, place)
         trainer = make_trainer(course.config, place, precision, begun_at=begun_at)
@@ -266,10 +202,16 @@ def _run(course: Course, place: TrainingFolder, found: Mapping[str, Any] | None,
             trainer.fit(trainee, ckpt_path=place.last if found is not None else None, weights_only=True)
         except (Stopped, SystemExit) as exc:
             # Lightning makes a SystemExit of signals that come while it runs.
-            if isinstance(exc, SystemExit) and not isinstance(exc.__context__, KeyboardInterrupt) and not _by_signal(exc):
+            if (
+                isinstance(exc, SystemExit)
+                and not isinstance(exc.__context__, KeyboardInterrupt)
+                and not _by_signal(exc)
+            ):
                 raise
             held = f"its last checkpoint is {place.last}" if place.last.exists() else "there was no checkpoint yet"
-            told.note(f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume (resume=True)")
+            told.note(
+                f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume (resume=True)"
+            )
             raise KeyboardInterrupt from None
         except DeploykitError:
             raise
@@ -291,7 +233,7 @@ def _explained(exc: RuntimeError, course: Course) -> Exception:
     if isinstance(exc, torch.OutOfMemoryError):
         return OptimizationError(
             f"the GPU has no memory left in {where}",
-            hint=f"take a smaller batch size (it was {course.config.batch_size}), and resume",
+            hint=f"take a smaller batch size (it was {course.config.batch_size}), and another folder",
         )
     return OptimizationError(f"the training failed in {where} ({first_line(exc)})", hint="mend the module or the data")
 
@@ -324,76 +266,3 @@ def _load(module: Any, weights: Mapping[str, Any]) -> None:
             f"the trained weights do not fit the module ({first_line(exc)})",
             expected="the module that the training was begun with",
         ) from exc
-
-
-def set_dropout(module: Any, rate: float) -> int:
-    """Set the rate of every dropout in a module.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        OptimizationError: There is none.
-    """
-    nn = require("torch.nn", extra="train")
-    changed = 0
-    for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = rate
-        elif isinstance(part, nn.MultiheadAttention) or isinstance(part, nn.RNNBase) and part.num_layers > 1:
-            part.dropout = rate
-        else:
-            continue
-        changed += 1
-    if not changed:
-        raise OptimizationError("the module has no dropout layer", hint="leave dropout out")
-    return changed
-
-
-@contextlib.contextmanager
-def _silent_lightning() -> Iterator[None]:
-    """Keep Lightning's advice off the terminal, for as long as it trains for us."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Take the first SIGINT or SIGTERM as a wish to stop after this step; the second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _untouched_randomness() -> Iterator[None]:
-    """Leave the random state of the process as it was."""
-    torch = require("torch", extra="train")
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from deploykit.data import LABELS, Dataset
 from deploykit.errors import DataError
@@ -135,20 +133,3 @@ class Evaluation:
         """The number that is better or worse."""
         value = found.loss if self.score is None else found.metric
         return float("nan") if value is None else value
-
-
-def check_classes(rows: Mapping[str, Any], source: str, classes: int) -> None:
-    """Refuse labels for which an output has no class.
-
-    Raises:
-        DataError: There is one.
-    """
-    labels = rows[LABELS]
-    if labels.dtype.kind not in "iub":
-        raise DataError(
-            f"labels of {source} are {labels.dtype}", expected="integer classes",
-            hint="for real targets take the loss mse or cosine",
-        )  # fmt: skip
-    top = int(np.max(labels))
-    if top >= classes:
-        raise DataError(f"{source} has label {top}", expected=f"classes from 0 to {classes - 1}, which is what the output has")

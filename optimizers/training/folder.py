@@ -100,6 +100,12 @@ class TrainingFolder:
         write_file(self.path / _PLAN, _json(plan))
         return False
 
+    def forget(self) -> None:
+        """Take a training back that has no checkpoint."""
+        if not self.last.exists():
+            (self.path / _PLAN).unlink(missing_ok=True)
+            self.abandon()
+
     def abandon(self) -> None:
         """Remove the folder where nothing stands in it."""
         with contextlib.suppress(OSError):
@@ -153,13 +159,14 @@ def save_tensors(value: Any, path: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as exc:  # torch's zip writer raises its own where the disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         cause = exc if isinstance(exc, OSError) else exc.__context__
         error = storage_error(cause, path) if isinstance(cause, OSError) else None
         if error is None:
             raise
         raise error from exc
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_tensors(path: Path, device: Any = "cpu") -> Any:

@@ -63,7 +63,8 @@ class Supervised:
 
         Args:
             output: What the module gave, [n, ...].
-            labels: Classes [n] or [n, positions]; for mse and cosine targets in the output's shape; for ctc [n, symbols].
+            labels: Classes [n] or [n, positions]; symbols [n, symbols] for ctc; for mse and cosine targets in the
+                output's shape.
 
         Raises:
             DataError: The labels do not fit the output.
@@ -174,7 +175,9 @@ def _classes(output: Any, labels: Any) -> tuple[Any, Any]:
         DataError: The shapes do not fit, or the labels are no integers.
     """
     if labels.is_floating_point():
-        raise DataError(f"labels are {labels.dtype}", expected="integer classes", hint="for real targets take the loss mse")
+        raise DataError(
+            f"labels are {labels.dtype}", expected="integer classes", hint="for real targets take the loss mse"
+        )
     if output.ndim == labels.ndim + 1 and output.shape[-1] == 1:
         output = output[..., 0]
     if output.shape == labels.shape:

@@ -34,9 +34,7 @@ def make_trainee(course: Course, folder: TrainingFolder) -> Any:
 
         def configure_optimizers(self) -> dict[str, Any]:
             optimizer = make_optimizer(course.config, [m for m in (self.module, self.task) if m is not None])
-            schedule = make_schedule(
-                course.config, optimizer, course.steps, higher_is_better=course.higher_is_better
-            )
+            schedule = make_schedule(course.config, optimizer, course.steps, higher_is_better=course.higher_is_better)
             told: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
             if course.config.schedule == "plateau":
                 # Lightning would take its step after the checkpoint of an epoch; see `on_train_epoch_end`.
@@ -96,7 +94,11 @@ def make_trainer(config: TrainConfig, folder: TrainingFolder, precision: str, *,
     environments = require("pytorch_lightning.plugins.environments", extra="train")
     torch = require("torch", extra="train")
     logger = loggers.TensorBoardLogger(
-        folder.path, name="", version=LOGS, default_hp_metric=False, **({"purge_step": begun_at + 1} if begun_at else {})
+        folder.path,
+        name="",
+        version=LOGS,
+        default_hp_metric=False,
+        **({"purge_step": begun_at + 1} if begun_at else {}),
     )
     return lightning.Trainer(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",

@@ -71,7 +71,9 @@ def test_ctrl_c_and_resume(tmp_path, cli):
 
 def test_wrong_options(tmp_path, cli):
     write(tmp_path)
-    done = cli("finetune", "net.py:make", "--data", "data.npz", "-o", "out", "--loss", "mse", "--label-smoothing", "0.1")
+    done = cli(
+        "finetune", "net.py:make", "--data", "data.npz", "-o", "out", "--loss", "mse", "--label-smoothing", "0.1"
+    )
     assert done.returncode == 1
     assert "label smoothing does nothing with loss mse" in done.stderr
     assert cli("finetune", "net.py:make", "--data", "data.npz", "-o", "out", "--schedule", "x").returncode == 2

@@ -19,7 +19,7 @@ from torch import nn
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OptimizationError, OutputExistsError
 from deploykit.optimizers.training import Score, TrainConfig, evaluate, train
-from deploykit.optimizers.training.engine import set_dropout
+from deploykit.optimizers.training.probing import set_dropout
 from deploykit.progress import Progress
 
 ROWS, LABELS = load_digits(return_X_y=True)
@@ -135,7 +135,9 @@ def test_a_finished_training_is_taken_as_it_is(learned):
     assert again.metric == result.metric
     assert same(weights(again.module), weights(result.module))
     with pytest.raises(OptimizationError, match=r"begun with learning rate 0\.01, not 0\.02"):
-        train(make_net(), DATA, replace(config, learning_rate=0.02), folder, eval_data=EVAL, score=ACCURACY, resume=True)
+        train(
+            make_net(), DATA, replace(config, learning_rate=0.02), folder, eval_data=EVAL, score=ACCURACY, resume=True
+        )
     with pytest.raises(OptimizationError, match="data rows 640, not 160"):
         train(make_net(), SMALL, config, folder, eval_data=EVAL, score=ACCURACY, resume=True)
 
@@ -215,7 +217,9 @@ def test_the_seed_decides(tmp_path, uninterrupted):
 
 
 def test_plateau_goes_on_as_well(tmp_path):
-    config = TrainConfig(epochs=5, batch_size=80, schedule="plateau", learning_rate=0.1, optimizer="sgd", metric="fixed")
+    config = TrainConfig(
+        epochs=5, batch_size=80, schedule="plateau", learning_rate=0.1, optimizer="sgd", metric="fixed"
+    )
     fixed = Score("fixed", True, lambda pairs: float(len(list(pairs)) * 0 + 1))
     whole = train(make_net(), SMALL, config, tmp_path / "whole", eval_data=EVAL, score=fixed)
 
@@ -354,6 +358,7 @@ def test_what_does_not_fit_is_said_before(tmp_path, data, settings, options, kin
             **options,
         )  # fmt: skip
     assert word in str(caught.value)
+    assert "step 1" in word or not (tmp_path / "t").exists()
 
 
 def test_whole_numbers_cannot_be_mixed(tmp_path):
@@ -382,3 +387,18 @@ def test_evaluate_leaves_the_modes_alone():
     with torch.no_grad():
         want = nn.functional.cross_entropy(net(rows), torch.tensor(LABELS[ORDER[640:]]))
     assert found.loss == pytest.approx(float(want), rel=1e-5)
+
+
+def test_mixed_precision_computes_in_16_bits_and_keeps_32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    net = make_net()
+    seen: dict[bool, Any] = {}
+    net[0].register_forward_hook(lambda part, given, output: seen.update({part.training: output.dtype}))
+    result = train(
+        net, SMALL, TrainConfig(epochs=2, precision="bf16", metric="loss"), tmp_path / "t", eval_data=EVAL
+    )  # fmt: skip
+    assert seen == {True: torch.bfloat16, False: torch.float32}
+    assert {tensor.dtype for tensor in result.module.parameters()} == {torch.float32}
+    assert result.history[1]["loss"] < result.history[0]["loss"]
+    with pytest.raises(OptimizationError, match="fp16 is trained on GPUs"):
+        train(make_net(), SMALL, TrainConfig(precision="fp16"), tmp_path / "u")

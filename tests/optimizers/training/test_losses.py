@@ -82,7 +82,9 @@ def test_regression_and_directions():
         np.square(LOGITS[:, 0] - want[:, 0]).mean()
     )
     cosines = (LOGITS * want).sum(1) / np.linalg.norm(LOGITS, axis=1) / np.linalg.norm(want, axis=1)
-    assert float(cosine_distance(torch.tensor(LOGITS), torch.tensor(want))) == pytest.approx(1 - cosines.mean(), rel=1e-6)
+    assert float(cosine_distance(torch.tensor(LOGITS), torch.tensor(want))) == pytest.approx(
+        1 - cosines.mean(), rel=1e-6
+    )
 
 
 def test_ctc_sums_over_all_alignments():

@@ -82,7 +82,9 @@ def test_decay_is_for_matrices():
     pulled, others = parameter_groups([net], 0.3)
     assert [g["weight_decay"] for g in (pulled, others)] == [0.3, 0.0]
     assert {id(p) for p in pulled["params"]} == {id(net.conv.weight), id(net.table.weight)}
-    assert {id(p) for p in others["params"]} == {id(p) for p in (net.conv.bias, net.norm.weight, net.norm.bias, net.out.bias)}
+    assert {id(p) for p in others["params"]} == {
+        id(p) for p in (net.conv.bias, net.norm.weight, net.norm.bias, net.out.bias)
+    }
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
