@@ -21,11 +21,8 @@ from deploykit.exporters.boundaries import Boundaries
 from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import computes_in_half, count_modules, has_fast_path, prepare, recurrent_layers
-<<<<<<< HEAD
-from deploykit.exporters.reasons import torch_reason
-=======
 from deploykit.exporters.observing import export_feeds, observed_range, rank_notes, widen
->>>>>>> h-TRAIN
+from deploykit.exporters.reasons import torch_reason
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,

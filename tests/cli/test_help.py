@@ -8,15 +8,10 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-<<<<<<< HEAD
-    [], ["doctor"], ["export"], ["finetune"], ["prune"], ["simplify"], ["fuse"],
-    ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
-=======
     [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
->>>>>>> h-TRAIN
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
-    ["smoke"], ["run"], ["serve"], ["finetune"],
+    ["smoke"], ["run"], ["serve"], ["finetune"], ["prune"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 
