@@ -20,6 +20,7 @@ from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
+from deploykit.pruning import prune
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.serving_models import serve
@@ -40,6 +41,7 @@ __all__ = [
     "fuse",
     "optimize",
     "package",
+    "prune",
     "quantize_dynamic",
     "quantize_half",
     "quantize_repair",

@@ -44,6 +44,11 @@ class Trainable:
         )
 
     @property
+    def source(self) -> TorchSource:
+        """The source itself, with the reference outputs of the module as it was opened."""
+        return self._source
+
+    @property
     def module(self) -> Any:
         """The user's module, on the CPU; what happens to it happens to the source."""
         return self._source.module
@@ -80,11 +85,6 @@ class Trainable:
             DataError: A name is missing, or a shape or type does not fit.
         """
         return fit_feeds(self._signature, {k: v for k, v in batch.items() if k != LABELS})
-
-    @property
-    def source(self) -> TorchSource:
-        """The source, with the reference outputs that it gave when it was opened."""
-        return self._source
 
     def renewed(self, module: Any = None) -> Source:
         """The source with the weights that its module has now, or with another module of the same inputs."""

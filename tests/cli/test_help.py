@@ -11,7 +11,7 @@ COMMANDS = [
     [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
-    ["smoke"], ["run"], ["serve"], ["finetune"], ["distill"],
+    ["smoke"], ["run"], ["serve"], ["finetune"], ["distill"], ["prune"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 

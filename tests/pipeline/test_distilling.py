@@ -301,7 +301,7 @@ def test_the_command_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         deploykit.run(Recipe.load(tmp_path / "r.toml"), tmp_path / "out")
     assert seen["config"] == DistillConfig(temperature=2.0, features=2.0, task=0.0, pairs=(("body.1", "body.0"),))
-    assert seen["training"] == TrainConfig(epochs=3, metric="loss")
+    assert seen["training"] == TrainConfig(epochs=3)
     assert (seen["teacher"], seen["student"]) == (f"{tmp_path / 'nets.py'}:large", "derive:layers=2")
     assert (seen["data"], seen["max_drop"]) == (str(tmp_path / "train.npz"), "1%")
     assert seen["output"] == tmp_path / "out" / "distill"
