@@ -27,7 +27,6 @@ from deploykit.optimizers.distillation.distiller import Distillation, make_disti
 from deploykit.optimizers.distillation.networks import Network, move
 from deploykit.optimizers.distillation.plan import Plan, make_plan
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
-from deploykit.optimizers.training.evaluating import check_classes
 from deploykit.optimizers.training.folder import TrainingFolder, save_tensors, weights_of
 from deploykit.optimizers.training.losses import CLASSIFIERS
 from deploykit.optimizers.training.outputs import tensors_of
@@ -261,8 +260,11 @@ def _with_known_labels(data: Dataset, plan: Plan) -> Dataset:
 
     def batches(size: int) -> Iterator[dict[str, Array]]:
         for batch in data.batches(size):
-            if LABELS in batch:
-                check_classes(batch, data.source, classes)
+            labels = batch.get(LABELS)
+            if labels is not None and labels.dtype.kind not in "iub":
+                raise DataError(f"labels of {data.source} are {labels.dtype}", expected="integer classes")
+            if labels is not None and int(labels.max()) >= classes:
+                raise DataError(f"{data.source} has label {labels.max()}", expected=f"classes from 0 to {classes - 1}")
             yield batch
 
     return Dataset(data.source, batches, length=data.length, names=data.names)

@@ -133,14 +133,14 @@ def compare_answers(
     if not samples:
         raise DataError(f"{data.source} holds no samples")
     if kind == "embedding":
-        cosine, correlation = _alike(*(np.concatenate(tally.embeddings) for tally in kept))
+        cosine, correlation = _alike(np.concatenate(kept[0].embeddings), np.concatenate(kept[1].embeddings))
         return Fidelity(samples, cosine=cosine, correlation=correlation)
     value = found = None
     if scorer is not None:
         if not labels:
             raise DataError(f"{data.source} has no {LABELS!r}, which {metric} needs", hint="leave --metric out")
         found, value = (_scored(scorer, np.concatenate(labels), tally) for tally in kept)
-    agreement = _agreement(*(decide(tally.classes) for tally in kept), masks)
+    agreement = _agreement(decide(kept[0].classes), decide(kept[1].classes), masks)
     return Fidelity(samples, metric, value, found, agreement)
 
 

@@ -20,7 +20,9 @@ from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
+from deploykit.preprocessing import preprocess
 from deploykit.pruning import prune
+from deploykit.qat import quantize_qat
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
 from deploykit.serving_models import serve
@@ -41,9 +43,11 @@ __all__ = [
     "fuse",
     "optimize",
     "package",
+    "preprocess",
     "prune",
     "quantize_dynamic",
     "quantize_half",
+    "quantize_qat",
     "quantize_repair",
     "quantize_static",
     "quantize_sweep",

@@ -8,6 +8,7 @@ import click
 
 from deploykit.cli import common
 from deploykit.cli.quantize_options import exclude_option, goal_arguments, goal_options
+from deploykit.cli.quantize_qat import qat
 from deploykit.cli.quantize_repair import repair
 from deploykit.cli.quantize_storing import half, weights
 from deploykit.cli.quantize_sweep import sweep
@@ -48,7 +49,7 @@ def command() -> None:
     """Make a model smaller and faster: fewer bits for weights, activations, or both; repair what others quantized."""
 
 
-for _command in (weights, half, sweep, repair):
+for _command in (weights, half, qat, sweep, repair):
     command.add_command(_command)
 
 

@@ -335,7 +335,7 @@ def test_attention_of_transformers(bert: Any, tokens: Any) -> None:
     config = DistillConfig(attention=1.0, features=1.0, attention_layers="all")
     distiller, parts = parts_of(*nets, tokens, config)
     assert distiller.features[0].weight.shape == (32, 16)
-    assert float(parts["attention"]) > 0
+    assert float(parts["attention"].detach()) > 0
     assert student_model.bert.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
     assert not student_model.bert.encoder.layer[1].attention.self.dropout.training
     assert student_model.bert.encoder.layer[1].output.dropout.training

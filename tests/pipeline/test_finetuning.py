@@ -14,7 +14,7 @@ from torch import nn
 
 import deploykit
 from deploykit import runner
-from deploykit.errors import DataError, OptimizationError, OutputExistsError, SourceError
+from deploykit.errors import DataError, ExportError, OptimizationError, OutputExistsError, SourceError
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import Recipe
@@ -111,8 +111,12 @@ def test_nothing_is_overwritten(folder, tuned):
         deploykit.finetune(source, folder / "tuned", **options)
     (folder / "other.training").mkdir()
     (folder / "other.training" / "mine").write_text("x")
-    with pytest.raises(OutputExistsError, match="--resume"):
+    with pytest.raises(OutputExistsError, match="left as it is"):
         deploykit.finetune(source, folder / "other", **options)
+    (folder / "tuned").rename(folder / "moved")
+    with pytest.raises(OutputExistsError, match="--resume"):
+        deploykit.finetune(source, folder / "tuned", **options)
+    (folder / "moved").rename(folder / "tuned")
     assert [p.name for p in (folder / "other.training").iterdir()] == ["mine"]
 
 
@@ -122,18 +126,25 @@ def test_a_training_outlives_a_failed_export(folder, monkeypatch):
         "devices": ["ort:cpu"],
     }  # fmt: skip
     source = f"{folder / 'net.py'}:make"
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planned"):
-        patch.setattr("deploykit.exporting.write_onnx", _fail)
+    given: list[Any] = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ExportError("planned")
+
+    def keep(opened: Any, output: Path, *, steps: Any, **options: Any) -> None:
+        given.extend([opened, *steps])
+
+    monkeypatch.setattr("deploykit.finetuning.export_source", fail)
+    with pytest.raises(ExportError, match="planned"):
         deploykit.finetune(source, folder / "late", **options)
-    assert not (folder / "late").exists()
     before = (folder / "late.training" / "weights.pt").read_bytes()
-    artifact = deploykit.finetune(source, folder / "late", resume=True, **options)
-    assert artifact.manifest.lineage[0].params["epochs"] == 1
+    monkeypatch.setattr("deploykit.finetuning.export_source", keep)
+    deploykit.finetune(source, folder / "late", resume=True, **options)
+    opened, step = given
+    assert step.params["epochs"] == 1
     assert (folder / "late.training" / "weights.pt").read_bytes() == before
-
-
-def _fail(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("planned")
+    state = torch.load(folder / "late.training" / "weights.pt", weights_only=True)
+    assert torch.equal(opened.module.out.weight, state["out.weight"])
 
 
 def test_a_training_that_does_not_begin_leaves_nothing(folder):
@@ -143,6 +154,17 @@ def test_a_training_that_does_not_begin_leaves_nothing(folder):
             f"{folder / 'net.py'}:make", folder / "none", data=folder / "bare.npz", eval_data=folder / "eval.npz"
         )  # fmt: skip
     assert not list(folder.glob("none*"))
+
+
+def test_a_training_without_a_checkpoint_gives_way(folder, monkeypatch):
+    options: dict[str, Any] = {"data": folder / "train.npz", "eval_data": folder / "eval.npz"}
+    source = f"{folder / 'net.py'}:make"
+    wild = TrainConfig(optimizer="sgd", learning_rate=1e18, clip_norm=None)
+    with pytest.raises(OptimizationError, match="lower the learning rate"):
+        deploykit.finetune(source, folder / "wild", config=wild, **options)
+    monkeypatch.setattr("deploykit.finetuning.export_source", lambda opened, output, *, steps, **rest: steps)
+    (step,) = deploykit.finetune(source, folder / "wild", config=TrainConfig(epochs=1), **options)
+    assert step.params["before"] < 0.3
 
 
 @pytest.mark.parametrize(
