@@ -19,7 +19,12 @@ from deploykit.optimizers.training.outputs import Feed, feed_by_name
 from deploykit.optimizers.training.probing import probe, set_dropout
 from deploykit.optimizers.training.rows import Rows, discard, gather
 from deploykit.optimizers.training.scoring import Score
-from deploykit.optimizers.training.surroundings import silent_lightning, stop_on_signals, untouched_randomness
+from deploykit.optimizers.training.surroundings import (
+    load_libraries,
+    silent_lightning,
+    stop_on_signals,
+    untouched_randomness,
+)
 from deploykit.optimizers.training.trainee import STATE, make_trainee, make_trainer, precision_of
 from deploykit.progress import Progress, quiet
 
@@ -89,9 +94,7 @@ def train(
     """
     check_train_config(config)
     _check_request(config, objective, eval_data, score)
-    require("torch", extra="train")
-    require("pytorch_lightning", extra="train")
-    require("tensorboardX", extra="train")
+    load_libraries()
     told = progress or Progress()
     place = TrainingFolder(Path(folder))
     if config.dropout is not None:

@@ -7,12 +7,25 @@ import logging
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from deploykit.extras import require
+
+
+def load_libraries() -> None:
+    """Import what a training needs, without what the libraries say about one another.
+
+    Raises:
+        MissingDependencyError: One is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("torch", "pytorch_lightning", "tensorboardX"):
+            require(name, extra="train")
 
 
 @contextlib.contextmanager
