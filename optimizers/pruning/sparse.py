@@ -126,7 +126,7 @@ def pattern_mask(weight: Any) -> Any:
     size = weight.abs().movedim(1, -1)
     fours = size.reshape(-1, _OF)
     mask = torch.ones_like(fours, dtype=torch.bool)
-    mask.scatter_(1, fours.argsort(1, stable=True)[:, :_GONE], False)
+    mask.scatter_(1, torch.argsort(fours, dim=1, stable=True)[:, :_GONE], False)
     return mask.reshape(size.shape).movedim(-1, 1)
 
 
