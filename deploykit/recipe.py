@@ -97,11 +97,6 @@ class _TrainingStep(_Step):
     devices: list[str] = []
     contract: list[str] = []
 
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, metric: str) -> str:
-        return metric if metric == "loss" else _known_metric(metric)
-
 
 class FinetuneStep(_TrainingStep):
     """`deploykit finetune`."""
@@ -111,6 +106,11 @@ class FinetuneStep(_TrainingStep):
     data: str
     eval_data: str | None = None
     metric: str = "accuracy"
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        return metric if metric == "loss" else _known_metric(metric)
 
 
 class PruneStep(_TrainingStep):
@@ -136,6 +136,11 @@ class PruneStep(_TrainingStep):
     allow_slower: bool = False
     gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
     allow_unverified: bool = False
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str | None) -> str | None:
+        return None if metric is None else _known_metric(metric)
 
 
 class SimplifyStep(_Step):
