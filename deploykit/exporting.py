@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ def _export(
     choose_opset(held, options.opset, DEFAULT_OPSET)  # a contradiction is said before the work is done
     with ArtifactWriter(output) as writer, _log_kept_on_failure(writer.dir / _LOG, told):
         log = writer.dir / _LOG
-        with told.step(f"load {source}"), quiet(log):
+        with nullcontext() if done.steps else told.step(f"load {source}"), quiet(log):
             opened = load()
         _check_dims(opened, options.dims, told)
         if len(opened) == 1:

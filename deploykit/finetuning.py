@@ -122,7 +122,7 @@ def finetune(
         step = StepRecord(
             step="finetune",
             params={
-                "source": model.label, "data": rows.source, "eval_data": held_out and held_out.source,
+                "source": model.label, "data": rows.source, "eval_data": None if held_out is None else held_out.source,
                 "config": asdict(asked), **summary(trained, asked, score, first),
             },
             tools={name: found for name in TOOLS if (found := version_of(name))},

@@ -6,6 +6,7 @@ is run anew for the reference outputs that the export is held to.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from deploykit.exporters.live import name_of, open_model
 from deploykit.exporters.pytorch import TorchSource
 from deploykit.optimizers.training import Score
 from deploykit.optimizers.training.scoring import Pairs
+from deploykit.progress import quiet
 from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array, Signature, TensorSpec, fit_feeds
 
@@ -97,12 +99,14 @@ def open_trainable(
         SourceError: It is of another framework, or cannot be trained.
     """
     wanted = options or ExportOptions()
-    if isinstance(source, str | Path):
-        if example_inputs is not None:
-            raise OptionError(f"example_inputs are given, and {source} has inputs of its own", hint="leave them out")
-        opened = open_source(str(source), wanted, lambda path: _refuse(str(path), "an ONNX file holds no torch module"))
-    else:
-        opened = open_model(source, example_inputs, wanted, name_of(source))
+    if isinstance(source, str | Path) and example_inputs is not None:
+        raise OptionError(f"example_inputs are given, and {source} has inputs of its own", hint="leave them out")
+    # Loaders draw progress bars of their own.
+    with tempfile.TemporaryDirectory(prefix="deploykit-") as folder, quiet(Path(folder) / "load.log"):
+        if isinstance(source, str | Path):
+            opened = open_source(str(source), wanted, _no_module)
+        else:
+            opened = open_model(source, example_inputs, wanted, name_of(source))
     if not isinstance(opened, TorchSource) or opened.kind not in ("pytorch", "huggingface"):
         _refuse(opened.label, f"it is of the kind {opened.kind}")
     if opened.scripted:
@@ -113,6 +117,10 @@ def open_trainable(
             expected="float32 weights", hint="call .float() in the factory; mixed precision is --precision",
         )  # fmt: skip
     return Trainable(opened)
+
+
+def _no_module(path: Path) -> NoReturn:
+    _refuse(str(path), "an ONNX file holds no torch module")
 
 
 def _refuse(label: str, why: str) -> NoReturn:

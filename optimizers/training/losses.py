@@ -108,7 +108,8 @@ def focal(output: Any, labels: Any, gamma: float) -> Any:
     logits, target = _classes(output, labels)
     real = target != _IGNORED
     likely = logits.log_softmax(-1).gather(-1, target.clamp_min(0)[:, None])[:, 0][real]
-    return ((1 - likely.exp()).clamp_min(0) ** gamma * -likely).mean()
+    # Never 0, where a root has no gradient.
+    return ((-likely.expm1()).clamp_min(_TINY) ** gamma * -likely).mean()
 
 
 def squared_error(output: Any, labels: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 import deploykit
 from deploykit import runner
-from deploykit.errors import DataError, OptimizationError, OutputExistsError, SourceError
+from deploykit.errors import DataError, ExportError, OptimizationError, OutputExistsError, SourceError
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import Recipe
@@ -122,18 +122,25 @@ def test_a_training_outlives_a_failed_export(folder, monkeypatch):
         "devices": ["ort:cpu"],
     }  # fmt: skip
     source = f"{folder / 'net.py'}:make"
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planned"):
-        patch.setattr("deploykit.exporting.write_onnx", _fail)
+    given: list[Any] = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ExportError("planned")
+
+    def keep(opened: Any, output: Path, *, steps: Any, **options: Any) -> None:
+        given.extend([opened, *steps])
+
+    monkeypatch.setattr("deploykit.finetuning.export_source", fail)
+    with pytest.raises(ExportError, match="planned"):
         deploykit.finetune(source, folder / "late", **options)
-    assert not (folder / "late").exists()
     before = (folder / "late.training" / "weights.pt").read_bytes()
-    artifact = deploykit.finetune(source, folder / "late", resume=True, **options)
-    assert artifact.manifest.lineage[0].params["epochs"] == 1
+    monkeypatch.setattr("deploykit.finetuning.export_source", keep)
+    deploykit.finetune(source, folder / "late", resume=True, **options)
+    opened, step = given
+    assert step.params["epochs"] == 1
     assert (folder / "late.training" / "weights.pt").read_bytes() == before
-
-
-def _fail(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("planned")
+    state = torch.load(folder / "late.training" / "weights.pt", weights_only=True)
+    assert torch.equal(opened.module.out.weight, state["out.weight"])
 
 
 def test_a_training_that_does_not_begin_leaves_nothing(folder):
