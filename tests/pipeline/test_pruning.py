@@ -233,7 +233,7 @@ def test_a_latency_is_searched_and_what_counts_as_reached(folder, tmp_path, time
     (record,) = kept.manifest.evidence.benchmark
     assert record["target_met"] is True
     params = kept.manifest.lineage[0].params
-    assert params["macs"][1] == pytest.approx(4e4, rel=0.06)
+    assert params["macs"][1] / 2 == pytest.approx(4e4, rel=0.06)  # the example holds two images
     missed = pruning._Target(2.0, None), pruning._Target(None, 1.0)
     assert not any(target.reached(record) for target in missed)
     assert pruning._Target(1.88, None).reached(record)  # within 5 %
