@@ -82,7 +82,7 @@ def make_sparse(module: Any, config: PruneConfig, recover: Recover | None = None
         masks.apply(module)
         if recover is not None:
             held = masks
-            recover(module, step, lambda *_, held=held: held.apply(module))  # type: ignore[misc]
+            recover(module, step, lambda *_, held=held: held.apply(module))
             # Averaged and reloaded weights come from masked ones, and an optimizer's last words do not count.
             masks.apply(module)
     return masks
