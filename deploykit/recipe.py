@@ -137,6 +137,11 @@ class DistillStep(_TrainingStep):
     def _known(cls, metric: str | None) -> str | None:
         return metric if metric is None or metric == "loss" else _known_metric(metric)
 
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        return metric if metric == "loss" else _known_metric(metric)
+
 
 class PruneStep(_TrainingStep):
     """`deploykit prune`; `recovery` is whether it is trained afterwards, which needs data."""
@@ -167,6 +172,11 @@ class PruneStep(_TrainingStep):
     @classmethod
     def _known(cls, metric: str | None) -> str | None:
         return metric if metric is None or metric == "loss" else _known_metric(metric)
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str | None) -> str | None:
+        return None if metric is None else _known_metric(metric)
 
 
 class SimplifyStep(_Step):

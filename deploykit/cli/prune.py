@@ -81,9 +81,7 @@ from deploykit.cli.training_options import training_config, training_options, tr
 @click.option("--allow-unverified", is_flag=True, help="Keep a model whose outputs do not react to its inputs.")
 @common.json_option
 @common.dry_run_option
-@click.pass_context
 def command(
-    context: click.Context,
     source: str,
     output: str,
     method: str,
@@ -126,7 +124,7 @@ def command(
     settings = training_settings(given)
     trained = data is not None and not no_recovery
     if not trained:
-        _refuse_settings(context, settings)
+        _refuse_settings(click.get_current_context(), settings)
     options = {
         "method": method, "ratio": ratio, "speedup": speedup, "latency_ms": latency_ms, "steps": steps,
         "round_to": round_to, "importance": importance, "allocation": allocation, "max_ratio": max_ratio,

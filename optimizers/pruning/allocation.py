@@ -24,6 +24,7 @@ class Prospect:
         step: Units are kept in multiples of this.
         losses: What the loss of each unit costs, shape [units], float64, larger than or equal to 0.
         saving: Multiply-accumulates that one unit saves.
+        least: How many have to stay whatever is asked for.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Prospect:
     step: int
     losses: Array
     saving: float
+    least: int = 1
 
 
 def sizes_of(prospect: Prospect, max_ratio: float) -> list[int]:
@@ -44,7 +46,8 @@ def sizes_of(prospect: Prospect, max_ratio: float) -> list[int]:
     """
     least = -(-int(np.ceil((1 - max_ratio) * prospect.original - 1e-9)) // prospect.step) * prospect.step
     first = (prospect.units - 1) // prospect.step * prospect.step
-    return [prospect.units, *range(first, max(least, prospect.step) - 1, -prospect.step)]
+    last = max(least, prospect.step, -(-prospect.least // prospect.step) * prospect.step)
+    return [prospect.units, *range(first, last - 1, -prospect.step)]
 
 
 def highest_ratio(prospects: Sequence[Prospect], max_ratio: float) -> float:

@@ -32,7 +32,7 @@ def count_parameters(module: Any) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def layer_kinds() -> tuple[type, ...]:
+def layer_kinds() -> Any:
     """The classes of layers that are counted and pruned."""
     torch = require("torch", extra="prune")
     return torch.nn.modules.conv._ConvNd, torch.nn.Linear

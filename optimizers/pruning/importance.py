@@ -128,8 +128,8 @@ def losses_of(values: Array, sensitivity: float | None) -> Array:
     tiny = values.max(initial=0.0) * 1e-9 + 1e-30
     values = values + tiny
     if sensitivity is None:
-        return values / values.mean()
-    return values * (sensitivity / values[half_of(values)].sum())
+        return np.asarray(values / values.mean())
+    return np.asarray(values * (sensitivity / values[half_of(values)].sum()))
 
 
 def savings(group: Group, layers: Mapping[str, Layer]) -> float:

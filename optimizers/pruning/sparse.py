@@ -82,7 +82,7 @@ def make_sparse(module: Any, config: PruneConfig, recover: Recover | None = None
         masks.apply(module)
         if recover is not None:
             held = masks
-            recover(module, step, lambda *_, held=held: held.apply(module))  # type: ignore[misc]
+            recover(module, step, lambda *_, held=held: held.apply(module))
             # Averaged and reloaded weights come from masked ones, and an optimizer's last words do not count.
             masks.apply(module)
     return masks
@@ -126,7 +126,7 @@ def pattern_mask(weight: Any) -> Any:
     size = weight.abs().movedim(1, -1)
     fours = size.reshape(-1, _OF)
     mask = torch.ones_like(fours, dtype=torch.bool)
-    mask.scatter_(1, fours.argsort(1, stable=True)[:, :_GONE], False)
+    mask.scatter_(1, torch.argsort(fours, dim=1, stable=True)[:, :_GONE], False)
     return mask.reshape(size.shape).movedim(-1, 1)
 
 

@@ -200,6 +200,8 @@ class _Work:
                 name, group.units, self._original[name].units, group.width * group.blocks,
                 1 if group.heads else config.round_to // math.gcd(config.round_to, group.blocks),
                 losses_of(self._values[name], self.sensitivity.get(name)), savings(group, layers),
+                # With one channel a block, a grouped convolution would be a depthwise one, of other groups.
+                least=2 if group.blocks > 1 else 1,
             )
             for name, group in groups.items()
         ]  # fmt: skip
@@ -240,6 +242,11 @@ class _Work:
         with self._told.step(f"take channels out of {len(chosen)} groups"):
             take_out_checked(self._subject, self._groups, chosen)
         self._structure = find_structure(self._subject, self._original)
+        lost = next((name for name in self._original if name not in self._groups), None)
+        if lost is not None:
+            raise OptimizationError(
+                f"with fewer channels, those of {lost} cannot be followed any more", hint=f"leave it out: --keep {lost}"
+            )
 
     def search(self, aim: Aim, start: Probe, guess: float | None) -> float:
         """The ratio that meets a latency.

@@ -109,7 +109,7 @@ def test_the_artifact_says_what_went_and_what_it_cost(folder, pruned):
     assert record["value"] > record["parent"] - 0.3
     (speed,) = artifact.manifest.evidence.benchmark
     assert speed["verdict"] == "not timed"  # in a fraction of 0.3 ms there is nothing to be proved
-    assert artifact.manifest.evidence.parity[0]["verdict"] == "ok"
+    assert artifact.manifest.evidence.parity[0]["verdict"] == "passed"
     assert any("head stays as it is" in note for note in told.notes)
 
 
@@ -212,7 +212,6 @@ def test_a_target_is_searched_and_proved(folder, tmp_path, timed):
     ("told", "goal", "says"),
     [
         ({"ratio": 1.8, "ms": 1.1}, {"speedup": 2.0}, "target 2x is missed"),
-        ({"ratio": 2.0, "ms": 1.2}, {"latency_ms": 1.0}, "target 1 ms is missed"),
         ({"verdict": "slower", "ratio": 0.9, "ms": 2.2}, {}, "slower than its parent"),
     ],
 )
@@ -223,11 +222,22 @@ def test_what_is_slower_or_misses_its_target_is_no_success(folder, tmp_path, tim
     with pytest.raises(SpeedError, match=says):
         deploykit.prune(source, tmp_path / "out", config=config, **goal, **QUICK)
     assert list(tmp_path.iterdir()) == []
-    if goal == {"speedup": 2.0}:
-        kept = deploykit.prune(source, tmp_path / "out", config=config, **goal, **QUICK, allow_slower=True)
-        (record,) = kept.manifest.evidence.benchmark
-        assert record["target_met"] is False
-        assert "target 2x missed" in record["summary"]
+
+
+def test_a_latency_is_searched_and_what_counts_as_reached(folder, tmp_path, timed):
+    timed |= {"ratio": 1.8, "ms": 1.1}
+    kept = deploykit.prune(
+        f"{folder / 'net.py'}:make", tmp_path / "out", latency_ms=4.0,
+        config=PruneConfig(round_to=1), **QUICK,
+    )  # fmt: skip
+    (record,) = kept.manifest.evidence.benchmark
+    assert record["target_met"] is True
+    params = kept.manifest.lineage[0].params
+    assert params["macs"][1] / 2 == pytest.approx(4e4, rel=0.06)  # the example holds two images
+    missed = pruning._Target(2.0, None), pruning._Target(None, 1.0)
+    assert not any(target.reached(record) for target in missed)
+    assert pruning._Target(1.88, None).reached(record)  # within 5 %
+    assert pruning._Target(None, 1.05).reached(record)
 
 
 def test_too_much_accuracy_lost_is_an_error(folder, tmp_path):

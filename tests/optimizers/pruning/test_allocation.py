@@ -29,7 +29,7 @@ def test_cheap_channels_go_first_and_a_larger_ratio_takes_them_too():
         prospect("cheap", 64, np.full(64, 1.0)),
         prospect("slow", 64, np.full(64, 9.0), saving=100.0),  # as dear, and it saves a hundred times as much
     ]
-    assert allocate(groups, 0.2, 0.8) == {"dear": 64, "cheap": 64, "slow": 16}
+    assert allocate(groups, 0.25, 0.8) == {"dear": 64, "cheap": 64, "slow": 16}
     kept = [allocate(groups, ratio, 0.8) for ratio in np.linspace(0.01, 0.9, 30)]
     for before, after in pairwise(kept):
         assert all(after[name] <= before[name] for name in after)

@@ -50,7 +50,7 @@ def test_noise_of_two_percent_is_no_trouble(seed):
 def test_steps_that_jump_over_the_target_end_just_below_it():
     found = search(stairs, 4.0)  # the stairs are at 4.52 and at 3.25
     assert found.met
-    assert found.ms == stairs(5 / 8)
+    assert found.ms == stairs(4 / 8)
     assert len(found.probes) <= 10
 
 
