@@ -108,7 +108,8 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
     else:
-        models = [] if isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep) else [step.model or str(previous)]
+        begins = isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep)
+        models = [] if begins else [step.model or str(previous)]
     digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
     files = [
         stamp_of(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts
