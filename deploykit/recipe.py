@@ -137,11 +137,6 @@ class DistillStep(_TrainingStep):
     def _known(cls, metric: str | None) -> str | None:
         return metric if metric is None or metric == "loss" else _known_metric(metric)
 
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, metric: str) -> str:
-        return metric if metric == "loss" else _known_metric(metric)
-
 
 class PruneStep(_TrainingStep):
     """`deploykit prune`; `recovery` is whether it is trained afterwards, which needs data."""
@@ -167,11 +162,6 @@ class PruneStep(_TrainingStep):
     gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
     allow_unverified: bool = False
     part: str | None = None
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, metric: str | None) -> str | None:
-        return metric if metric is None or metric == "loss" else _known_metric(metric)
 
     @field_validator("metric")
     @classmethod
