@@ -107,9 +107,10 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     ]
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
+    elif isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep):
+        models = []
     else:
-        begins = isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep)
-        models = [] if begins else [step.model or str(previous)]
+        models = [step.model or str(previous)]
     digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
     files = [
         stamp_of(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts
