@@ -51,6 +51,7 @@ class Screened:
         gains: Logarithm of how many times faster than the reference it was, one a turn.
         paces_ns: Nanoseconds a sample, one a turn.
         peak_memory_bytes: Of its process after warming up; None where it is not known.
+        load_s: Seconds until its process had answered once; None where it never did.
     """
 
     candidate: Candidate
@@ -59,6 +60,7 @@ class Screened:
     gains: list[float] = field(default_factory=list)
     paces_ns: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
+    load_s: float | None = None
 
     @property
     def value(self) -> float:
@@ -74,7 +76,7 @@ class Screened:
         """JSON-ready copy."""
         found: dict[str, Any] = {
             "status": self.status, "outputs": self.parity, "turns": len(self.gains),
-            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes, "load_s": self.load_s,
         }  # fmt: skip
         if self.gains:
             # One turn says nothing about how much turns differ.
@@ -190,6 +192,7 @@ class _Ring:
         try:
             child = self._coming.pop(number, None) or self._spawn(number)
             child.ready()
+            entry.load_s = round((child.loaded["load_ms"] + child.loaded["first_ms"]) / 1e3, 3)
             child.ask("outputs", outputs=str(outputs))
             if number:
                 entry.parity, why = judge_outputs(

@@ -391,6 +391,8 @@ def _draw(spec: TensorSpec, shape: tuple[int, ...], limits: ValueRange | None, r
         return rng.integers(0, 2, shape).astype(bool)
     if dtype.kind in "iu":
         low, high = (int(limits.low), int(limits.high)) if limits else (0, 1)
+        if spec.dtype == "uint8" and (low, high) == (0, 255) and is_picture(shape):
+            return np.asarray(np.clip(np.rint(make_pictures(shape, rng) * 48 + 128), 0, 255), np.uint8)
         return rng.integers(low, high + 1, shape).astype(dtype)
     if limits is None and is_picture(shape):
         return make_pictures(shape, rng).astype(dtype)

@@ -178,7 +178,7 @@ def derive(
         for note in (*done.notes, *conform(target, held)):
             told.note(note)
         with told.step(f"compare with the parent in {', '.join(map(str, targets))}"):
-            records = _compare_with_parent(
+            records = compare_with_parent(
                 parent, target, targets, feeds, expected, origin, min_cosine, told, maker.cure
             )
         if vacuous:
@@ -186,7 +186,7 @@ def derive(
             told.note(f"unverifiable: {vacuous}")
         evidence = maker.prove(work, target)
         shutil.rmtree(scratch)
-        _copy_companions(parent, writer.dir)
+        copy_companions(parent, writer.dir)
         record = StepRecord(
             step=step,
             params={**done.params, "changed": done.changed, "contract": [t.name for t in held]},
@@ -250,7 +250,7 @@ def _reference(
         return found
 
 
-def _compare_with_parent(
+def compare_with_parent(
     parent: LoadedModel,
     target: Path,
     targets: Sequence[Device],
@@ -261,6 +261,26 @@ def _compare_with_parent(
     told: Progress,
     cure: str | None,
 ) -> list[dict[str, Any]]:
+    """Run a result on every device, and compare it with what its parent gave.
+
+    Args:
+        parent: The parent.
+        target: The result.
+        targets: The devices; the first decides.
+        feeds: Inputs of the result, one mapping a case.
+        expected: The parent's outputs for them.
+        origin: Where the inputs come from.
+        min_cosine: Smallest accepted cosine; None for equality.
+        told: Told what the other devices cannot do.
+        cure: What to do where it is too far off.
+
+    Returns:
+        A record a device, for the manifest.
+
+    Raises:
+        OptimizationError: The first device cannot run it.
+        ParityError: There it is not its parent.
+    """
     records: list[dict[str, Any]] = []
     for number, device in enumerate(targets):
         short = memory_short(device, parent, target) if number else ""
@@ -300,11 +320,11 @@ def memory_short(device: Device, parent: LoadedModel, target: Path) -> str:
     return f"it may take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 
-def _copy_companions(parent: LoadedModel, folder: Path) -> None:
-    """Golden cases stay those of the source model; assets belong to every descendant."""
+def copy_companions(parent: LoadedModel, folder: Path, *, golden: bool = True) -> None:
+    """Golden cases stay those of the source model, unless the inputs change; assets belong to every descendant."""
     if parent.artifact is None:
         return
     for name in parent.artifact.manifest.files:
-        if name == GOLDEN or name.startswith("assets/"):
+        if (name == GOLDEN and golden) or name.startswith("assets/"):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(parent.artifact.path / name, folder / name)

@@ -95,11 +95,8 @@ def finetune(
     targets, _ = find_targets(devices)
     check_free(place)
     work = work_folder(place)
-    if not resume and work.exists():
-        raise OutputExistsError(
-            f"{work} holds an earlier training for this output",
-            hint=f"go on with it: --resume (resume=True); or remove it: rm -r {work}",
-        )
+    if not resume:
+        _check_work(work)
     options = ExportOptions(
         tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), None, task, part, timeout_s
     )  # fmt: skip
@@ -139,6 +136,24 @@ def finetune(
 def work_folder(output: Path) -> Path:
     """Where the training of an output stands."""
     return output.with_name(f"{output.name}.training")
+
+
+def _check_work(work: Path) -> None:
+    """Refuse a folder that is taken; one of a training without a checkpoint gives way.
+
+    Raises:
+        OutputExistsError: A training that can go on is there, or something that is not ours.
+    """
+    found = TrainingFolder(work)
+    if found.begun:
+        raise OutputExistsError(
+            f"{work} holds an earlier training for this output",
+            hint=f"go on with it: --resume (resume=True); or remove it: rm -r {work}",
+        )
+    if found.ours:
+        (work / _BEFORE).unlink(missing_ok=True)
+    else:
+        check_free(work)
 
 
 def judge_of(

@@ -19,6 +19,7 @@ from deploykit.finetuning import finetune
 from deploykit.fusing import fuse
 from deploykit.optimizing import optimize
 from deploykit.packaging import package, smoke
+from deploykit.preprocessing import preprocess
 from deploykit.pruning import prune
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
@@ -39,6 +40,7 @@ __all__ = [
     "fuse",
     "optimize",
     "package",
+    "preprocess",
     "prune",
     "quantize_dynamic",
     "quantize_half",

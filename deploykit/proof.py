@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import DeploykitError
 from deploykit.modelfile import read_model
+from deploykit.optimizers.select_nodes import PREPROCESS
 from deploykit.runtimes import Device, open_session
 from deploykit.runtimes.base import ExecutedNode, is_compute
 
@@ -142,6 +143,8 @@ def _why(layer: Layer, reasons: Mapping[str, str]) -> str:
     found = reasons.get(layer.name) or reasons.get(layer.op)
     if found:
         return found
+    if layer.name.startswith(PREPROCESS):
+        return "prepares the input"
     if layer.quantized:
         return "int8 in the file, float in this runtime"
     return "left out by the quantizer" if layer.weights else "two activations"

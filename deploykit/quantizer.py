@@ -400,7 +400,7 @@ class DeviceOpener:
     def shared(self, path: Path) -> Run | None:
         if not self.device.concurrent:
             return None
-        return open_session(path, self.device, threads=1).run
+        return open_session(path, self.device, threads=1).reusing()
 
 
 def _finite(value: float) -> float | None:

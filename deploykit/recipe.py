@@ -289,6 +289,62 @@ class ApplyStep(_Step):
     contract: list[str] = []
 
 
+class _PreprocessStep(_Step):
+    """What is not given is the preset's, or the default."""
+
+    model: str | None = None
+    preset: str | None = None
+    input: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    data: str | None = None
+    dims: dict[str, int] = {}
+    min_cosine: float | None = Field(default=None, ge=-1, le=1)
+    contract: list[str] = []
+
+
+class ImageStep(_PreprocessStep):
+    """`deploykit preprocess image`."""
+
+    step: Literal["preprocess-image"] = "preprocess-image"
+    resize: str | None = None
+    crop: str | None = None
+    resample: Literal["bilinear", "bicubic"] | None = None
+    antialias: bool | None = None
+    rescale: float | None = Field(default=None, allow_inf_nan=False)
+    layout: Literal["nhwc", "nchw"] | None = None
+    color: Literal["rgb", "bgr"] | None = None
+    model_color: Literal["rgb", "bgr"] | None = None
+    model_layout: Literal["nhwc", "nchw"] | None = None
+    size: str | None = None
+
+
+class AudioStep(_PreprocessStep):
+    """`deploykit preprocess audio`."""
+
+    step: Literal["preprocess-audio"] = "preprocess-audio"
+    sample_rate: int | None = None
+    n_fft: int | None = None
+    win: int | None = None
+    hop: int | None = None
+    mels: int | None = None
+    fmin: float | None = None
+    fmax: float | None = None
+    mel_scale: Literal["htk", "slaney"] | None = None
+    mel_norm: Literal["none", "slaney"] | None = None
+    power: Literal[1, 2] | None = None
+    center: bool | None = None
+    pad_mode: Literal["reflect", "constant"] | None = None
+    drop_last: bool | None = None
+    log: Literal["none", "ln", "log10", "db"] | None = None
+    offset: float | None = None
+    floor: float | None = None
+    top: float | None = None
+    samples: int | None = None
+    dtype: Literal["float32", "int16"] | None = None
+    layout: Literal["bmt", "btm", "b1mt", "b1tm", "bmt1", "btm1"] | None = None
+
+
 class BenchmarkStep(_Step):
     """`deploykit benchmark`."""
 
@@ -329,6 +385,8 @@ Step = (
     | HalfStep
     | RepairStep
     | ApplyStep
+    | ImageStep
+    | AudioStep
     | BenchmarkStep
 )
 _STEPS: dict[str, type[Step]] = {
@@ -343,6 +401,8 @@ _STEPS: dict[str, type[Step]] = {
     "quantize-half": HalfStep,
     "quantize-repair": RepairStep,
     "apply": ApplyStep,
+    "preprocess-image": ImageStep,
+    "preprocess-audio": AudioStep,
     "benchmark": BenchmarkStep,
 }
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,29 @@ from deploykit import pipeline
 from deploykit.artifact import Artifact, is_artifact, stamp_of
 from deploykit.benchmarks import Report
 from deploykit.errors import OutputExistsError, RecipeError, first_line, storage_error
-from deploykit.optimizers import DynamicConfig, HalfConfig, RepairConfig, StaticConfig, WeightsConfig
+from deploykit.optimizers import (
+    DynamicConfig,
+    HalfConfig,
+    PreprocessConfig,
+    RepairConfig,
+    StaticConfig,
+    WeightsConfig,
+    make_audio_config,
+    make_image_config,
+)
 from deploykit.optimizers.pruning import PruneConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import (
     ApplyStep,
+    AudioStep,
     BenchmarkStep,
     DynamicStep,
     ExportStep,
     FinetuneStep,
     FuseStep,
     HalfStep,
+    ImageStep,
     PruneStep,
     Recipe,
     RepairStep,
@@ -37,7 +49,7 @@ from deploykit.recipe import (
 from deploykit.staging import check_free, write_file
 
 _RECORD = ".recipe.json"
-_PATHS = ("data", "eval_data", "source", "model")
+_PATHS = ("data", "eval_data", "source", "model", "preset")
 _FILES = ("merge", "tuned")
 _CONFIG = tuple(field.name for field in fields(StaticConfig))
 _TRAIN = tuple(field.name for field in fields(TrainConfig))
@@ -197,6 +209,8 @@ def _run_step(
         HalfStep: _half,
         RepairStep: _repair,
         ApplyStep: _apply,
+        ImageStep: partial(_preprocess, make_image_config),
+        AudioStep: partial(_preprocess, make_audio_config),
     }
     return verbs[type(step)](model, target, progress=progress, **params)
 
@@ -245,6 +259,13 @@ def _repair(model: str, target: Path, *, exact: bool, **rest: Any) -> Artifact:
 
 def _apply(model: str, target: Path, *, name: str, **rest: Any) -> Artifact:
     return pipeline.apply(name, model, target, **rest)
+
+
+def _preprocess(
+    make_config: Callable[..., PreprocessConfig], model: str, target: Path, *, progress: Progress, **params: Any
+) -> Artifact:
+    how = {key: params.pop(key) for key in ("data", "dims", "min_cosine", "contract")}
+    return pipeline.preprocess(model, target, config=make_config(**params), progress=progress, **how)
 
 
 def _static(model: str, target: Path, **params: Any) -> Artifact:

@@ -27,6 +27,7 @@ def serve(
     instances: int | None = None,
     threads: int | None = None,
     max_batch: int | None = None,
+    force_batching: bool = False,
     max_delay_ms: float = 0.0,
     queue: int = 128,
     timeout_s: float = 60.0,
@@ -37,6 +38,7 @@ def serve(
     tls_key: str | Path | None = None,
     client_ca: str | Path | None = None,
     repository_api: bool = False,
+    versions: str = "latest:1",
     on_ready: Callable[[Bound], None] | None = None,
 ) -> int:
     """Serve models by the Open Inference Protocol, version 2, over HTTP and gRPC, until a signal ends it.
@@ -53,6 +55,8 @@ def serve(
         instances: Processes a model, each with a session of its own; as tuned, else 1.
         threads: Threads inside one request; as tuned, else the cores are shared among the instances.
         max_batch: Most rows of requests that are joined; as tuned, else none are.
+        force_batching: Join requests also where the numbers of one depend on the others, as in models that are
+            quantized dynamically; without it such models answer one request at a time, and say so. Needs `max_batch`.
         max_delay_ms: How long a request may wait for others where it could run.
         queue: Requests that may wait for a model; more are refused.
         timeout_s: Seconds that any request may take.
@@ -63,6 +67,7 @@ def serve(
         tls_key: File of its private key.
         client_ca: File of the certificates that clients' have to be signed with.
         repository_api: Whether models may be loaded and unloaded over the admin port.
+        versions: Which versions of a directory of versions answer: `latest:N`, `all`, or some with commas between them.
         on_ready: Called with the ports once all models answer.
 
     Returns:
@@ -74,6 +79,7 @@ def serve(
     from deploykit.serving.lifecycle import run
     from deploykit.serving.loaded import Options, Source
     from deploykit.serving.servers import Places, check_tls
+    from deploykit.serving.versions import VersionPolicy
 
     if not models:
         raise DeploykitError("there is nothing to serve", expected="an artifact's directory")
@@ -85,14 +91,22 @@ def serve(
         raise DeploykitError(
             f"whoever reaches {host} could load and unload models", hint="add --token-file or --client-ca"
         )
+    if force_batching and (max_batch is None or max_batch == 1):
+        raise DeploykitError("nothing says how many rows are to be joined", hint="add --max-batch ROWS")
     given = [None if path is None else str(path) for path in (tls_cert, tls_key, client_ca)]
     check_tls(*given)
     called: list[str | None] = list(names) or [None] * len(models)
+    policy = VersionPolicy.parse(versions)
     sources = [Source.at(model, name) for model, name in zip(models, called, strict=True)]
+    if policy != VersionPolicy() and not any(source.versioned for source in sources):
+        raise DeploykitError(
+            f"no model has versions of which {versions!r} could choose", expected="a directory of versions 1/, 2/, ..."
+        )
     options = Options(
         device=device, tuned=None if tuned is None else str(tuned), instances=instances, threads=threads,
-        max_batch=max_batch, max_delay_s=max_delay_ms / 1e3, queue=queue, timeout_s=timeout_s,
-        load_s=load_timeout_s, memory_bytes=None if worker_memory is None else worker_memory << 20,
+        max_batch=max_batch, force_batching=force_batching, max_delay_s=max_delay_ms / 1e3, queue=queue,
+        timeout_s=timeout_s, load_s=load_timeout_s, versions=policy,
+        memory_bytes=None if worker_memory is None else worker_memory << 20,
     )  # fmt: skip
     places = Places(
         host=host, http_port=http_port, grpc_port=grpc_port, admin_port=admin_port,

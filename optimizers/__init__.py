@@ -10,6 +10,9 @@ from deploykit.optimizers.base import StepResult
 from deploykit.optimizers.escalation import escalation
 from deploykit.optimizers.fuse import FuseConfig
 from deploykit.optimizers.fuse_attention import has_attention
+from deploykit.optimizers.preprocess import Plan, add_preprocessing, plan_preprocessing, with_preprocessing, write_alone
+from deploykit.optimizers.preprocess_config import AudioConfig, ImageConfig, PreprocessConfig
+from deploykit.optimizers.preprocess_presets import make_audio_config, make_image_config, read_processor
 from deploykit.optimizers.quantize_config import (
     DynamicConfig,
     HalfConfig,
@@ -26,9 +29,13 @@ from deploykit.optimizers.simplify import SimplifyConfig
 from deploykit.optimizers.steps import StepConfig, optimize
 
 __all__ = [
+    "AudioConfig",
     "DynamicConfig",
     "FuseConfig",
     "HalfConfig",
+    "ImageConfig",
+    "Plan",
+    "PreprocessConfig",
     "RepairConfig",
     "SimplifierProcess",
     "SimplifyConfig",
@@ -36,11 +43,18 @@ __all__ = [
     "StepConfig",
     "StepResult",
     "WeightsConfig",
+    "add_preprocessing",
     "check_engine",
     "escalation",
     "for_engine",
     "has_attention",
+    "make_audio_config",
+    "make_image_config",
     "optimize",
     "own_options",
+    "plan_preprocessing",
+    "read_processor",
     "require_nncf",
+    "with_preprocessing",
+    "write_alone",
 ]

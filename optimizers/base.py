@@ -24,7 +24,10 @@ class SharedOpener(Protocol):
         """Open it for one thread, whose runs use all cores."""
 
     def shared(self, path: Path) -> Run | None:
-        """Open it for any number of threads, each of whose runs uses one core; None where the runtime cannot."""
+        """Open it for any number of threads, each of whose runs uses one core; None where the runtime cannot.
+
+        What a run gives need not outlive the same thread's next run.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from deploykit.archives import unsafe_archive
 from deploykit.errors import DataError, OptimizationError, OutputExistsError, first_line
+from deploykit.machine import allowed_cores
 from deploykit.optimizers.base import Opener
 from deploykit.optimizers.histogram import CODES, Histogram
 from deploykit.optimizers.ranges import Ranges
@@ -60,8 +62,11 @@ class Calibration:
             self.tensors.setdefault(name, Histogram()).merge(seen)
 
     def ranges(self, method: str, percentile: float) -> Ranges:
-        """Ranges of all tensors of which anything finite was seen."""
-        found = {n: choose_range(t, method, percentile) for n, t in self.tensors.items() if t.seen}
+        """Ranges of all tensors of which anything finite was seen; tensors share the cores."""
+        seen = {n: t for n, t in self.tensors.items() if t.seen}
+        with ThreadPoolExecutor(allowed_cores()) as pool:
+            limits = pool.map(lambda tensor: choose_range(tensor, method, percentile), seen.values())
+            found = dict(zip(seen, limits, strict=True))
         return Ranges({n: low for n, (low, _) in found.items()}, {n: high for n, (_, high) in found.items()})
 
     def save(self, path: Path) -> None:

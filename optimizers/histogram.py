@@ -107,7 +107,8 @@ class Histogram:
             bits = np.concatenate(self._waiting).view(np.uint32)
             self._waiting.clear()
             self._pending = 0
-            self._keep(np.bincount(bits >> SHIFT, minlength=CODES))
+            # As the integers that are counted: otherwise they are converted to them in a pass of its own.
+            self._keep(np.bincount(np.right_shift(bits, SHIFT, dtype=np.intp), minlength=CODES))
 
     def merge(self, other: Histogram) -> None:
         """Add what another run saw of the same tensor."""

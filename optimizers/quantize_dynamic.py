@@ -17,7 +17,7 @@ from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import SMOOTH, DynamicConfig, no_advice, tools, weight_bits
 from deploykit.optimizers.rewrite import rewrite
 from deploykit.optimizers.scheme import Scheme
-from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes
+from deploykit.optimizers.select_nodes import check_excluded, dynamic_nodes, kept_float
 from deploykit.optimizers.smooth_quant import smooth_norms
 from deploykit.weights import LightModel, open_light, write_copy, write_light
 
@@ -48,19 +48,19 @@ def quantize_dynamic(model: Path, config: DynamicConfig, target: Path, keep_floa
         prepared = infer_shapes(prepared)
         if config.smooth == "auto" and any(n.op_type == "LayerNormalization" for n in prepared.graph.node):
             light = own_copy(LightModel(prepared, light.folder), Path(scratch) / "own")
-            chosen, _ = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
+            chosen, _ = dynamic_nodes(prepared, config.ops, kept_float(prepared, config.exclude))
             notes += smooth_norms(light, chosen, Scheme(bits, config.per_channel))
         notes += rewrite(prepared, last=True)
         prepared = infer_shapes(prepared)
         check_excluded(prepared, config.exclude)
-        nodes, other = dynamic_nodes(prepared, config.ops, frozenset(config.exclude))
+        nodes, other = dynamic_nodes(prepared, config.ops, kept_float(prepared, config.exclude))
         if not nodes:
             raise _nothing_dynamic(prepared, config.ops, other)
         kinds = {n.name: n.op_type for n in prepared.graph.node}
         if keep_float is not None:
             write_copy(LightModel(prepared, light.folder), keep_float)
         light = LightModel(prepared, light.folder)
-        embeddings = quantize_embeddings(light, frozenset(config.exclude)) if "Gather" in config.ops else []
+        embeddings = quantize_embeddings(light, kept_float(prepared, config.exclude)) if "Gather" in config.ops else []
         nodes = [name for name in nodes if kinds[name] != "Gather"]
         made = _dynamic(light, config, nodes, bits) if nodes else light.proto
         quantized = sum(

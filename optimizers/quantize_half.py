@@ -29,7 +29,7 @@ from deploykit.optimizers.feeding import Counter, feeds_of
 from deploykit.optimizers.half_compute import compute_in_half
 from deploykit.optimizers.prepare import infer_shapes, prepare
 from deploykit.optimizers.quantize_config import HalfConfig, StaticConfig
-from deploykit.optimizers.select_nodes import check_excluded
+from deploykit.optimizers.select_nodes import check_excluded, kept_float
 from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel, move_out, open_light, write_light
 
@@ -81,7 +81,7 @@ def quantize_half(
             known = _watch(light, open_model, data, cases, target.parent)
             if not known:
                 notes.append("activations were not watched: what leaves the range of float16 would not be seen here")
-            stored, floats = compute_in_half(light, frozenset(config.exclude), known)
+            stored, floats = compute_in_half(light, kept_float(light.proto, config.exclude), known)
         else:
             light = own_copy(light, Path(scratch) / "own")  # beside it, large weights in 16 bits find their place
             stored, floats = _store(light, config)
@@ -127,7 +127,7 @@ def _store(light: LightModel, config: HalfConfig) -> tuple[int, list[str]]:
     """Put large weights into 16 bits behind a Cast, in place; the number of them, and those that do not fit."""
     from onnx import TensorProto, helper
 
-    editor, excluded = Editor(light), frozenset(config.exclude)
+    editor, excluded = Editor(light), kept_float(light.proto, config.exclude)
     graph, stored, floats = light.proto.graph, 0, list[str]()
     fresh: list[onnx.NodeProto] = []
     renamed: dict[str, str] = {}

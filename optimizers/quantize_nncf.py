@@ -35,7 +35,7 @@ from deploykit.optimizers.repair import RepairConfig, repair
 from deploykit.optimizers.repair_pairs import PairEditor
 from deploykit.optimizers.repair_types import drop_implied_clips
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes
+from deploykit.optimizers.select_nodes import check_excluded, check_selected, kept_float, select_nodes
 from deploykit.progress import Progress, quiet
 from deploykit.specs import Feeds
 from deploykit.weights import LightModel, open_light, write_copy, write_light
@@ -113,7 +113,8 @@ def quantize_nncf(
         notes += rewrite(shown)
         shown = infer_shapes(shown)
         check_excluded(shown, config.exclude)
-        check_selected(select_nodes(shown, frozenset(config.exclude)))  # what pays, by the measure of our own engine
+        # What pays, by the measure of our own engine.
+        check_selected(select_nodes(shown, kept_float(shown, config.exclude)))
         if keep_float is not None:
             write_copy(LightModel(shown, scratch), keep_float)
         transformer = model_kind(shown).transformer
@@ -202,7 +203,7 @@ def _run(
 
     given = onnx.ModelProto()
     given.CopyFrom(shown)
-    names = {node.name for node in given.graph.node}
+    names, floats = {node.name for node in given.graph.node}, sorted(kept_float(given, config.exclude))
     signature = signature_of(given)
     fix = nncf.OverflowFix.ENABLE if bits == 7 else nncf.OverflowFix.DISABLE
     weights = None if config.per_channel else parameters.QuantizationParameters(per_channel=False)
@@ -216,8 +217,8 @@ def _run(
                 subset_size=batches,
                 model_type=nncf.ModelType.TRANSFORMER if transformer else None,
                 ignored_scope=nncf.IgnoredScope(
-                    names=[n for n in config.exclude if n in names],
-                    types=[n for n in config.exclude if n not in names],
+                    names=[n for n in floats if n in names],
+                    types=[n for n in floats if n not in names],
                     validate=False,  # checked before; NNCF takes idle casts away itself
                 ),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(

@@ -34,7 +34,14 @@ from deploykit.optimizers.quantize_config import (
 from deploykit.optimizers.ranges import Ranges
 from deploykit.optimizers.refine import Material, after_ranges, before_ranges, refines
 from deploykit.optimizers.rewrite import rewrite
-from deploykit.optimizers.select_nodes import check_excluded, check_selected, select_nodes, stand_ins, watched_tensors
+from deploykit.optimizers.select_nodes import (
+    check_excluded,
+    check_selected,
+    kept_float,
+    select_nodes,
+    stand_ins,
+    watched_tensors,
+)
 from deploykit.optimizers.thresholds import check_method
 from deploykit.progress import Progress
 from deploykit.specs import Array
@@ -99,6 +106,7 @@ def quantize_static(
             seen = _see(light, nodes, config, open_model, own, target.parent, counted=counted)
         for other in saved:
             seen.merge(other)
+        notes += _not_finite(light, seen)
         serves = stand_ins(prepared, frozenset(nodes))
         ranges = seen.ranges(config.calibration, config.percentile).extended(serves)
         usable, unseen = _usable_nodes(prepared, nodes, ranges)
@@ -112,7 +120,7 @@ def quantize_static(
             write_copy(light, keep_float)
         notes += after_ranges(light, usable, ranges, config, bits, data_again, told)
         notes += rewrite(prepared, last=True)
-        embeddings = quantize_embeddings(light, frozenset(config.exclude))
+        embeddings = quantize_embeddings(light, kept_float(prepared, config.exclude))
         total = len(prepared.graph.node)
         made = insert_pairs(light, usable, ranges, config, bits)
         if not any(n.op_type == "DequantizeLinear" for n in made.graph.node):
@@ -170,7 +178,7 @@ def _to_be_quantized(light: LightModel, config: StaticConfig) -> tuple[LightMode
     notes += rewrite(prepared)
     prepared = infer_shapes(prepared)
     check_excluded(prepared, config.exclude)
-    nodes = select_nodes(prepared, frozenset(config.exclude))
+    nodes = select_nodes(prepared, kept_float(prepared, config.exclude))
     check_selected(nodes)
     return LightModel(prepared, light.folder), nodes, notes
 
@@ -195,6 +203,17 @@ def _see(
         return calibrate(
             light, tensors, _feeds(light, data, config), open_model, Path(place), counted=counted, divisible=divisible
         )
+
+
+def _not_finite(light: LightModel, seen: Calibration) -> list[str]:
+    """A note for every input whose data hold NaN or infinity; inside a model infinity may be a mask's."""
+    inputs = {v.name for v in light.proto.graph.input}
+    return [
+        f"{tensor.nonfinite} of {tensor.count} values of input {name!r} are NaN or infinite and were left out of its "
+        "range: check the calibration data"
+        for name, tensor in seen.tensors.items()
+        if name in inputs and tensor.nonfinite
+    ]
 
 
 def _feeds(light: LightModel, data: Dataset | None, config: StaticConfig) -> Iterator[dict[str, Array]]:

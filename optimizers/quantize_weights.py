@@ -25,7 +25,7 @@ from deploykit.optimizers.editing import Editor, attributes, standard
 from deploykit.optimizers.embeddings import quantize_embeddings
 from deploykit.optimizers.prepare import infer_shapes, prepare, raise_opset
 from deploykit.optimizers.quantize_config import WeightsConfig, tools
-from deploykit.optimizers.select_nodes import check_excluded
+from deploykit.optimizers.select_nodes import check_excluded, kept_float
 from deploykit.progress import Progress
 from deploykit.specs import Array
 from deploykit.weights import LightModel, open_light, write_copy, write_light
@@ -88,7 +88,7 @@ def quantize_weights(
             prepared, raised = raise_opset(prepared, _BLOCKED_OPSET, "blocks of weights")
             prepared.ir_version = max(prepared.ir_version, _MIN_IR)
             notes += raised
-        excluded = frozenset(config.exclude)
+        excluded = kept_float(prepared, config.exclude)
         light = LightModel(infer_shapes(prepared), light.folder)
         chosen, left = _chosen(Editor(light), excluded, size if config.form == "qdq" else None)
         if not chosen:

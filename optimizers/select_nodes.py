@@ -31,6 +31,8 @@ _TRUNK = (
 _COMPUTE_INPUTS = 2
 _STANDARD, _MICROSOFT = ("", "ai.onnx"), ("com.microsoft",)
 _HANDS_ON = ("MaxPool", "Reshape", "Transpose", "Flatten")
+# What the names of nodes begin with that prepare an input (`preprocess_graph`).
+PREPROCESS = "preprocess/"
 # onnx.TensorProto.DataType
 _FLOAT, _OTHER_FLOATS = 1, (10, 11, 16)
 # Inputs that hold weights.
@@ -50,6 +52,14 @@ def check_excluded(model: onnx.ModelProto, excluded: Iterable[str]) -> None:
             f"--exclude {unknown[0]!r} names no node and no operator type of the model",
             hint="see the names: deploykit inspect -m MODEL --json",
         )
+
+
+def kept_float(model: onnx.ModelProto, excluded: Iterable[str]) -> frozenset[str]:
+    """Names and operator types that stay in floating point: those asked for, and all that prepares an input.
+
+    A Fourier transform or a resize in 8 bits would spoil what every layer sees, and costs next to nothing.
+    """
+    return frozenset(excluded) | {node.name for node in model.graph.node if node.name.startswith(PREPROCESS)}
 
 
 def dynamic_nodes(

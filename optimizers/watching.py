@@ -64,9 +64,11 @@ def watch(
     with ThreadPoolExecutor(crew.cores) as pool:
         for feeds in batches:
             rows += _size(feeds)
-            step, width = crew.plan(feeds)
+            step, width = crew.plan(feeds, pool)
+            # With every core at work, more pieces lie ready: nobody waits while what others saw is counted.
+            depth = 2 * width if width == crew.cores else width
             for piece in _pieces(feeds, step):
-                while len(under_way) >= width:
+                while len(under_way) >= depth:
                     add(under_way.popleft().result())
                 if width > 1:
                     under_way.append(pool.submit(crew.look, piece))
@@ -95,13 +97,15 @@ class _Crew:
         if cores > 1 and isinstance(open_model, SharedOpener):
             self._shared = open_model.shared(path)
 
-    def plan(self, feeds: Feeds) -> tuple[int, int]:
+    def plan(self, feeds: Feeds, pool: ThreadPoolExecutor) -> tuple[int, int]:
         """Rows of a piece, and how many pieces are under way at a time."""
         shape, size = self._shape(feeds), _size(feeds)
         if shape not in self._sizes:
             if not self._divisible:
                 return size, 1
-            self._sizes[shape] = _bytes(self._tensors_of({n: a[:1] for n, a in feeds.items()}, alone=False))
+            row = {n: a[:1] for n, a in feeds.items()}
+            # By one of those that run pieces: what a run gives may stay with the thread that ran it.
+            self._sizes[shape] = pool.submit(lambda: _bytes(self._tensors_of(row, alone=False))).result()
         one = max(1, self._sizes[shape])
         step = min(size, max(1, _PIECE_BYTES // one)) if self._divisible else size
         width = min(self.cores, _LIVE_BYTES // (one * step if self._divisible else one))

@@ -317,6 +317,26 @@ class Session(ABC):
         except Exception as exc:
             raise self._translate(exc) from exc
 
+    def reusing(self) -> Callable[[Feeds], dict[str, Array]] | None:
+        """A way to run for any number of threads at once, whose outputs hold only until the same thread runs again.
+
+        It is for who looks at many or large outputs at once, and keeps none of them.
+
+        Returns:
+            As `run`, with its errors; None where the device is not `concurrent`.
+        """
+        if not self.device.concurrent:
+            return None
+        call = self._reusing()
+
+        def run(feeds: Feeds) -> dict[str, Array]:
+            try:
+                return call(feeds)
+            except Exception as exc:
+                raise self.reason(feeds, exc) from exc
+
+        return run
+
     def bind(self, feeds: Feeds) -> Bound:
         """Put inputs on the device once, and run on them without copies: what the device alone takes.
 
@@ -394,6 +414,10 @@ class Session(ABC):
     @abstractmethod
     def _request(self) -> Callable[[Feeds], dict[str, Array]]:
         """What runs the model once, beside others of its kind."""
+
+    def _reusing(self) -> Callable[[Feeds], dict[str, Array]]:
+        """What runs for several threads; outputs need not outlive a thread's next run."""
+        return self._run
 
     @abstractmethod
     def _bind(self, feeds: Feeds) -> Bound: ...

@@ -26,7 +26,7 @@ from deploykit.runtimes.base import (
     traffic_bytes,
 )
 from deploykit.runtimes.onnx_check import check_onnx
-from deploykit.runtimes.ort_binding import DeviceBinding, device_of
+from deploykit.runtimes.ort_binding import DeviceBinding, ReusedOutputs, device_of
 from deploykit.runtimes.ort_settings import plan
 from deploykit.runtimes.requests import Bound
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
@@ -150,6 +150,22 @@ class OrtSession(Session):
         # A binding keeps what it was given before, and takes bytes as they are: all has to be there, and right.
         check_dtypes(self._dtypes, feeds)
         return binding.request(feeds)
+
+    def _reusing(self) -> Callable[[Feeds], dict[str, Array]]:
+        if self.device.target != "CPUExecutionProvider":
+            return self._run
+        outputs = ReusedOutputs(self._ort, self._session, self._outputs)
+
+        def run(feeds: Feeds) -> dict[str, Array]:
+            if self._session is None:
+                raise RuntimeError("the session is closed")
+            # A bound array is taken as it lies there: all has to be there, and right.
+            if feeds.keys() != {name for name, _ in self._dtypes}:
+                raise KeyError("one array an input")
+            check_dtypes(self._dtypes, feeds)
+            return outputs.run(feeds)
+
+        return run
 
     def _bind(self, feeds: Feeds) -> Bound:
         binding = self._bindings()

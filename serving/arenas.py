@@ -90,8 +90,18 @@ class Arena:
         if nbytes > self._limit:
             raise ArenaFull(f"{nbytes} bytes of tensors at once; {self._limit} are allowed")
         size = min(self._limit, max(_FIRST_BYTES, 1 << (nbytes - 1).bit_length()))
-        os.ftruncate(self.descriptor, size)
-        self._grow(size)
+        have = os.fstat(self.descriptor).st_size
+        if have < size:
+            os.ftruncate(self.descriptor, size)
+        self._grow(min(max(size, have), self._limit))
+
+    def warm(self, nbytes: int) -> None:
+        """Have the memory there that requests of that size will need, as far as an arena keeps it between two."""
+        nbytes = min(nbytes, _KEPT_BYTES, self._limit)
+        if nbytes > 0:
+            self.reserve(nbytes)
+            self.view(0, np.dtype(np.uint8), (nbytes,))[:: mmap.PAGESIZE] = 0
+            self._used = 0
 
     def follow(self, nbytes: int) -> None:
         """See what the other side has written.

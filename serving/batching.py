@@ -46,29 +46,34 @@ class Waiting:
         request: What was asked.
         arrived: When, by the caller's clock.
         rows: Size of its first dimension; 0 where it is not to be joined.
+        size: Size of its first dimension, joined or not; 1 where its inputs do not share one.
         key: Equal for requests that may be joined.
         nbytes: Of its inputs.
-        future: Of whoever waits for it; this module leaves it alone.
+        future: Of whoever waits for it; this module leaves it alone, and `flight` too.
+        flight: What it was given to a lane with; None where it was not.
         queued: Whether it is in the queue.
     """
 
     request: InferRequest
     arrived: float
     rows: int = 0
+    size: int = 1
     key: Hashable = None
     nbytes: int = 0
     future: Any = None
+    flight: Any = None
     queued: bool = field(default=False)
 
     @classmethod
     def of(cls, request: InferRequest, arrived: float, *, joins: bool) -> Waiting:
         """A request, with what decides whom it may be joined with."""
         found = cls(request, arrived, nbytes=size_of(request.inputs))
-        arrays = request.inputs.values()
-        rows = {a.shape[0] if a.ndim else 0 for a in arrays}
-        if joins and len(rows) == 1 and 0 not in rows:
-            found.rows = rows.pop()
-            found.key = tuple(sorted((n, a.dtype.kind, a.shape[1:]) for n, a in request.inputs.items()))
+        firsts = {a.shape[:1] for a in request.inputs.values()}
+        if len(firsts) == 1 and () not in firsts:
+            (found.size,) = firsts.pop()
+            if joins and found.size:
+                found.rows = found.size
+                found.key = tuple(sorted((n, a.dtype.kind, a.shape[1:]) for n, a in request.inputs.items()))
         return found
 
 
@@ -108,9 +113,21 @@ class Batcher:
             raise Busy(f"{self._count} requests wait for {entry.request.model!r}", hint="send it again later")
         if again:
             entry.rows = 0
-        joins = entry.rows > 0 and self.policy.max_batch > 1
-        group = self._groups.setdefault(entry.key if joins else None, _Group())
+        group = self._group_of(entry)
         group.entries.append(entry)
+        self._came(group, entry)
+
+    def restore(self, entry: Waiting) -> None:
+        """Put a request back that was taken and has not run, before all others of its kind; it is never refused."""
+        group = self._group_of(entry)
+        group.entries.appendleft(entry)
+        self._came(group, entry)
+
+    def _group_of(self, entry: Waiting) -> _Group:
+        joins = entry.rows > 0 and self.policy.max_batch > 1
+        return self._groups.setdefault(entry.key if joins else None, _Group())
+
+    def _came(self, group: _Group, entry: Waiting) -> None:
         group.rows += entry.rows
         entry.queued = True
         self._count += 1

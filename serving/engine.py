@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 
 from deploykit.errors import DeploykitError
+from deploykit.serving.dispatch import Hire, hire
 from deploykit.serving.loaded import Options, Source
 from deploykit.serving.repository import Repository
 from deploykit.serving.requests import DeadlineExceeded, InferRequest, InferResult, ModelInfo, NotReady, RequestError
-from deploykit.serving.served import Hire, hire
 
 
 class ServingEngine:
@@ -84,7 +84,7 @@ class ServingEngine:
             UnknownModel: There is none.
             NotReady: It is not loaded.
         """
-        return self.repository.get(name, version).info()
+        return self.repository.get(name, version).info(self.repository.versions(name))
 
     def model_ready(self, name: str, version: str | None = None) -> bool:
         """Whether a model answers.

@@ -56,7 +56,7 @@ def server_metadata(*, repository: bool) -> dict[str, Any]:
 
 
 def model_metadata(engine: Engine, name: str, version: str | None) -> dict[str, Any]:
-    """What the protocol says of a model.
+    """What the protocol says of a model, and whether its requests are joined.
 
     Raises:
         UnknownModel: There is none.
@@ -69,6 +69,7 @@ def model_metadata(engine: Engine, name: str, version: str | None) -> dict[str, 
         "platform": info.platform,
         "inputs": [metadata(spec) for spec in info.inputs],
         "outputs": [metadata(spec) for spec in info.outputs],
+        "parameters": {"max_batch_size": info.max_batch, **({"batching": info.batching} if info.batching else {})},
     }
 
 

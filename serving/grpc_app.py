@@ -88,10 +88,10 @@ def grpc_server(
     most = limits.body_bytes
     for name in engine.names():
         try:
-            info = engine.info(name)
+            found = [engine.info(name, version) for version in engine.info(name).versions]
         except RequestError:
             continue
-        most = max(most, limits.of(info.inputs, info.outputs, info.max_batch).body_bytes)
+        most = max(most, *(limits.of(info.inputs, info.outputs, info.max_batch).body_bytes for info in found))
     server = aio.server(
         options=[
             ("grpc.max_receive_message_length", most + _HEAD_BYTES),
@@ -204,7 +204,13 @@ class _Service:
 
     async def model(self, data: bytes, context: Any) -> bytes:
         asked = _parse("ModelMetadataRequest", data)
-        return self._answer("ModelMetadataResponse", **model_metadata(self._engine, asked.name, asked.version or None))
+        told = model_metadata(self._engine, asked.name, asked.version or None)
+        parameter = self._made["InferParameter"]
+        told["parameters"] = {
+            name: parameter(string_param=value) if isinstance(value, str) else parameter(int64_param=value)
+            for name, value in told["parameters"].items()
+        }
+        return self._answer("ModelMetadataResponse", **told)
 
     async def model_ready(self, data: bytes, context: Any) -> bytes:
         asked = _parse("ModelReadyRequest", data)

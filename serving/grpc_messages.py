@@ -1,7 +1,8 @@
 """Messages of `inference.GRPCInferenceService`, made from descriptors of our own.
 
 The descriptors live in a pool of their own, so that a client's generated module of the same names can be imported in
-the same process. Field numbers are those of the Open Inference Protocol; the repository's are Triton's.
+the same process. Field numbers are those of the Open Inference Protocol; the repository's are Triton's, and the
+parameters of a model's metadata are MLServer's.
 
 Tensors are by far the most of a message. `split_raw` and `join_raw` read and write them beside the rest, so that a
 request's are not copied at all and an answer's once.
@@ -47,6 +48,7 @@ _INFERENCE: dict[str, dict[str, tuple[int, str]]] = {
         "platform": (3, "string"),
         "inputs": (4, "*ModelMetadataResponse.TensorMetadata"),
         "outputs": (5, "*ModelMetadataResponse.TensorMetadata"),
+        "parameters": (6, _PARAMETERS),
     },
     "InferParameter": {
         "bool_param": (1, "|bool"),

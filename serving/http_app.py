@@ -140,12 +140,16 @@ def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Res
     return JSONResponse({"error": text}, status, headers)
 
 
-def _on_request_error(request: Request, exc: Exception) -> Response:
+# Handlers are coroutines: for a function, starlette would send every refusal through a pool of up to 40 threads, each
+# with a stack and a heap of its own, at the very time when there are most of them.
+
+
+async def _on_request_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestError)
     return _error(exc.http_status, error_text(exc))
 
 
-def _on_http_exception(request: Request, exc: Exception) -> Response:
+async def _on_http_exception(request: Request, exc: Exception) -> Response:
     from starlette.exceptions import HTTPException
 
     assert isinstance(exc, HTTPException)
@@ -153,11 +157,11 @@ def _on_http_exception(request: Request, exc: Exception) -> Response:
     return _error(exc.status_code, texts.get(exc.status_code, exc.detail), dict(exc.headers or {}))
 
 
-def _on_slow(request: Request, exc: Exception) -> Response:
+async def _on_slow(request: Request, exc: Exception) -> Response:
     return _error(408, "the body did not arrive in time", {"Connection": "close"})
 
 
-def _on_disconnected(request: Request, exc: Exception) -> Response:
+async def _on_disconnected(request: Request, exc: Exception) -> Response:
     return _error(400, "the body ended too early", {"Connection": "close"})
 
 

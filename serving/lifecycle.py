@@ -8,6 +8,7 @@ second such signal ends it at once. SIGHUP has it look for newer versions of its
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from deploykit.serving.admin_app import admin_app
 from deploykit.serving.engine import ServingEngine
 from deploykit.serving.http_app import http_app
 from deploykit.serving.loaded import Options, Source
-from deploykit.serving.memory import keep_freed_memory
+from deploykit.serving.memory import keep_freed_memory, set_what_stays_aside
 from deploykit.serving.requests import RequestError
 from deploykit.serving.servers import Bound, GrpcServer, HttpServer, Places, listen
 from deploykit.serving.v2_types import Limits
@@ -105,6 +106,7 @@ class _Life:
             for task in self._tasks:
                 task.cancel()
             await self._engine.stop()
+            gc.unfreeze()  # where somebody's program has called us, it goes on
 
     async def _serve(self, servers: list[HttpServer], limits: Limits) -> int:
         port = self._places.grpc_port
@@ -123,6 +125,7 @@ class _Life:
         if port is not None:
             self._grpc = GrpcServer(self._engine, limits, self._places, port, self._refused)
             await self._grpc.start()
+        set_what_stays_aside()
         admin = servers[1].port if len(servers) > 1 else None
         self._on_ready(Bound(servers[0].port, self._grpc.port if self._grpc else None, admin))
         self._keep(self._engine.repository.watch(self._places.poll_s))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from deploykit.artifact import MANIFEST, SETTINGS, Artifact, is_artifact, manife
 from deploykit.errors import ArtifactError, ModelError
 from deploykit.machine import allowed_cores
 from deploykit.runtimes import RuntimeSettings, parse_device
+from deploykit.serving.versions import VERSION, VersionPolicy
 from deploykit.specs import Signature, TensorSpec, terms
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"[1-9]\d{0,17}")
 _THREADS = ("intra_op_num_threads", "INFERENCE_NUM_THREADS")
 _BARE = (".onnx", ".xml")
 _DEVICES = {".onnx": "ort:cpu", ".xml": "openvino:cpu", ".pt2": "torch:cpu"}
@@ -33,12 +33,14 @@ class Options:
         instances: Processes a model, each with a session of its own.
         threads: Threads inside one request; all allowed cores, shared among the instances, by default.
         max_batch: Most rows of requests that are joined; what the settings were tuned for by default.
+        force_batching: Join requests also where that changes their numbers.
         max_delay_s: Seconds that a request may wait for others to be joined with.
         queue: Most requests that wait for a model.
         timeout_s: Seconds that any request may take.
         load_s: Seconds that a worker may take to load a model and to warm up.
         arena_bytes: Most bytes of the inputs, and of the outputs, of one request.
         memory_bytes: Most memory of a worker of a CPU device; that of the machine by default.
+        versions: Which versions of a directory of versions answer.
     """
 
     device: str | None = None
@@ -46,12 +48,14 @@ class Options:
     instances: int | None = None
     threads: int | None = None
     max_batch: int | None = None
+    force_batching: bool = False
     max_delay_s: float = 0.0
     queue: int = 128
     timeout_s: float = 60.0
     load_s: float = 1800.0
     arena_bytes: int = 2**30
     memory_bytes: int | None = None
+    versions: VersionPolicy = field(default_factory=VersionPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +101,37 @@ class Source:
             hint="make one: deploykit export SOURCE -o DIR",
         )
 
-    def newest(self) -> tuple[str, Path]:
-        """The newest version and where it is.
+    def found(self) -> dict[str, Path]:
+        """The versions that there are and where they are, oldest first.
 
         Raises:
             ArtifactError: There is none any more.
         """
         if not self.versioned:
-            return "1", self.path.resolve()
+            return {"1": self.path.resolve()}
         found = versions_in(self.path)
         if not found:
             raise ArtifactError(f"{self.path} holds no version any more", expected="1/, 2/, ..., each an artifact")
-        return found[-1], (self.path / found[-1]).resolve()
+        return {version: (self.path / version).resolve() for version in found}
+
+    def at_version(self, version: str | None = None) -> tuple[str, Path]:
+        """A version and where it is; the newest where none is named.
+
+        Raises:
+            ArtifactError: It is not there.
+        """
+        found = self.found()
+        if version is None:
+            return list(found.items())[-1]
+        if version not in found:
+            raise ArtifactError(f"{self.path} holds no version {version}", expected=", ".join(found))
+        return version, found[version]
 
 
 def versions_in(path: Path) -> tuple[str, ...]:
     """Versions below a directory, oldest first; what has no manifest yet is still being copied."""
     try:
-        found = [p.name for p in path.iterdir() if _VERSION.fullmatch(p.name) and is_artifact(p)]
+        found = [p.name for p in path.iterdir() if VERSION.fullmatch(p.name) and is_artifact(p)]
     except OSError:
         return ()
     return tuple(sorted(found, key=int))
@@ -155,13 +172,18 @@ class Loaded:
         return {"path": str(self.path), "digest": self.digest, "settings": self.settings.as_dict()}
 
 
-def load(source: Source, options: Options) -> Loaded:
-    """Check the newest version of a model: every file against its sha256, and the settings.
+def load(source: Source, options: Options, version: str | None = None) -> Loaded:
+    """Check a version of a model: every file against its sha256, and the settings.
+
+    Args:
+        source: The model.
+        options: How it is served.
+        version: Which; None for the newest.
 
     Raises:
         DeploykitError: It cannot be served.
     """
-    version, path = source.newest()
+    version, path = source.at_version(version)
     if path.is_dir():
         artifact = Artifact.open(path)
         own = _own_settings(artifact, options.device)
@@ -198,7 +220,7 @@ class State:
     """What would be loaded now, without a look into its files.
 
     Attributes:
-        version: The newest.
+        version: A whole number.
         digest: As of `Loaded`.
         stamp: Changes when any of its files does, as while they are still being copied.
     """
@@ -208,13 +230,17 @@ class State:
     stamp: tuple[tuple[str, int, int], ...]
 
 
-def state_now(source: Source) -> State:
+def state_now(source: Source, version: str | None = None) -> State:
     """What would be loaded now.
+
+    Args:
+        source: The model.
+        version: Which; None for the newest.
 
     Raises:
         DeploykitError: There is nothing.
     """
-    version, path = source.newest()
+    version, path = source.at_version(version)
     try:
         digest = digest_of(path) if path.is_file() else manifest_digest(path)
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

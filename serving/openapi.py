@@ -198,6 +198,15 @@ def _schemas() -> Json:
                 "platform": {"type": "string"},
                 "inputs": {"type": "array", "items": _ref("TensorMetadata")},
                 "outputs": {"type": "array", "items": _ref("TensorMetadata")},
+                "parameters": {
+                    **parameters,
+                    "properties": {
+                        "max_batch_size": {
+                            "type": "integer", "minimum": 0, "description": "Most rows of joined requests; 0 for none",
+                        },
+                        "batching": {"type": "string", "description": "Why requests are not joined"},
+                    },
+                },
             },
             "name", "versions", "platform", "inputs", "outputs",
         ),

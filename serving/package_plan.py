@@ -18,6 +18,7 @@ from deploykit.progress import Progress
 from deploykit.runtimes import Device, Session, default_devices, open_session, parse_device
 from deploykit.runtimes.settings import RuntimeSettings
 from deploykit.serving.bundles import Contract
+from deploykit.serving.joining import beside, lossy_steps, moved_output, one_scale
 from deploykit.serving.smoke import accepted, judge
 from deploykit.specs import Array, TensorSpec
 
@@ -112,12 +113,8 @@ def contract_of(artifact: Artifact, min_cosine: float | None = None) -> Contract
         artifact: Its lineage says whether a step changed the numbers on purpose.
         min_cosine: Asked for by the user, in place of the default for such models.
     """
-    lineage, evidence = artifact.manifest.lineage, artifact.manifest.evidence
-    lossy = any(s.step.startswith("quantize") or s.params.get("quantized") for s in lineage)
-    # Of a plugin's steps the records say whether values were judged by their cosine.
-    lossy = lossy or any(r.get("outputs") and r.get("tolerance") is None for r in evidence.parity)
-    unverifiable = any(r.get("verdict") == "unverifiable" for r in evidence.parity)
-    if min_cosine is None and lossy:
+    unverifiable = any(r.get("verdict") == "unverifiable" for r in artifact.manifest.evidence.parity)
+    if min_cosine is None and lossy_steps(artifact.manifest):
         min_cosine = MIN_COSINE
     bounded = sorted(bounded_outputs(artifact.model_path))
     return Contract(min_cosine=min_cosine, bounded=bounded, unverifiable=unverifiable)
@@ -233,7 +230,8 @@ def why_not_joined(session: Session, cases: Sequence[Case], min_cosine: float | 
     """Why requests may not be joined: rows come out otherwise when others stand beside them. None where they may.
 
     The first axis of a model need not be rows: it may be the steps of a recurrence, or one large graph. So a golden
-    request is run beside another one, and each is compared with what it gives alone.
+    request is run beside another one, and each is compared with what it gives alone, and, bit for bit, with what it
+    gives beside others.
     """
     inputs, other = _neighbours([i for i, _ in cases])
     if all(np.array_equal(a, other[n]) for n, a in inputs.items()):
@@ -241,11 +239,13 @@ def why_not_joined(session: Session, cases: Sequence[Case], min_cosine: float | 
     rows, more = (len(next(iter(feeds.values()))) for feeds in (inputs, other))
     try:
         alone = [session.run(inputs), session.run(other)]
-        both = session.run({n: np.concatenate([a, other[n]]) for n, a in inputs.items()})
+        both = session.run(beside(inputs, other))
     except DeploykitError as exc:
         return f"{rows + more} rows fail where {rows} do not ({exc.what})"
     if any(a.ndim == 0 or len(a) != rows + more for a in both.values()):
         return "an output does not have a row for each row of the input"
+    if moved := moved_output(session.run, inputs, other, both):
+        return f"rows depend on those beside them ({moved!r} is another, if only by its rounding)"
     parts = [{n: a[:rows] for n, a in both.items()}, {n: a[rows:] for n, a in both.items()}]
     feeds = [inputs, other]
     if min_cosine is None:
@@ -260,6 +260,7 @@ def _neighbours(requests: Sequence[dict[str, Array]]) -> tuple[dict[str, Array],
 
     Where no other golden request has rows of the same shape, the second is the last row of the first, turned around, as
     often as the first has rows: values stay those that the model takes, and a result over all rows is another one.
+    Reals are halved too, so that the largest of all is another one.
     """
     ordered = sorted(requests, key=lambda r: sum(a.nbytes for a in r.values()))
     first = ordered[0]
@@ -268,7 +269,8 @@ def _neighbours(requests: Sequence[dict[str, Array]]) -> tuple[dict[str, Array],
         if same and any(not np.array_equal(other[n][:1], a[:1]) for n, a in first.items()):
             return first, other
     turned = {n: np.repeat(a[-1:], len(a), axis=0) for n, a in first.items()}
-    return first, {n: np.ascontiguousarray(a[..., ::-1] if a.ndim > 1 else a) for n, a in turned.items()}
+    halved = {n: (a / 2).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in turned.items()}
+    return first, {n: np.ascontiguousarray(a[..., ::-1] if a.ndim > 1 else a) for n, a in halved.items()}
 
 
 def plan_batch(
@@ -300,7 +302,7 @@ def plan_batch(
         return 0
     symbol, why = batch_symbol(inputs, outputs)
     if symbol is not None:
-        why = _prove_rows(artifact, cases, contract) or ""
+        why = one_scale(artifact.model_path) or _prove_rows(artifact, cases, contract) or ""
     if why:
         if asked is not None:
             raise PackageError(f"requests cannot be joined: {why}", hint="leave --max-batch out, or give 0")

@@ -8,11 +8,12 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from deploykit.errors import DeploykitError
+from deploykit.errors import ArtifactError, DeploykitError
+from deploykit.serving.dispatch import Hire, hire
 from deploykit.serving.loaded import Loaded, Options, Source, State, load, state_now, versions_in
 from deploykit.serving.metrics import Gauges, Metrics
 from deploykit.serving.requests import NotReady, UnknownModel
-from deploykit.serving.served import Hire, Served, hire
+from deploykit.serving.served import Served
 
 log = logging.getLogger("deploykit.serving")
 
@@ -21,23 +22,21 @@ READY, LOADING, UNAVAILABLE = "READY", "LOADING", "UNAVAILABLE"
 
 @dataclass(slots=True, eq=False)
 class _Model:
-    """A model and the version of it that answers.
+    """A model and the versions of it that answer.
 
     Attributes:
         source: Where it comes from.
-        current: What answers; None where nothing does.
+        current: What answers by version, oldest first.
         wanted: Whether it is to answer, which it is not once it was unloaded.
-        state: READY, LOADING or UNAVAILABLE.
-        reason: Why the newest version does not answer.
-        refused: What could not be loaded, which is not tried again until it changes.
+        states: Of versions that are to answer and do not: LOADING or UNAVAILABLE, and why.
+        refused: What could not be loaded by version, which is not tried again until it changes.
     """
 
     source: Source
-    current: Served | None = None
+    current: dict[str, Served] = field(default_factory=dict)
     wanted: bool = True
-    state: str = LOADING
-    reason: str = ""
-    refused: State | None = None
+    states: dict[str, tuple[str, str]] = field(default_factory=dict)
+    refused: dict[str, State] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -76,25 +75,36 @@ class Repository:
 
     def ready(self) -> bool:
         """Whether every model that is to answer does."""
-        return all(m.current is not None and m.current.ready for m in self._models.values() if m.wanted)
+        return all(
+            m.current and all(served.ready for served in m.current.values()) for m in self._models.values() if m.wanted
+        )
 
     def get(self, name: str, version: str | None = None) -> Served:
-        """The version of a model that answers.
+        """The version of a model that answers: the one that is named, else the newest that does.
 
         Raises:
             UnknownModel: There is no such model, or not in this version.
             NotReady: It does not answer yet, or not any more.
         """
         model = self._model(name)
-        if model.current is None:
-            if version is not None and model.wanted and model.state == UNAVAILABLE:
-                raise UnknownModel(f"there is no version {version!r:.80} of {name!r}")
-            raise NotReady(f"{name!r} is not loaded" if not model.wanted else f"{name!r} is being loaded")
-        if version not in (None, "", model.current.loaded.version):
-            raise UnknownModel(
-                f"there is no version {version!r:.80} of {name!r}", expected=model.current.loaded.version
-            )
-        return model.current
+        if version:
+            if version in model.current:
+                return model.current[version]
+            failed = any(state == UNAVAILABLE for state, _ in model.states.values())
+            if model.current or (model.wanted and failed):
+                known = ", ".join(model.current) or None
+                raise UnknownModel(f"there is no version {version!r:.80} of {name!r}", expected=known)
+        elif model.current:
+            return model.current[next(reversed(model.current))]
+        raise NotReady(f"{name!r} is not loaded" if not model.wanted else f"{name!r} is being loaded")
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """The versions of a model that answer, oldest first.
+
+        Raises:
+            UnknownModel: There is no such model.
+        """
+        return tuple(self._model(name).current)
 
     def _model(self, name: str) -> _Model:
         if name not in self._models:
@@ -106,22 +116,23 @@ class Repository:
         found = []
         for name, model in self._models.items():
             versions = versions_in(model.source.path) if model.source.versioned else ("1",)
-            current = model.current.loaded.version if model.current else ""
-            for version in dict.fromkeys((*versions, *([current] if current else []))):
-                if version == current:
-                    live = model.current is not None and model.current.ready
+            wanted = self._wanted(model, versions)
+            for version in sorted({*versions, *model.current}, key=int):
+                if version in model.current:
+                    live = model.current[version].ready
                     state, reason = (READY, "") if live else (UNAVAILABLE, "no worker answers")
-                elif version == versions[-1] and model.wanted:
-                    state, reason = model.state, model.reason
+                elif model.wanted:
+                    other = (LOADING, "") if version in wanted else (UNAVAILABLE, self._options.versions.rule)
+                    state, reason = model.states.get(version, other)
                 else:
-                    state, reason = UNAVAILABLE, "not the newest version" if model.wanted else "unloaded"
+                    state, reason = UNAVAILABLE, "unloaded"
                 found.append({"name": name, "version": version, "state": state, "reason": reason})
         return found
 
     def _gauges(self) -> Iterable[Gauges]:
         for name, model in self._models.items():
-            if (at := model.current) is not None:
-                yield Gauges(name, at.loaded.version, at.waiting, at.running, len(at.pids))
+            for version, at in model.current.items():
+                yield Gauges(name, version, at.waiting, at.running, len(at.pids))
 
     # --- changes ------------------------------------------------------------------------------------------------------
 
@@ -135,46 +146,83 @@ class Repository:
             await self.refresh(name)
 
     async def refresh(self, name: str, *, again: bool = True) -> bool:
-        """Load what is newest of a model, if it is not what answers; the old version answers until the new one does.
+        """Load what is to answer of a model and does not; what answered goes on until all of that does.
 
         Args:
             name: Of the model.
             again: Also what could not be loaded before.
 
         Returns:
-            Whether another version answers now.
+            Whether other versions answer now.
 
         Raises:
             UnknownModel: There is no such model.
-            DeploykitError: It cannot be loaded; what answered goes on.
+            DeploykitError: One cannot be loaded; what answered goes on.
         """
         model = self._model(name)
         async with model.lock:
             model.wanted = True
-            newest: State | None = None
-            try:
-                newest = await asyncio.to_thread(state_now, model.source)
-                at = model.current.loaded if model.current else None
-                if at is not None and (newest.version, newest.digest) == (at.version, at.digest):
-                    return False
-                if not again and newest == model.refused:
-                    return False
-                model.state, model.reason = LOADING, ""
-                await self._swap(model, await asyncio.to_thread(load, model.source, self._options))
-            except Exception as exc:
-                model.state, model.reason, model.refused = UNAVAILABLE, str(exc), newest
-                raise
-            model.state, model.refused = READY, None
-            return True
+            changed, failed = False, list[Exception]()
+            found = await asyncio.to_thread(model.source.found)
+            wanted = self._wanted(model, tuple(found))
+            model.states = {v: state for v, state in model.states.items() if v in wanted}
+            for version in self._missing(model, wanted):
+                failed.append(
+                    ArtifactError(f"{model.source.path} holds no version {version}", expected=", ".join(found))
+                )
+            for version in (v for v in wanted if v in found):
+                try:
+                    changed = await self._refresh_one(model, version, again=again) or changed
+                except Exception as exc:  # noqa: BLE001 - it is raised once the others are loaded
+                    failed.append(exc)
+            if all(version in model.current for version in wanted):
+                for version in [v for v in model.current if v not in wanted]:
+                    log.info("%s: version %s answers no more", name, version)
+                    self._leave(model.current.pop(version))
+                    changed = True
+            if failed:
+                raise failed[0]
+            return changed
+
+    def _wanted(self, model: _Model, found: Sequence[str]) -> tuple[str, ...]:
+        """Versions of a model that are to answer; a model that is no directory of versions has one."""
+        return self._options.versions.choose(found, model.current) if model.source.versioned else tuple(found)
+
+    def _missing(self, model: _Model, wanted: Sequence[str]) -> list[str]:
+        """Versions that were named and are not there."""
+        return [v for v in self._options.versions.only if model.source.versioned and v not in wanted]
+
+    async def _refresh_one(self, model: _Model, version: str, *, again: bool) -> bool:
+        state: State | None = None
+        try:
+            state = await asyncio.to_thread(state_now, model.source, version)
+            at = model.current.get(version)
+            if at is not None and state.digest == at.loaded.digest:
+                model.states.pop(version, None)
+                return False
+            if not again and state == model.refused.get(version):
+                return False
+            model.states[version] = (LOADING, "")
+            await self._swap(model, await asyncio.to_thread(load, model.source, self._options, version))
+        except Exception as exc:
+            model.states[version] = (UNAVAILABLE, str(exc))
+            model.refused.pop(version, None)
+            if state is not None:
+                model.refused[version] = state
+            raise
+        model.states.pop(version, None)
+        model.refused.pop(version, None)
+        return True
 
     async def _swap(self, model: _Model, loaded: Loaded) -> None:
         log.info("loading %s version %s from %s", loaded.name, loaded.version, loaded.path)
         made = Served(loaded, self._options, self.metrics, self._hire)
         self._all.add(made)
         await made.start()
-        old, model.current = model.current, made
+        log.info("%s: version %s answers", loaded.name, loaded.version)
+        old = model.current.get(loaded.version)
+        model.current = dict(sorted({**model.current, loaded.version: made}.items(), key=lambda item: int(item[0])))
         if old is not None:
-            log.info("%s: version %s answers in place of %s", loaded.name, loaded.version, old.loaded.version)
             self._leave(old)
 
     def _leave(self, served: Served) -> None:
@@ -197,10 +245,10 @@ class Repository:
         model = self._model(name)
         async with model.lock:
             model.wanted = False
-            model.state, model.reason = UNAVAILABLE, "unloaded"
-            old, model.current = model.current, None
-            if old is not None:
-                self._leave(old)
+            model.states.clear()
+            old, model.current = model.current, {}
+            for served in old.values():
+                self._leave(served)
 
     async def rescan(self, *, again: bool = True) -> None:
         """Look for newer versions of all models that are to answer; what cannot be loaded is logged."""
@@ -218,15 +266,15 @@ class Repository:
                     await self._try(name, again=False)
 
     async def _is_stale(self, model: _Model) -> bool:
-        if model.current is not None and model.current.fault:
+        if any(served.fault for served in model.current.values()):
             return True
         if not model.source.versioned:
             return False
         try:
-            version, _ = await asyncio.to_thread(model.source.newest)
+            found = await asyncio.to_thread(model.source.found)
         except (DeploykitError, OSError):  # all are gone, or cannot be seen: what answers goes on
             return False
-        return model.current is None or version != model.current.loaded.version
+        return set(self._wanted(model, tuple(found))) != set(model.current)
 
     async def _try(self, name: str, *, again: bool) -> None:
         try:
@@ -237,7 +285,7 @@ class Repository:
 
     async def drain(self) -> None:
         """Wait until every accepted request is answered."""
-        await asyncio.gather(*(m.current.drain() for m in self._models.values() if m.current is not None))
+        await asyncio.gather(*(at.drain() for m in self._models.values() for at in m.current.values()))
         await asyncio.gather(*self._leaving)
 
     def kill(self) -> None:
@@ -247,7 +295,7 @@ class Repository:
 
     async def stop(self) -> None:
         """End all workers now."""
-        await asyncio.gather(*(m.current.stop() for m in self._models.values() if m.current is not None))
+        await asyncio.gather(*(at.stop() for m in self._models.values() for at in m.current.values()))
         for task in tuple(self._leaving):
             task.cancel()
         await asyncio.gather(*self._leaving, return_exceptions=True)

@@ -81,6 +81,7 @@ class ModelInfo:
         inputs: With their symbols for dynamic dimensions.
         outputs: Likewise.
         max_batch: Most rows that are run at once; 0 where requests are not joined.
+        batching: Why requests are not joined though that was asked for; empty where there is nothing to say.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ModelInfo:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch: int
+    batching: str = ""
 
 
 class RequestError(DeploykitError):

@@ -118,12 +118,16 @@ def _card(artifact: Artifact) -> dict[str, Any]:
         card["modelParameters"]["task"] = task
     metrics = [_metric(record) for record in manifest.evidence.accuracy]
     metrics += [
-        {"type": f"parity with the source on {record.get('device')}", "value": str(record.get("verdict"))}
+        {"type": f"{_compared(record)} on {record.get('device')}", "value": str(record.get("verdict"))}
         for record in manifest.evidence.parity
     ]
     if metrics:
         card["quantitativeAnalysis"] = {"performanceMetrics": metrics}
     return card
+
+
+def _compared(record: Mapping[str, Any]) -> str:
+    return f"parity of the {record['part']} with its reference" if "part" in record else "parity with the source"
 
 
 def _metric(record: Mapping[str, Any]) -> dict[str, str]:

@@ -7,27 +7,16 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from deploykit.errors import DeploykitError, first_line
-from deploykit.serving.arenas import Joined
-from deploykit.serving.batching import BATCH_BYTES, Batcher, Policy, Waiting, join, split
+from deploykit.errors import DeploykitError
+from deploykit.serving.batching import BATCH_BYTES, Policy, Waiting
 from deploykit.serving.checks import check_inputs, check_outputs
-from deploykit.serving.loaded import Loaded, Options, signature_of
+from deploykit.serving.dispatch import Dispatcher, Hire, WorkerLike, fail, hire
+from deploykit.serving.loaded import Loaded, Options, batch_symbol, signature_of
 from deploykit.serving.metrics import Metrics
-from deploykit.serving.requests import (
-    DeadlineExceeded,
-    Failed,
-    InferRequest,
-    InferResult,
-    ModelInfo,
-    NotReady,
-    RequestError,
-)
+from deploykit.serving.requests import DeadlineExceeded, InferRequest, InferResult, ModelInfo, NotReady
 from deploykit.serving.v2_types import datatype_of
-from deploykit.serving.workers import Answer, Done, Worker
 from deploykit.specs import Signature
 
 log = logging.getLogger("deploykit.serving")
@@ -36,38 +25,6 @@ log = logging.getLogger("deploykit.serving")
 _STEADY_S = 10.0
 _FIRST_PAUSE_S = 0.25
 _LAST_PAUSE_S = 30.0
-
-
-class LaneLike(Protocol):
-    """What runs one request after another; `workers.Lane` is one."""
-
-    @property
-    def in_flight(self) -> int: ...
-    @property
-    def spare(self) -> bool: ...
-    def send(self, tensors: Sequence[Joined], done: Done) -> None: ...
-
-
-class WorkerLike(Protocol):
-    """What holds a model; `workers.Worker` is one."""
-
-    @property
-    def lanes(self) -> Sequence[LaneLike]: ...
-    @property
-    def pid(self) -> int: ...
-    async def start(self) -> dict[str, Any]: ...
-    def kill(self) -> None: ...
-    def close(self) -> None: ...
-    async def wait(self) -> int: ...
-
-
-Hire = Callable[[Loaded, Options, Callable[[], None], Callable[[Any], None]], WorkerLike]
-
-
-def hire(loaded: Loaded, options: Options, on_answer: Callable[[], None], on_end: Callable[[Any], None]) -> WorkerLike:
-    """A worker process."""
-    job = {**loaded.job(), "max_batch": loaded.max_batch, "memory_bytes": options.memory_bytes}
-    return Worker(job, loaded.lanes, options.arena_bytes, options.load_s, on_answer, on_end)
 
 
 class Served:
@@ -93,12 +50,10 @@ class Served:
         self._metrics = metrics.of(loaded.name, loaded.version)
         self._workers: dict[WorkerLike, float] = {}
         self._hired: weakref.WeakSet[WorkerLike] = weakref.WeakSet()
-        self._batcher = Batcher(Policy())
-        self._joins = False
+        self._dispatch = Dispatcher(loaded, options, self._metrics, self._workers.keys())
+        self._remark = ""
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
         self._accepted = 0
-        self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._failures = 0
@@ -115,24 +70,29 @@ class Served:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._batcher)
+        return len(self._dispatch.batcher)
 
     @property
     def running(self) -> int:
         """Requests that workers have."""
-        return self._running
+        return self._dispatch.running
 
     @property
     def pids(self) -> tuple[int, ...]:
         """Of the workers that answer."""
         return tuple(worker.pid for worker in self._workers)
 
-    def info(self) -> ModelInfo:
-        """What a client may know of it."""
+    def info(self, versions: tuple[str, ...] = ()) -> ModelInfo:
+        """What a client may know of it.
+
+        Args:
+            versions: Of the model, those that answer; by default this one alone.
+        """
         loaded = self.loaded
+        dispatch = self._dispatch
         return ModelInfo(
-            loaded.name, (loaded.version,), loaded.platform, self.signature.inputs, self.signature.outputs,
-            self._batcher.policy.max_batch if self._joins else 0,
+            loaded.name, versions or (loaded.version,), loaded.platform, self.signature.inputs, self.signature.outputs,
+            dispatch.batcher.policy.max_batch if dispatch.joins else 0, self._remark,
         )  # fmt: skip
 
     # --- workers ------------------------------------------------------------------------------------------------------
@@ -160,10 +120,13 @@ class Served:
             self.signature = signature_of(ready["signature"])
         for spec in self.signature:
             datatype_of(spec.dtype)  # no protocol could name it in an answer
-        self._joins = bool(ready["batched"]) and self.loaded.max_batch > 1
-        options = self._options
-        self._batcher.policy = Policy(
-            self.loaded.max_batch if self._joins else 1, options.max_delay_s, options.queue,
+        self._remark = str(ready.get("batching", ""))
+        options, dispatch = self._options, self._dispatch
+        dispatch.signature = self.signature
+        dispatch.rowed = batch_symbol(self.signature) is not None
+        dispatch.joins = bool(ready["batched"]) and self.loaded.max_batch > 1
+        dispatch.batcher.policy = Policy(
+            self.loaded.max_batch if dispatch.joins else 1, options.max_delay_s, options.queue,
             min(options.arena_bytes, BATCH_BYTES),
         )  # fmt: skip
         where = f"{self.loaded.name} version {self.loaded.version}"
@@ -172,7 +135,7 @@ class Served:
             log.warning("%s: %s", where, note)
 
     async def _hire_one(self) -> dict[str, Any]:
-        worker = self._hire(self.loaded, self._options, self._pump, self._lost)
+        worker = self._hire(self.loaded, self._options, self._dispatch.pump, self._lost)
         self._hired.add(worker)
         found = await worker.start()
         if self._stopping:
@@ -181,7 +144,7 @@ class Served:
             raise NotReady(f"{self.loaded.name} is being stopped")
         self._workers[worker] = self._loop.time()
         self.fault = ""
-        self._pump()
+        self._dispatch.pump()
         return found
 
     def _lost(self, worker: WorkerLike) -> None:
@@ -215,11 +178,7 @@ class Served:
                 log.error("%s: no worker can be started: %s", self.loaded.name, exc, exc_info=not known)
                 if not self._workers:
                     self.fault = str(exc)
-                    self._give_up(NotReady(f"{self.loaded.name} cannot be run at the moment"))
-
-    def _give_up(self, error: RequestError) -> None:
-        for entry in self._batcher.clear():
-            _fail(entry, error)
+                    self._dispatch.clear(NotReady(f"{self.loaded.name} cannot be run at the moment"))
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -231,26 +190,29 @@ class Served:
         """
         self._check(request)
         now = time.monotonic()
-        entry = Waiting.of(request, now, joins=self._joins)
+        entry = Waiting.of(request, now, joins=self._dispatch.joins)
         entry.future = self._loop.create_future()
         end = now + self._options.timeout_s
         if request.deadline is not None:
             end = min(end, request.deadline)
         if end <= now:
             raise DeadlineExceeded("the request came after its deadline")
-        self._batcher.add(entry)
+        self._dispatch.batcher.add(entry)
         self._accepted += 1
         self._idle.clear()
         timer = self._loop.call_later(end - now, self._expire, entry)
         try:
-            self._pump()
+            self._dispatch.pump()
             found: InferResult = await entry.future
             return found
         finally:
             timer.cancel()
-            self._batcher.discard(entry)
+            self._dispatch.leave(entry)
             self._accepted -= 1
             self._rest()
+            # An error holds this frame, and the future of the entry holds the error: without this, the tensors of
+            # whatever failed would stay until the garbage collector comes by.
+            del entry, request
 
     def _check(self, request: InferRequest) -> None:
         if self._stopping:
@@ -262,101 +224,10 @@ class Served:
 
     def _expire(self, entry: Waiting) -> None:
         where = "ran"
-        if self._batcher.discard(entry):
+        if self._dispatch.leave(entry):
             where = "waited"
             self._metrics.queue.observe(time.monotonic() - entry.arrived)  # the longest waits are not to be left out
-        _fail(entry, DeadlineExceeded(f"the request's time ran out while it {where}"))
-
-    def _pump(self) -> None:
-        """Give the lanes what is due."""
-        while len(self._batcher):
-            now = time.monotonic()
-            lane, full = self._lane()
-            if lane is None:
-                return
-            batch = self._batcher.take(now, full=full)
-            if not batch:
-                if not full:
-                    self._wake(self._batcher.next_due(now), now)
-                return
-            self._run(lane, batch, now)
-
-    def _lane(self) -> tuple[LaneLike | None, bool]:
-        """A lane with nothing to do, or else one with room for what is to come next, for whole batches only."""
-        spare = [lane for worker in self._workers for lane in worker.lanes if lane.spare]
-        if not spare:
-            return None, False
-        lane = min(spare, key=lambda lane: lane.in_flight)
-        return lane, lane.in_flight > 0
-
-    def _wake(self, when: float | None, now: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if when is not None:
-            self._timer = self._loop.call_later(max(0.0, when - now), self._pump)
-
-    def _run(self, lane: LaneLike, batch: tuple[Waiting, ...], now: float) -> None:
-        guard: list[asyncio.TimerHandle] = []
-
-        def done(found: Answer | RequestError) -> None:
-            guard[0].cancel()
-            self._running -= len(batch)
-            if isinstance(found, RequestError):
-                self._refused(batch, found)
-                return
-            try:
-                self._answered(batch, found, now)
-            except Exception as exc:  # memory, most likely: those who wait have to be told
-                log.exception("%s: an answer cannot be passed on", self.loaded.name)
-                for entry in batch:
-                    _fail(entry, Failed(f"the answer cannot be passed on: {first_line(exc)}"))
-
-        try:
-            lane.send(join(self.signature, batch), done)
-        except RequestError as exc:
-            self._refused(batch, exc)
-            return
-        self._running += len(batch)
-        # Nobody waits longer for any of them, and what runs before them takes no longer either.
-        guard.append(self._loop.call_later(2 * self._options.timeout_s, self._hung, lane))
-
-    def _hung(self, lane: LaneLike) -> None:
-        for worker in self._workers:
-            if lane in worker.lanes:
-                log.error("%s: worker %d has not answered in time and is ended", self.loaded.name, worker.pid)
-                worker.kill()
-
-    def _answered(self, batch: tuple[Waiting, ...], answer: Answer, sent: float) -> None:
-        found = split(answer.outputs, batch)
-        if found is None:
-            log.error("%s: requests are joined no more: the outputs do not have their rows", self.loaded.name)
-            self._joins = False
-            self._batcher.policy = replace(self._batcher.policy, max_batch=1)
-            self._refused(batch, NotReady("the model does not keep rows apart"))
-            return
-        self._metrics.ran(sum(entry.rows or 1 for entry in batch), answer.compute_s)
-        rows = sum(entry.rows for entry in batch) if self._joins else 0
-        for entry, outputs in zip(batch, found, strict=True):
-            self._metrics.queue.observe(sent - entry.arrived)
-            if entry.future.done():
-                continue
-            request, loaded = entry.request, self.loaded
-            entry.future.set_result(
-                InferResult(
-                    loaded.name, loaded.version, outputs, request.id, sent - entry.arrived, answer.compute_s, rows
-                )
-            )
-
-    def _refused(self, batch: tuple[Waiting, ...], error: RequestError) -> None:
-        """Tell who asked; of a batch, each runs once more by itself, so that one cannot spoil the others."""
-        if len(batch) == 1 or error.outcome == "worker_lost":
-            for entry in batch:
-                _fail(entry, error)
-            return
-        for entry in batch:
-            if not entry.future.done():
-                self._batcher.add(entry, again=True)
+        fail(entry, DeadlineExceeded(f"the request's time ran out while it {where}"))
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -377,10 +248,9 @@ class Served:
     async def stop(self) -> None:
         """End the workers; what still waits is refused."""
         self._stopping = True
-        self._wake(None, 0.0)
         for task in tuple(self._starting):
             task.cancel()
-        self._give_up(NotReady(f"{self.loaded.name} is being stopped"))
+        self._dispatch.clear(NotReady(f"{self.loaded.name} is being stopped"))
         workers = tuple(self._workers)
         for worker in workers:
             worker.close()
@@ -388,8 +258,3 @@ class Served:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*self._starting, return_exceptions=True)
         await asyncio.gather(*(worker.wait() for worker in workers))
-
-
-def _fail(entry: Waiting, error: RequestError) -> None:
-    if not entry.future.done():
-        entry.future.set_exception(error)

@@ -1,6 +1,7 @@
 """A process that holds a model: python -m deploykit.serving.worker LANES.
 
-LANES is JSON: for each lane the descriptor of a socket, and those of the arenas of its slots, for inputs and outputs.
+LANES is JSON: for each lane the descriptor of a socket, and of each slot those of its arenas, for inputs and outputs,
+and of the pipe that says whether a request is still to run.
 The first line that comes in on the first lane says what to load; once it is loaded and warm, every lane answers
 requests in a thread of its own, one after another. When the other end is gone, the process ends at once: nobody waits
 for what it computes.
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,14 @@ from deploykit.errors import ArtifactError, DataError, DeploykitError, Inference
 from deploykit.machine import inspect_machine
 from deploykit.runtimes import RuntimeSettings, Session, open_session, parse_device
 from deploykit.sealed import Seal
-from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
+from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, size_of, write
+from deploykit.serving.claims import Claims
+from deploykit.serving.joining import WARM_RUNS, Joining, is_lossy, one_scale, other_request, try_rows
 from deploykit.serving.loaded import bare_files, batch_symbol, digest_of, signature_as_json
 from deploykit.serving.memory import keep_freed_memory
 from deploykit.specs import Array, Feeds, Signature, fit_feeds
 
-_WARM_RUNS = 3
 _WARM_CASES = 4
-# How far a joined row may be from the same row alone, of its norm; int8 kernels of other shapes round otherwise.
-_SAME = 0.05
 
 
 def main(lanes_json: str) -> int:
@@ -53,8 +54,10 @@ def main(lanes_json: str) -> int:
         return 0
     try:
         _confine(job)
-        session, told = _load(job, len(lanes))
+        session, told, largest = _load(job)
         runs = [request.run for request in session.requests(len(lanes))] if len(lanes) > 1 else [session.run]
+        _warm_lanes(runs, largest)
+        del largest
     except DeploykitError as exc:
         lanes[0].send({"failed": str(exc)})
         return 1
@@ -90,10 +93,10 @@ class _Lane:
 
     Args:
         control: Descriptor of the socket.
-        slots: Descriptors of the arenas.
+        slots: Descriptors of the arenas, and of the pipe of `claims`.
     """
 
-    def __init__(self, control: int, slots: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, control: int, slots: Sequence[tuple[int, int, int]]) -> None:
         self._socket = socket.socket(fileno=control)
         self._lines = self._socket.makefile("rb")
         self.slots = slots
@@ -120,10 +123,12 @@ class _Lane:
 
 def _serve(lane: _Lane, run: Callable[[Feeds], dict[str, Array]], signature: Signature, limit: int) -> None:
     """Answer one request after another, and end the process when the other end is gone."""
-    arenas = [(Arena(given, limit), Arena(taken, limit)) for given, taken in lane.slots]
+    slots = [(Arena(given, limit), Arena(taken, limit), Claims(claims)) for given, taken, claims in lane.slots]
     dtypes = {spec.name: spec.dtype for spec in signature.outputs}
     while (told := lane.receive()) is not None:
-        given, taken = arenas[told["slot"]]
+        given, taken, claims = slots[told["slot"]]
+        if not claims.take(told["offer"]):
+            continue
         answer = _answer(run, dtypes, given, taken, told)
         try:
             lane.send({"slot": told["slot"], **answer})
@@ -152,8 +157,20 @@ def _answer(
     return {"compute_ns": ended - started, "tensors": placed, "total": total}
 
 
-def _load(job: dict[str, Any], lanes: int) -> tuple[Session, dict[str, Any]]:
-    """Check the files again, open the model, and run it until it is warm."""
+def _warm_lanes(runs: Sequence[Callable[[Feeds], dict[str, Array]]], feeds: Feeds) -> None:
+    """Run all lanes at once, so that the memory that they take beside each other is there before the first request."""
+    if len(runs) > 1 and feeds:
+        with ThreadPoolExecutor(len(runs)) as pool:
+            for _ in pool.map(lambda run: run(feeds), runs):
+                pass
+
+
+def _load(job: dict[str, Any]) -> tuple[Session, dict[str, Any], Feeds]:
+    """Check the files again, open the model, and run it until it is warm.
+
+    Returns:
+        The model; what the front is told of it; the largest inputs that it ran with.
+    """
     started = time.perf_counter()
     path = Path(job["path"])
     model: Path | Artifact = path
@@ -176,27 +193,29 @@ def _load(job: dict[str, Any], lanes: int) -> tuple[Session, dict[str, Any]]:
     opened = time.perf_counter()
     signature = model.signature if isinstance(model, Artifact) else session.signature
     _compare(signature, session.signature, path)
-    ranges: Mapping[str, ValueRange] = model.ranges if isinstance(model, Artifact) else {}
-    notes = list(session.settings.get("tuned_notes", ()))
-    max_batch = job["max_batch"] if batch_symbol(signature) else 1
+    trial = _Trial(session, signature, model, job)
     if cases:
-        batched = _warm_up(session, signature, cases, ranges, max_batch, notes)
+        trial.run(cases)
     else:
         try:
-            made = generate(signature.inputs, dict.fromkeys(signature.symbols, 2), ranges=ranges)
-            batched = _warm_up(session, signature, [made], ranges, max_batch, notes)
+            trial.run([generate(signature.inputs, dict.fromkeys(signature.symbols, 2), ranges=trial.ranges)])
         except (DataError, InferenceError) as exc:
-            batched = False
-            notes.append(f"not warmed up, and requests are not joined, for want of golden inputs: {exc}")
-    return session, {
+            trial.give_up(exc)
+    joining, force = trial.joining, trial.force
+    remark = joining.remark(force=force)
+    way_out = " (--force-batching joins them all the same)" if joining.possible and remark and not force else ""
+    told = {
         "ready": {
             "signature": signature_as_json(signature),
-            "batched": batched,
-            "notes": notes,
+            "batched": joining.allowed(force=force),
+            "batching": remark,
+            "bytes": trial.nbytes,
+            "notes": [*session.settings.get("tuned_notes", ()), *trial.notes, *([remark + way_out] if remark else [])],
             "load_s": opened - started,
             "warm_s": time.perf_counter() - opened,
         }
     }
+    return session, told, trial.largest
 
 
 def _compare(manifest: Signature, session: Signature, path: Path) -> None:
@@ -208,79 +227,68 @@ def _compare(manifest: Signature, session: Signature, path: Path) -> None:
             )
 
 
-def _warm_up(
-    session: Session,
-    signature: Signature,
-    cases: list[dict[str, Array]],
-    ranges: Mapping[str, ValueRange],
-    max_batch: int,
-    notes: list[str],
-) -> bool:
-    """Run the cases, alone and beside other rows; whether rows get what they get alone."""
-    joins = max_batch > 1
-    for case in cases:
-        feeds = fit_feeds(signature, case)
-        for _ in range(_WARM_RUNS):
-            alone = session.run(feeds)
-        if not joins:
-            continue
-        try:
-            other = _differs(session, signature, feeds, alone, ranges, max_batch)
-        except (DataError, InferenceError) as exc:
-            other = str(exc)
-        if other:
-            notes.append(f"requests are not joined: {other}")
-            joins = False
-    return joins
+class _Trial:
+    """Runs a model until it is warm, and finds out whether requests may be joined.
 
+    Args:
+        session: The model, open.
+        signature: Its inputs and outputs.
+        model: The artifact, or the file.
+        job: What the worker was told.
 
-def _differs(
-    session: Session,
-    signature: Signature,
-    feeds: dict[str, Array],
-    alone: dict[str, Array],
-    ranges: Mapping[str, ValueRange],
-    max_batch: int,
-) -> str:
-    """What is not the same for rows beside others, or beside none; empty where all is."""
-    rows = next(iter(feeds.values())).shape[0]
-    if rows > 1:
-        one = session.run({name: array[:1] for name, array in feeds.items()})
-        for name, array in one.items():
-            if not _same(array, alone[name][:1]):
-                return f"{name!r} of a row is another without the other rows"
-    sizes = {
-        dim: size
-        for spec in signature.inputs
-        for dim, size in zip(spec.shape or (), feeds[spec.name].shape, strict=True)
-        if isinstance(dim, str)
-    }
-    try:
-        beside = generate(signature.inputs, sizes, ranges=ranges, seed=1)
-    except DataError:  # strings
-        beside = feeds
-    times = max(1, max_batch // max(rows, 1) - 1)
-    joined = {name: np.concatenate([array, *[beside[name]] * times]) for name, array in feeds.items()}
-    for _ in range(_WARM_RUNS):
-        found = session.run(joined)
-    for name, array in found.items():
-        if array.ndim == 0 or array.shape[0] != rows * (1 + times) or not _same(array[:rows], alone[name]):
-            return f"{name!r} of a row is another beside other rows"
-    return ""
+    Attributes:
+        force: Whether requests are joined also where that changes their numbers.
+        ranges: Values that inputs may take.
+        joining: Whether requests may be joined.
+        nbytes: The largest inputs that ran, and outputs, in bytes, as an arena holds them.
+        largest: Those inputs.
+        notes: What users have to know beside that.
+    """
 
+    def __init__(self, session: Session, signature: Signature, model: Path | Artifact, job: Mapping[str, Any]) -> None:
+        self._session = session
+        self._signature = signature
+        self._max_batch = job["max_batch"]
+        self._lossy = is_lossy(model, session.device)
+        self.force = bool(job.get("force_batching"))
+        self.ranges: Mapping[str, ValueRange] = model.ranges if isinstance(model, Artifact) else {}
+        self.notes: list[str] = []
+        self.nbytes = (0, 0)
+        self.largest: Feeds = {}
+        self.joining = Joining(possible=self._max_batch > 1)
+        if self.joining.possible and batch_symbol(signature) is None:
+            reason = "the first dimension of all inputs and outputs is not one symbol, or is not the only place of it"
+            self.joining = Joining(possible=False, reason=reason)
+        elif self.joining.possible:
+            path = model.model_path if isinstance(model, Artifact) else model
+            self.joining = Joining(possible=True, reason=one_scale(path))
 
-def _same(found: Array, wanted: Array) -> bool:
-    """Whether outputs are the same, but for what rounding does to them."""
-    if found.shape != wanted.shape:
-        return False
-    if wanted.dtype.kind not in "fc":
-        # Indices may change with what they are taken of by rounding; a model of which many do is another matter.
-        return bool(np.mean(found == wanted) >= 1 - _SAME) if wanted.size else True
-    wide = np.complex128 if wanted.dtype.kind == "c" else np.float64
-    a, b = found.astype(wide), wanted.astype(wide)
-    finite = np.isfinite(a) & np.isfinite(b)
-    away = np.linalg.norm(a[finite] - b[finite])
-    return bool(np.array_equal(np.isfinite(a), np.isfinite(b)) and away <= _SAME * np.linalg.norm(b[finite]) + 1e-6)
+    def give_up(self, why: Exception) -> None:
+        """There are no golden inputs, and those that were made up do not run."""
+        self.notes.append(f"not warmed up, for want of golden inputs: {why}")
+        if self.joining.possible:
+            self.joining = Joining(possible=False, reason="there are no golden inputs to try it with")
+
+    def run(self, cases: Sequence[Mapping[str, Array]]) -> None:
+        """Run inputs, alone and beside other rows."""
+        for case in cases:
+            feeds = fit_feeds(self._signature, case)
+            for _ in range(WARM_RUNS):
+                alone = self._run(feeds)
+            if not self.joining.allowed(force=self.force):
+                continue
+            other = other_request(self._signature, feeds, cases, self.ranges, self._max_batch)
+            found = try_rows(self._run, feeds, alone, other, lossy=self._lossy)
+            known = self.joining.reason if found.possible else ""
+            self.joining = Joining(found.possible, known or found.reason)
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        outputs = self._session.run(feeds)
+        given, taken = size_of(feeds), size_of(outputs)
+        if given > self.nbytes[0]:
+            self.largest = feeds
+        self.nbytes = (max(self.nbytes[0], given), max(self.nbytes[1], taken))
+        return outputs
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Worker processes, as the front sees them: started, told, answered by, and lost.
 
 A worker is a fresh process (`worker.py`) with one session. It has lanes, which are requests that it runs side by side;
-a lane has slots, so that what comes next can lie ready while the lane still computes. Tensors go through the slots'
-arenas, and a line of JSON each way says where they are.
+a lane has slots, so that what comes next can lie ready while the lane still computes; until it begins, it can be taken
+back (`claims.py`). Tensors go through the slots' arenas, and a line of JSON each way says where they are.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import deploykit
 from deploykit.errors import WorkerError
 from deploykit.extras import require
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
+from deploykit.serving.claims import Offers
 from deploykit.serving.requests import Failed, InvalidRequest, RequestError, TooLarge, WorkerLost
 from deploykit.specs import Array
 
@@ -55,7 +56,9 @@ class Answer:
 class _Slot:
     given: Arena
     taken: Arena
+    offers: Offers
     done: Done | None = None
+    offer: int = 0
 
 
 class Lane:
@@ -68,7 +71,8 @@ class Lane:
     """
 
     def __init__(self, limit: int, on_answer: Callable[[], None], on_end: Callable[[], None]) -> None:
-        self._slots = [_Slot(Arena.create(limit), Arena.create(limit)) for _ in range(DEPTH)]
+        self._slots = [_Slot(Arena.create(limit), Arena.create(limit), Offers()) for _ in range(DEPTH)]
+        self._offered = 0
         self._socket, self._theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._free = deque(range(DEPTH))
@@ -92,9 +96,16 @@ class Lane:
         """Whether it can be given one more."""
         return self._opened and bool(self._free)
 
-    def descriptors(self) -> tuple[int, list[tuple[int, int]]]:
+    def descriptors(self) -> tuple[int, list[tuple[int, int, int]]]:
         """Of the other end, for the worker."""
-        return self._theirs.fileno(), [(s.given.descriptor, s.taken.descriptor) for s in self._slots]
+        slots = [(s.given.descriptor, s.taken.descriptor, s.offers.descriptor) for s in self._slots]
+        return self._theirs.fileno(), slots
+
+    def warm(self, given: int, taken: int) -> None:
+        """Have the memory there for requests of so many bytes in and out, before there is one."""
+        for slot in self._slots:
+            slot.given.warm(given)
+            slot.taken.warm(taken)
 
     def begin(self) -> None:
         """The worker has its end by now."""
@@ -124,12 +135,15 @@ class Lane:
         if self._send_on():
             self._loop.remove_writer(self._socket.fileno())
 
-    def send(self, tensors: Sequence[Joined], done: Done) -> None:
+    def send(self, tensors: Sequence[Joined], done: Done) -> int:
         """Have the worker run the model.
 
         Args:
             tensors: Its inputs; they are copied now.
             done: Called once, with the answer or with the reason why there is none.
+
+        Returns:
+            What `withdraw` knows it by.
 
         Raises:
             TooLarge: The tensors do not fit the arena.
@@ -141,9 +155,28 @@ class Lane:
         except ArenaFull as exc:
             self._free.appendleft(number)
             raise TooLarge(str(exc)) from exc
-        slot.done = done
+        self._offered += 1
+        slot.done, slot.offer = done, self._offered
         self._order.append(number)
-        self.tell({"slot": number, "tensors": placed, "total": total})
+        slot.offers.make(slot.offer)
+        self.tell({"slot": number, "offer": slot.offer, "tensors": placed, "total": total})
+        return slot.offer
+
+    def withdraw(self, offer: int) -> bool:
+        """Take back what was sent, if the worker has not begun it; whether that was so, and `done` is not called then.
+
+        Args:
+            offer: What `send` returned.
+        """
+        number = next((n for n in self._order if self._slots[n].offer == offer), None)
+        if number is None or not self._slots[number].offers.take_back():
+            return False
+        slot = self._slots[number]
+        slot.done = None
+        self._order.remove(number)
+        slot.given.trim()
+        self._free.append(number)
+        return True
 
     def _readable(self) -> None:
         try:
@@ -206,6 +239,7 @@ class Lane:
         for slot in self._slots:
             slot.given.close()
             slot.taken.close()
+            slot.offers.close()
 
 
 def _answer(slot: _Slot, told: dict[str, Any]) -> Answer | RequestError:
@@ -276,7 +310,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "deploykit.serving.worker", json.dumps(told)],
                 stdin=subprocess.DEVNULL, env=env, start_new_session=True,
-                pass_fds=[fd for control, slots in told for fd in (control, *(fd for pair in slots for fd in pair))],
+                pass_fds=[fd for control, slots in told for fd in (control, *(fd for slot in slots for fd in slot))],
             )  # fmt: skip
         except OSError as exc:
             self.close()
@@ -305,6 +339,8 @@ class Worker:
         if self._ended:  # between what it said and now: whoever is told of its end waits for us
             raise await self._died()
         ready: dict[str, Any] = found["ready"]
+        for lane in self.lanes:
+            lane.warm(*ready["bytes"])
         return ready
 
     async def _died(self) -> WorkerError:

@@ -35,9 +35,9 @@ def test_public_names_are_pinned():
     assert deploykit.__all__ == [
         "Artifact", "Dataset", "DeploykitError", "Recipe", "Report", "Session", "Signature", "TensorSpec",
         "__version__", "apply", "benchmark", "check_signature", "compare", "export", "export_parts", "finetune", "fuse",
-        "load", "open_session", "optimize", "package", "prune", "quantize_dynamic", "quantize_half", "quantize_repair",
-        "quantize_static", "quantize_sweep", "quantize_weights", "run", "sbom", "serve", "sign", "simplify", "smoke",
-        "verify",
+        "load", "open_session", "optimize", "package", "preprocess", "prune", "quantize_dynamic", "quantize_half",
+        "quantize_repair", "quantize_static", "quantize_sweep", "quantize_weights", "run", "sbom", "serve", "sign",
+        "simplify", "smoke", "verify",
     ]  # fmt: skip
     for name in deploykit.__all__:
         assert getattr(deploykit, name) is not None

@@ -103,17 +103,17 @@ class _Opener:
     ready = 0.0
 
     def __call__(self, path: Path) -> Any:
-        return self._open(path, None)
+        return self._open(path, None).run
 
     def shared(self, path: Path) -> Any:
-        return self._open(path, 1)
+        return self._open(path, 1).reusing()
 
     def _open(self, path: Path, threads: int | None) -> Any:
         from deploykit.runtimes import open_session
 
-        run = open_session(path, "ort:cpu", threads=threads).run
+        session = open_session(path, "ort:cpu", threads=threads)
         self.ready = time.perf_counter()
-        return run
+        return session
 
 
 def theirs(model: Path, count: int, method: str) -> float:

@@ -31,8 +31,8 @@ from deploykit.machine import inspect_machine
 from deploykit.models import benchmark_feeds, load_model
 from deploykit.progress import TerminalProgress
 
-# dB of the outputs that a result has to keep: what the best peer's file has, less a little.
-TARGETS = {"resnet50": 14.0, "mobilenetv2": 11.0, "vit-tiny": 25.0, "minilm": 22.0}
+# dB of the outputs that a result has to keep: what the least cosine below comes to, and a little more.
+TARGETS = {"resnet50": 14.0, "mobilenetv2": 11.0, "vit-tiny": 17.5, "minilm": 17.5}
 # A file is right where the cosine of its outputs to float32's is at least this: a peer that is a little less accurate
 # than ours still counts.
 LEAST = {"resnet50": 0.975, "mobilenetv2": 0.955, "vit-tiny": 0.99, "minilm": 0.99}

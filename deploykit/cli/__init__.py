@@ -21,6 +21,7 @@ _COMMANDS = {
     "prune": "Take channels out of a PyTorch model, or set weights to zero; train, export and prove it.",
     "simplify": "Simplify the graph, compared with its parent.",
     "fuse": "Fuse nodes, where that is right and faster.",
+    "preprocess": "Take decoded images, or samples of sound, and prepare them in the graph.",
     "quantize": "Fewer bits for weights, activations or both; sweep and repair.",
     "optimize": "Find the best deployment: export, quantize, tune and measure, under a target and a budget.",
     "apply": "Apply a step of another installed distribution, compared with its parent.",

@@ -179,7 +179,8 @@ def parity_line(record: dict[str, Any]) -> str:
     outputs = record.get("outputs") or []
     cosines = [o["cosine"] for o in outputs if o["cosine"] is not None]
     errors = [o["max_abs"] for o in outputs if o["max_abs"] is not None]
-    text = f"{record['verdict']} on {record['device']}"
+    part = f"{record['part']} " if record.get("part") else ""
+    text = f"{part}{record['verdict']} on {record['device']}"
     if outputs:
         text += f": {record['cases']} cases ({record.get('data', 'golden')})"
     if cosines:

@@ -27,6 +27,9 @@ _PORT = click.IntRange(0, 65535)
 @click.option("--threads", type=click.IntRange(1), help="Threads in one request.  [default: as tuned, else all cores]")
 @click.option("--max-batch", type=click.IntRange(1), help="Rows that are joined.  [default: as tuned, else 1]")
 @click.option(
+    "--force-batching", is_flag=True, help="With --max-batch: also where a request's numbers depend on others."
+)
+@click.option(
     "--max-delay-ms", type=click.FloatRange(0, 60_000), default=0.0, show_default=True, metavar="MS",
     help="How long a request may wait for others where it could run.",
 )  # fmt: skip
@@ -45,6 +48,10 @@ _PORT = click.IntRange(0, 65535)
 @click.option(
     "--worker-memory", type=click.IntRange(64), metavar="MIB",
     help="Most memory of a model's process on the CPU.  [default: the machine's]",
+)  # fmt: skip
+@click.option(
+    "--versions", default="latest:1", show_default=True, metavar="WHICH",
+    help="That answer, of a directory of versions: latest:N, all, or 1,3.",
 )  # fmt: skip
 @click.option("--token-file", metavar="FILE", help="Bearer tokens, one a line; clients need one of them.")
 @click.option("--tls-cert", metavar="FILE", help="Certificate chain of the server, PEM.")

@@ -27,6 +27,8 @@ from deploykit.search.wish import Wish
 
 _MEASURED = ("screen", "tune", "decide")
 _BETTER = {"size": "smaller", "cost": "cheaper"}
+# Of those that tie, what seems slower than the best by more than this share is not preferred to it.
+_CLOSE = 0.05
 
 
 class Scene(Protocol):
@@ -72,7 +74,8 @@ class Outcome:
         # Of one file on several devices the faster.
         by_size = search.wish.objective == "size"
         self.winner = min(
-            self.tied, key=lambda s: (-(s.ratio or 0.0) if by_size else 0.0, *preference(s, search.variants))
+            self._close(order[0]),
+            key=lambda s: (-(s.ratio or 0.0) if by_size else 0.0, *preference(s, search.variants)),
         )
         right = [s for s in search.seats if s.ratio is not None and _is_right(s)]
         right.sort(key=lambda s: (s is not self.winner, s.dropped is not None, preference(s, search.variants)))
@@ -124,6 +127,15 @@ class Outcome:
         tied = [s for s in order if s.decision is not None and s.best_place.label in verdict["candidates"]]
         # Where the verdict is about one that a limit excludes, the intervals have to do.
         return tied if tied and len(tied) == len(verdict["candidates"]) else near
+
+    def _close(self, best: Seat) -> list[Seat]:
+        """Of those that tie, which may be kept for their accuracy or size.
+
+        Wide intervals are no proof that two are the same: what seems clearly slower is kept for nothing. But where it
+        is not even certain that anything is faster than the exported model, that may stay.
+        """
+        most = self._badness(best) * (1 + _CLOSE)
+        return [s for s in self.tied if s is best or s.reference or self._badness(s) <= most]
 
     def _badness(self, seat: Seat) -> float:
         return badness(seat, self.search.variants[seat.place.model], self.search.wish.objective, self.search.cores)

@@ -42,11 +42,14 @@ class Judging:
         """
         waiting = {d: [s for s in seats if s.place.device == d and s.status == "open"] for d in self._wish.devices}
         waiting = {device: found for device, found in waiting.items() if found}
-        left = max(1.0, until - self._clock())
-        # They stop by themselves; the crew's limit is for one that hangs.
-        jobs = [self._tasks.judge(device, found, left) for device, found in waiting.items()]
-        outcomes = self._crew.do(jobs, max(until, self._clock() + 1.0) + GRACE_S)
-        for (device, found), outcome in zip(waiting.items(), outcomes, strict=True):
+        for number, (device, found) in enumerate(waiting.items()):
+            # What is not judged in time is lost only where its numbers may be others: that comes first.
+            found.sort(key=lambda seat: not seat.lossy)
+            share = max(1.0, (until - self._clock()) / (len(waiting) - number))
+            # It stops by itself, but not within a model; the crew's limit is for one that hangs.
+            (outcome,) = self._crew.do(
+                [self._tasks.judge(device, found, share)], self._clock() + share + max(GRACE_S, share)
+            )
             if isinstance(outcome, Done):
                 self._take_in(found, outcome.value["found"])
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from deploykit.benchmarks.tuner_space import Config
 from deploykit.errors import BenchmarkError, SearchError
@@ -19,8 +19,10 @@ from deploykit.search.tasks import Tasks
 from deploykit.search.wish import Wish
 
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
-_START_S, _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 1.2, 10, 2.0, 0.25
+_ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
+# A process of a measurement: until it can load a model, and requests that it runs before rounds, and in each.
+_START_S, _LOAD_S, _PROBED, _WARMED, _WARM_S, _BLOCK = 1.0, 0.2, 20, 10, 1.5, 5
 # Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
 _DECISIONS_SHARE, _LENT = 0.66, 0.4
 _LEAST_TUNING_S = 2.0
@@ -110,7 +112,8 @@ class Timing:
         """
         reference = self.reference
         entries: list[tuple[Seat, Place]] = []
-        for seat in seats:
+        # Where the time does not reach all, it is other graphs of the same numbers that gain least.
+        for seat in sorted(seats, key=lambda s: not s.lossy):
             if seat.place != reference:
                 entries.append((seat, seat.place))
             if timed_by_wall(self.wish.objective) and self.cores > 1 and seat.place.device.endswith(":cpu"):
@@ -131,7 +134,7 @@ class Timing:
             return
         found = outcome.value["found"]
         if first.screening is None:
-            itself = {k: found[0].get(k) for k in ("pace_ms", "peak_memory_bytes")}
+            itself = {k: found[0].get(k) for k in ("pace_ms", "peak_memory_bytes", "load_s")}
             first.screening = {"status": "ok", "ratio": 1.0, "low": 1.0, "high": 1.0, "turns": 0, **itself}
         for (seat, place), entry in zip(entries, found[1:], strict=True):
             self._keep_better(seat, place, entry)
@@ -141,7 +144,7 @@ class Timing:
     def longer(self, until: float) -> float:
         """Until when to screen: where no last measurement can follow, most of its time is the screening's."""
         left = self._began + self.wish.budget_s - until
-        if plan(_DECISIONS_SHARE * left, 1, timed_by_wall(self.wish.objective))[1]:
+        if plan(_DECISIONS_SHARE * left, [UNKNOWN, UNKNOWN], timed_by_wall(self.wish.objective))[1]:
             return until
         return until + max(0.0, _LENT * left)
 
@@ -220,7 +223,8 @@ class Timing:
         finalists = [s for s in self.order() if s.ratio is not None and s.best_place != reference][:_DECIDED]
         if not finalists:
             return
-        count, rounds, seconds = plan(until - self._clock(), len(finalists), timed_by_wall(self.wish.objective))
+        costs = [self._cost(seat) for seat in (self._seat_at(reference), *finalists)]
+        count, rounds, seconds = plan(until - self._clock(), costs, timed_by_wall(self.wish.objective))
         if rounds == 0:
             self._told.note("the budget did not reach a last measurement: the order is that of the screening")
             return
@@ -235,6 +239,11 @@ class Timing:
         self.report = outcome.value["report"]
         self.verdict = self.report["winner"]
         self._take_verdicts([self._seat_at(reference), *finalists[:count]], places)
+
+    def _cost(self, seat: Seat) -> Cost:
+        found = seat.screening or {}
+        pace_ms, load_s = found.get("pace_ms"), found.get("load_s")
+        return Cost(load_s if load_s is not None else _LOAD_S, (pace_ms or 0.0) / 1e3 * self.batch)
 
     def _seat_at(self, place: Place) -> Seat:
         return next(s for s in self._seats if s.place == place)
@@ -269,19 +278,43 @@ def _config(found: Mapping[str, Any]) -> Config:
     return replace(config, settings=tuple(sorted(dict(found["settings"]).items())))
 
 
-def plan(left_s: float, finalists: int, by_wall: bool = False) -> tuple[int, int, float]:
+class Cost(NamedTuple):
+    """What it takes to have a candidate run.
+
+    Attributes:
+        load_s: Seconds to load it and run it once.
+        request_s: Seconds that a request takes.
+    """
+
+    load_s: float
+    request_s: float
+
+
+UNKNOWN = Cost(_LOAD_S, 0.0)
+
+
+def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False) -> tuple[int, int, float]:
     """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists.
 
     Every model also starts once before the rounds, for its outputs, and by wall time once more for its throughput.
 
+    Args:
+        left_s: Seconds.
+        costs: Of the reference, and of the finalists, the best first.
+        by_wall: Whether throughput counts.
+
     Returns:
         No rounds where not even the fewest fit.
     """
-    for count in range(finalists, 0, -1):
-        left = left_s - (count + 1) * _START_S * (2 if by_wall else 1)
-        runs = count + 2  # the reference runs twice a round
+    for count in range(len(costs) - 1, 0, -1):
+        chosen = costs[: count + 1]
+        starts = [_START_S + c.load_s for c in chosen]
+        left = left_s - sum(starts) * (2 if by_wall else 1) - sum(_PROBED * c.request_s for c in chosen)
+        runs = [costs[0], *chosen]  # the reference runs twice a round
+        fixed = starts[0] + sum(starts) + sum(min(_WARMED * c.request_s, max(_WARM_S, 3 * c.request_s)) for c in runs)
+        shortest = max(_BLOCK * c.request_s for c in runs)
         for rounds in range(_ROUNDS, _LEAST_ROUNDS - 1, -1):
-            seconds = left / (rounds * runs) - _START_S
-            if seconds >= (_LEAST_SECONDS if rounds == _LEAST_ROUNDS else 0.5):
-                return count, rounds, min(_MOST_SECONDS, seconds)
+            seconds = (left / rounds - fixed) / len(runs)
+            if seconds >= max(shortest, _LEAST_SECONDS if rounds == _LEAST_ROUNDS else 0.5):
+                return count, rounds, min(max(_MOST_SECONDS, shortest), seconds)
     return 0, 0, 0.0

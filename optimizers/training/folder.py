@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +82,7 @@ class TrainingFolder:
         check_writable(self.path)
 
     def open(self, config: TrainConfig, data: Mapping[str, Any]) -> bool:
-        """Begin a training here, or find out that it is the one that was begun.
+        """Begin a training here, or find out that it is the one that can go on.
 
         Args:
             config: Its settings.
@@ -96,8 +97,12 @@ class TrainingFolder:
         plan = {"config": asdict(config), "data": dict(data)}
         if self.begun:
             self._check(plan)
-            return self.last.exists()
-        write_file(self.path / _PLAN, _json(plan))
+            return True
+        if self.ours:  # one that ended before its first checkpoint
+            shutil.rmtree(self.path / LOGS, ignore_errors=True)
+            for name in (LOG, HISTORY, _BEST):
+                (self.path / name).unlink(missing_ok=True)
+        write_file(self.path / _PLAN, _json(plan), replace=True)
         return False
 
     def forget(self) -> None:
@@ -113,8 +118,13 @@ class TrainingFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a training is here."""
-        return (self.path / _PLAN).exists() or self.last.exists()
+        """Whether a training is here that can go on."""
+        return self.last.exists()
+
+    @property
+    def ours(self) -> bool:
+        """Whether a training is here, be it one without a checkpoint."""
+        return (self.path / _PLAN).exists() or self.begun
 
     def _check(self, plan: Mapping[str, Any]) -> None:
         file = self.path / _PLAN

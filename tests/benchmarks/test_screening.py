@@ -47,6 +47,7 @@ def played(stage: Stage) -> type:
             stage.now += 1.0
             if stage.breaks.get(self.name) == "load":
                 raise ChildError("no such operator")
+            self.loaded = {"load_ms": 700.0, "first_ms": 300.0}
 
         def ask(self, do: str, *, within_s: float = 0.0, **told: Any) -> dict[str, Any]:
             stage.asked.append((self.name, do))
@@ -95,6 +96,7 @@ def test_the_slow_go_home_early_and_the_fast_are_timed_to_the_end(go: Any) -> No
     assert found["slow0"].status.startswith("slower: 0.50x the reference")
     assert len(found["slow0"].gains) < len(found["a"].gains)
     figures = found["a"].as_dict()
+    assert figures["load_s"] == 1.0
     assert figures["low"] < 2.0 < figures["high"] and figures["ratio"] == pytest.approx(2.0, rel=0.03)
     assert figures["pace_ms"] == pytest.approx(0.5, rel=0.03)
 

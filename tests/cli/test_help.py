@@ -8,7 +8,8 @@ import pytest
 
 HEAVY = {"torch", "onnx", "onnxruntime", "openvino", "transformers", "numpy", "pydantic", "rich"}
 COMMANDS = [
-    [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
+    [], ["doctor"], ["export"], ["simplify"], ["fuse"], ["preprocess"],
+    ["preprocess", "image"], ["preprocess", "audio"], ["quantize"], ["quantize", "dynamic"], ["quantize", "static"],
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
     ["smoke"], ["run"], ["serve"], ["finetune"], ["prune"],

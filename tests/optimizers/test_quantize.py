@@ -552,6 +552,17 @@ def test_data_that_do_not_fit(tmp_path: Path) -> None:
         assert not (tmp_path / "target.onnx").exists()
 
 
+def test_values_that_are_not_finite_are_told(tmp_path: Path) -> None:
+    spoiled = IMAGES["x"].copy()
+    spoiled[3, 1, 2, 4:6] = [np.nan, np.inf]
+    _, result = run(tmp_path, residual(), StaticConfig(), {"x": spoiled})
+    (said,) = (note for note in result.notes if "NaN" in note)
+    assert said.startswith("2 of 3840 values of input 'x' are NaN or infinite")
+    (tmp_path / "target.onnx").unlink()
+    _, result = run(tmp_path, residual(), StaticConfig(), IMAGES)
+    assert not any("NaN" in note for note in result.notes)
+
+
 def test_data_without_a_finite_value(tmp_path: Path) -> None:
     text = refused(tmp_path, residual(), StaticConfig(), {"x": np.full((4, 3, 8, 8), np.nan, np.float32)})
     assert "no chosen node has a finite range" in text

@@ -111,8 +111,12 @@ def test_nothing_is_overwritten(folder, tuned):
         deploykit.finetune(source, folder / "tuned", **options)
     (folder / "other.training").mkdir()
     (folder / "other.training" / "mine").write_text("x")
-    with pytest.raises(OutputExistsError, match="--resume"):
+    with pytest.raises(OutputExistsError, match="left as it is"):
         deploykit.finetune(source, folder / "other", **options)
+    (folder / "tuned").rename(folder / "moved")
+    with pytest.raises(OutputExistsError, match="--resume"):
+        deploykit.finetune(source, folder / "tuned", **options)
+    (folder / "moved").rename(folder / "tuned")
     assert [p.name for p in (folder / "other.training").iterdir()] == ["mine"]
 
 
@@ -150,6 +154,17 @@ def test_a_training_that_does_not_begin_leaves_nothing(folder):
             f"{folder / 'net.py'}:make", folder / "none", data=folder / "bare.npz", eval_data=folder / "eval.npz"
         )  # fmt: skip
     assert not list(folder.glob("none*"))
+
+
+def test_a_training_without_a_checkpoint_gives_way(folder, monkeypatch):
+    options: dict[str, Any] = {"data": folder / "train.npz", "eval_data": folder / "eval.npz"}
+    source = f"{folder / 'net.py'}:make"
+    wild = TrainConfig(optimizer="sgd", learning_rate=1e18, clip_norm=None)
+    with pytest.raises(OptimizationError, match="lower the learning rate"):
+        deploykit.finetune(source, folder / "wild", config=wild, **options)
+    monkeypatch.setattr("deploykit.finetuning.export_source", lambda opened, output, *, steps, **rest: steps)
+    (step,) = deploykit.finetune(source, folder / "wild", config=TrainConfig(epochs=1), **options)
+    assert step.params["before"] < 0.3
 
 
 @pytest.mark.parametrize(

@@ -494,6 +494,59 @@ def test_requests_from_threads_of_their_own(tmp_path: Path, device: str, setting
         requests[0].run({"x": inputs[0]})
 
 
+def test_outputs_that_are_written_again(two_by_two: Path, device: str) -> None:
+    """Whoever runs so gets the same numbers as by `run`, on any thread, at any size; and keeps none of them."""
+    with open_session(two_by_two, device, threads=1) as session:
+        run = session.reusing()
+        assert (run is not None) == session.device.concurrent
+        if run is None:
+            return
+        wrong: list[int] = []
+
+        def work(first: int) -> None:
+            for turn in range(24):
+                given = feeds(2 + (first + turn // 3) % 3, seed=first + turn)
+                found = run({n: a.copy() for n, a in given.items()})
+                same = [np.allclose(found["total"], given["left"] + 2 * given["right"], rtol=1e-6),
+                        np.allclose(found["product"], given["left"] * given["right"], rtol=1e-6)]  # fmt: skip
+                wrong.extend([turn] * (not all(same)))
+
+        threads = [threading.Thread(target=work, args=(10 * n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        for change, word in WRONG.values():
+            with pytest.raises(DataError, match=word):
+                run({n: a for n, a in (feeds() | change).items() if a is not None})
+    with pytest.raises(InferenceError):
+        run(feeds())
+
+
+def test_outputs_on_the_cpu_are_written_where_they_lie(two_by_two: Path) -> None:
+    with open_session(two_by_two, "ort:cpu") as session:
+        run = session.reusing()
+        assert run is not None
+        first, second = run(feeds(seed=1)), run(feeds(seed=2))
+        assert first["total"] is second["total"]
+        assert run(feeds(3))["total"] is not second["total"]
+
+
+def test_outputs_whose_size_the_values_decide(tmp_path: Path) -> None:
+    """There is no buffer to keep for them, also where the first inputs happened to give as many."""
+    nodes = [helper.make_node("NonZero", ["x"], ["where"]), helper.make_node("Neg", ["x"], ["less"])]
+    outputs = [value("where", [1, "count"], TensorProto.INT64), value("less", ["n"])]
+    path = save(tmp_path / "m.onnx", nodes, [value("x", ["n"])], outputs)
+    with open_session(path, "ort:cpu") as session:
+        run = session.reusing()
+        assert run is not None
+        for given in ([1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]):
+            found = run({"x": np.float32(given)})
+            assert found["where"].tolist() == [np.flatnonzero(given).tolist()]
+            assert found["less"].tolist() == [-v for v in given]
+
+
 def test_bound_inputs_run_again(two_by_two: Path, device: str) -> None:
     first, second = feeds(seed=1), feeds(4, seed=2)
     with open_session(two_by_two, device) as session:

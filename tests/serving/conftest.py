@@ -32,8 +32,10 @@ def spec(name: str, dtype: str = "float32", *shape: int | str) -> TensorSpec:
     return TensorSpec(name, dtype, shape)
 
 
-def model(name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch: int = 0) -> ModelInfo:
-    return ModelInfo(name, ("1", "2"), "onnxruntime_onnx", inputs, outputs, max_batch)
+def model(
+    name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], max_batch: int = 0, batching: str = ""
+) -> ModelInfo:
+    return ModelInfo(name, ("1", "2"), "onnxruntime_onnx", inputs, outputs, max_batch, batching)
 
 
 @dataclass
@@ -63,6 +65,8 @@ class FakeEngine:
             model("identity", (spec("x", "float32", "n", 3, 224, 224),), (spec("y", "float32", "n", 3, 224, 224),), 8),
             lambda x: {"y": x},
         )
+        one = spec("x", "float32", "n")
+        self.add(model("dynamic", (one,), (spec("y", "float32", "n"),), batching="not joined"), lambda x: {"y": x})
         pair = (spec("a", "int32", "n", 2), spec("b", "int32", "n", 2))
         self.add(
             model("pair", pair, (spec("sum", "int32", "n", 2), spec("difference", "int32", "n", 2)), 8),

@@ -50,6 +50,22 @@ def test_health_is_json_and_follows_the_engine(running, fake_engine):
         assert ask(served.port, "GET", "/v2/models/nothing")[0] == 404
 
 
+def test_metadata_say_whether_requests_are_joined(served):
+    told = {name: ask(served.port, "GET", f"/v2/models/{name}")[1]["parameters"] for name in ("identity", "dynamic")}
+    assert told == {"identity": {"max_batch_size": 8}, "dynamic": {"max_batch_size": 0, "batching": "not joined"}}
+
+
+def test_refusals_are_written_where_they_are_made(served):
+    def threads():
+        return {thread.ident for thread in threading.enumerate() if "AnyIO" in thread.name}
+
+    before = threads()
+    for path, body in (("models/busy", X), ("models/nothing", X), ("models/mean", b"{}!"), ("nowhere", X)):
+        assert ask(served.port, "POST", f"/v2/{path}/infer", body)[0] in (400, 404, 429)
+    assert ask(served.port, "GET", "/v2/models/nothing")[0] == 404
+    assert not threads() - before
+
+
 def test_the_repository_is_off_unless_asked_for(running, fake_engine):
     engine = fake_engine()
     with running(engine, None) as served:

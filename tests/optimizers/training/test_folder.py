@@ -48,11 +48,17 @@ def test_it_knows_its_training_again(tmp_path):
     folder.abandon()
     assert not folder.path.exists()
     folder.check(resume=True)
-    assert folder.open(TrainConfig(), DATA) is False
-    assert folder.begun
+    assert folder.open(TrainConfig(epochs=3), DATA) is False
+    (folder.path / "logs").mkdir()
+    folder.check(resume=False)
+    assert folder.open(TrainConfig(), DATA) is False  # the other ended before its first checkpoint
+    assert not (folder.path / "logs").exists()
+    assert folder.ours
+    assert not folder.begun
+    save_tensors({}, folder.last)
     with pytest.raises(OutputExistsError):
         folder.check(resume=False)
-    assert folder.open(TrainConfig(), DATA) is False  # it was killed before its first checkpoint
+    assert folder.open(TrainConfig(), DATA) is True
     with pytest.raises(OptimizationError, match="begun with epochs 10, not 11"):
         folder.open(TrainConfig(epochs=11), DATA)
     with pytest.raises(OptimizationError, match="data rows 3, not 4"):

@@ -67,6 +67,30 @@ def centred(path: Path) -> Path:
     )  # fmt: skip
 
 
+def rounded(path: Path) -> Path:
+    """x [batch, 4] -> y = x in 8 bits, by one scale for all rows, as an exporter writes it that knows no operator."""
+    nodes = [
+        helper.make_node("Abs", ["x"], ["a"]), helper.make_node("ReduceMax", ["a"], ["m"], keepdims=0),
+        helper.make_node("Div", ["m", "steps"], ["s"]), helper.make_node("Div", ["x", "s"], ["d"]),
+        helper.make_node("Round", ["d"], ["r"]), helper.make_node("Mul", ["r", "s"], ["y"]),
+    ]  # fmt: skip
+    return write_model(
+        path, nodes, [("x", FLOAT, ["batch", 4])], [("y", FLOAT, ["batch", 4])],
+        [("steps", np.array(127, np.float32))],
+    )  # fmt: skip
+
+
+def dynamic(path: Path) -> Path:
+    """x [batch, 4] -> y = x @ w, in 8 bits whose scale is found while it runs."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("MatMulInteger", ["q", "w", "z"], ["i"]),
+        helper.make_node("Cast", ["i"], ["f"], to=FLOAT), helper.make_node("Mul", ["f", "s"], ["y"]),
+    ]  # fmt: skip
+    weights = np.arange(-8, 8, dtype=np.int8).reshape(4, 4)
+    return write_model(path, nodes, [("x", FLOAT, ["batch", 4])], [("y", FLOAT, ["batch", 4])], [("w", weights)])
+
+
 def turning(path: Path) -> Path:
     """x [64, 64], turns [] -> y = x rounds of a product, as many as `turns` says: as slow as one likes."""
     body = helper.make_graph(
@@ -113,8 +137,8 @@ def artifact(
 def models() -> SimpleNamespace:
     """What makes models and artifacts."""
     return SimpleNamespace(
-        write=write_model, scaled=scaled, centred=centred, turning=turning, artifact=artifact, specs=specs, rows=ROWS,
-        FLOAT=FLOAT, INT64=INT64, STRING=STRING,
+        write=write_model, scaled=scaled, centred=centred, rounded=rounded, dynamic=dynamic, turning=turning,
+        artifact=artifact, specs=specs, rows=ROWS, FLOAT=FLOAT, INT64=INT64, STRING=STRING,
     )  # fmt: skip
 
 
@@ -122,9 +146,13 @@ def models() -> SimpleNamespace:
 
 
 class FakeLane:
+    """What it was sent first has begun; what lies behind that can be taken back."""
+
     def __init__(self, owner: FakeWorker, depth: int = 2) -> None:
         self.owner, self.depth = owner, depth
         self.sent: list[tuple[list[Joined], Any]] = []
+        self.offers: list[int] = []
+        self.offered = 0
 
     @property
     def in_flight(self) -> int:
@@ -134,12 +162,27 @@ class FakeLane:
     def spare(self) -> bool:
         return len(self.sent) < self.depth
 
-    def send(self, tensors: list[Joined], done: Any) -> None:
+    def send(self, tensors: list[Joined], done: Any) -> int:
+        self.offered += 1
         self.sent.append((tensors, done))
+        self.offers.append(self.offered)
+        return self.offered
+
+    def withdraw(self, offer: int) -> bool:
+        if offer not in self.offers[1:]:
+            return False
+        at = self.offers.index(offer)
+        del self.sent[at], self.offers[at]
+        return True
+
+    def values(self) -> list[list[float]]:
+        """The first value of each request, of all batches that it has."""
+        return [[float(part.flat[0]) for part in tensors[0].parts] for tensors, _ in self.sent]
 
     def answer(self, found: Any = None) -> list[np.ndarray]:
         """Answer the oldest batch, with its input doubled or with what is given; the parts that it had."""
         tensors, done = self.sent.pop(0)
+        self.offers.pop(0)
         parts = [np.array(part) for part in tensors[0].parts]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         done(found if isinstance(found, RequestError) else Answer({"y": whole * 2 if found is None else found}, 0.5))
@@ -152,10 +195,10 @@ class FakeWorker:
 
     made: list[FakeWorker]
 
-    def __init__(self, on_answer: Any, on_end: Any, batched: bool, failures: list[Exception]) -> None:
+    def __init__(self, on_answer: Any, on_end: Any, batched: bool, failures: list[Exception], lanes: int) -> None:
         self.on_answer, self.on_end, self.batched = on_answer, on_end, batched
         self.failures = failures
-        self.lanes = [FakeLane(self)]
+        self.lanes = [FakeLane(self) for _ in range(lanes)]
         self.pid = 1
         self.killed = self.closed = False
 
@@ -163,7 +206,8 @@ class FakeWorker:
         await asyncio.sleep(0)
         if self.failures:
             raise self.failures.pop(0)
-        return {"batched": self.batched, "notes": [], "load_s": 0.0, "warm_s": 0.0}
+        remark = "" if self.batched else "requests are not joined: of a reason"
+        return {"batched": self.batched, "batching": remark, "notes": [], "load_s": 0.0, "warm_s": 0.0}
 
     def kill(self) -> None:
         self.killed = True
@@ -171,6 +215,7 @@ class FakeWorker:
     def die(self, error: RequestError) -> None:
         lane, sent = self.lanes[0], list(self.lanes[0].sent)
         lane.sent.clear()
+        lane.offers.clear()
         lane.depth = 0
         for _, done in sent:
             done(error)
@@ -188,17 +233,22 @@ def fake() -> Callable[..., Any]:
     """`await fake(max_batch=..., ...)`: a version of a model whose workers are `found.workers`."""
 
     async def make(
-        max_batch: int = 1, instances: int = 1, batched: bool = True, failures: Any = (), **options: Any
+        max_batch: int = 1,
+        instances: int = 1,
+        batched: bool = True,
+        failures: Any = (),
+        lanes: int = 1,
+        **options: Any,
     ) -> SimpleNamespace:
         workers: list[FakeWorker] = []
         left = list(failures)
 
         def hire(loaded: Loaded, options: Options, on_answer: Any, on_end: Any) -> FakeWorker:
-            workers.append(FakeWorker(on_answer, on_end, batched, left))
+            workers.append(FakeWorker(on_answer, on_end, batched, left, loaded.lanes))
             return workers[-1]
 
         settings = RuntimeSettings("ort:cpu", sessions=instances)
-        loaded = Loaded("net", "1", Path("net"), "0" * 64, ROWS, settings, max_batch, 1)
+        loaded = Loaded("net", "1", Path("net"), "0" * 64, ROWS, settings, max_batch, lanes)
         served = Served(loaded, Options(**options), Metrics(lambda: ()), hire)
         await served.start()
         return SimpleNamespace(served=served, workers=workers, lane=workers[0].lanes[0])

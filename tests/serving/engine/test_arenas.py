@@ -93,6 +93,26 @@ def test_the_memory_grows_and_never_beyond_its_limit():
         write(arena, [Joined("x", "uint8", (np.zeros(2**20 + 1, np.uint8),))])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="how many pages a file has is Linux's to tell")
+def test_memory_that_is_warm_is_there_for_both_sides_before_it_is_written():
+    ours = Arena.create(2**22)
+    theirs = Arena(os.dup(ours.descriptor), 2**22)
+
+    def pages():
+        return os.fstat(ours.descriptor).st_blocks * 512
+
+    ours.warm(2**20 + 1)
+    there = pages()
+    assert there >= 2**20 + 1
+    # The other side needs less at first, and cannot make it smaller.
+    placed, total = write(theirs, [Joined("x", "uint8", (np.full(10, 7, np.uint8),))])
+    assert read(ours, placed, total)["x"].sum() == 70
+    write(theirs, [Joined("x", "uint8", (np.full(2**20, 7, np.uint8),))])
+    assert pages() == there
+    ours.warm(2**40)  # no more than its limit
+    assert os.fstat(ours.descriptor).st_size == 2**22
+
+
 def test_what_the_other_side_says_is_checked():
     arena = Arena.create(2**20)
     write(arena, [Joined("x", "uint8", (np.ones(10, np.uint8),))])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from deploykit.serving.requests import (
     InferRequest,
     InvalidRequest,
     NotReady,
+    RequestError,
     WorkerLost,
 )
 
@@ -133,6 +136,58 @@ def test_the_lane_with_least_to_do_is_next(fake):
     asyncio.run(run())
 
 
+def test_a_worker_with_nothing_to_do_is_next_before_another_lane_of_a_busy_one(fake):
+    async def run():
+        made = await fake(instances=2, lanes=2)
+        tasks = [ask(made.served, n) for n in range(3)]
+        await settle()
+        assert [[lane.in_flight for lane in w.lanes] for w in made.workers] == [[1, 1], [1, 0]]
+        for lane in (lane for w in made.workers for lane in w.lanes):
+            while lane.sent:
+                lane.answer()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_what_lies_ready_behind_a_slow_request_goes_to_the_first_worker_that_is_free(fake, max_batch):
+    async def run():
+        made = await fake(instances=2, max_batch=max_batch)
+        first, second = (w.lanes[0] for w in made.workers)
+        running = [ask(made.served, n) for n in (0, 1)]
+        await settle()
+        ready = [ask(made.served, n) for n in range(2, 2 + max_batch)]
+        await settle()
+        assert first.in_flight == 2 and second.in_flight == 1
+        second.answer()
+        assert first.values() == [[0]] and second.values() == [[float(n) for n in range(2, 2 + max_batch)]]
+        second.answer()
+        assert [float((await t).outputs["y"][0, 0]) for t in ready] == [2.0 * n for n in range(2, 2 + max_batch)]
+        assert made.served.running == 1
+        first.answer()
+        await asyncio.gather(*running)
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_comes_back_takes_what_lies_ready_behind_others(fake):
+    async def run():
+        made = await fake(instances=2)
+        tasks = [ask(made.served, n) for n in range(3)]
+        await settle()
+        made.workers[1].die(WorkerLost("killed"))
+        with pytest.raises(WorkerLost):
+            await tasks[1]
+        await settle()
+        assert made.workers[0].lanes[0].values() == [[0]] and made.workers[2].lanes[0].values() == [[2]]
+        made.workers[0].lanes[0].answer()
+        made.workers[2].lanes[0].answer()
+        assert float((await tasks[2]).outputs["y"][0, 0]) == 4
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_refuses_and_recovers(fake):
     async def run():
         made = await fake(queue=3)
@@ -218,6 +273,59 @@ def test_a_cancelled_request_never_runs(fake):
     asyncio.run(run())
 
 
+def test_a_request_that_is_cancelled_while_it_lies_ready_never_runs(fake):
+    async def run():
+        made = await fake()
+        tasks = [ask(made.served, n) for n in range(4)]
+        await settle()
+        assert made.lane.values() == [[0], [1]] and made.served.running == 2
+        tasks[1].cancel()
+        await settle()
+        assert made.lane.values() == [[0], [2]] and (made.served.running, made.served.waiting) == (2, 1)
+        while made.lane.sent:
+            made.lane.answer()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(found.pop(1), asyncio.CancelledError)
+        assert [float(r.outputs["y"][0, 0]) for r in found] == [0, 4, 6]
+        assert made.served.running == 0
+
+    asyncio.run(run())
+
+
+def test_a_request_whose_time_runs_out_while_it_lies_ready_never_runs(fake):
+    async def run():
+        made = await fake()
+        running, late = ask(made.served, 0), ask(made.served, 1, deadline=time.monotonic() + 0.2)
+        await settle()
+        assert made.lane.values() == [[0], [1]]
+        with pytest.raises(DeadlineExceeded, match="while it waited"):
+            await late
+        assert made.lane.values() == [[0]]
+        made.lane.answer()
+        await running
+
+    asyncio.run(run())
+
+
+def test_of_a_batch_that_lies_ready_only_those_run_that_are_waited_for(fake):
+    async def run():
+        made = await fake(max_batch=2)
+        tasks = [ask(made.served, n) for n in range(3)]
+        await settle()
+        assert made.lane.values() == [[0], [1, 2]]
+        tasks[1].cancel()
+        await settle()
+        assert made.lane.values() == [[0]] and made.served.waiting == 1
+        tasks.append(ask(made.served, 3))  # it takes the place of the one that is gone
+        await settle()
+        assert made.lane.values() == [[0], [2, 3]]
+        while made.lane.sent:
+            made.lane.answer()
+        assert [float((await tasks[n]).outputs["y"][0, 0]) for n in (0, 2, 3)] == [0, 4, 6]
+
+    asyncio.run(run())
+
+
 def test_a_cancelled_request_that_runs_does_not_disturb_the_others_in_its_batch(fake):
     async def run():
         made = await fake(max_batch=4)
@@ -275,6 +383,61 @@ def test_outputs_without_the_rows_of_the_inputs_end_the_joining(fake):
         assert made.served.info().max_batch == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rows_are_counted_whether_they_are_joined_or_not(fake, batched):
+    async def run():
+        made = await fake(max_batch=4, batched=batched)
+        tasks = [ask(made.served, n, rows) for n, rows in enumerate((3, 1, 2))]
+        await settle()
+        while made.lane.sent:
+            made.lane.answer()
+        await asyncio.gather(*tasks)
+        buckets, total = made.served._metrics.rows.state()
+        assert (buckets[-1][1], total) == ((2, 6.0) if batched else (3, 6.0))
+
+    asyncio.run(run())
+
+
+def test_clients_are_told_why_requests_are_not_joined(fake):
+    async def run():
+        assert (await fake(max_batch=4)).served.info().batching == ""
+        info = (await fake(max_batch=4, batched=False)).served.info()
+        assert (info.max_batch, info.batching) == (0, "requests are not joined: of a reason")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["failed", "late", "cancelled"])
+def test_what_failed_is_gone_without_the_garbage_collector(fake, how):
+    async def run():
+        made = await fake()
+        x = np.ones((1, 4), np.float32)
+        kept = weakref.ref(x)
+        deadline = time.monotonic() + 0.1 if how == "late" else None
+        asked = [ask(made.served)]
+        asked.append(asyncio.ensure_future(made.served.infer(InferRequest("net", {"x": x}, deadline=deadline))))
+        del x
+        await settle()
+        if how == "failed":
+            made.lane.answer()
+            made.lane.answer(Failed("the runtime failed"))
+        elif how == "cancelled":
+            asked[1].cancel()
+        found = await asyncio.gather(asked.pop(), return_exceptions=True)
+        assert isinstance(found.pop(), asyncio.CancelledError if how == "cancelled" else RequestError)
+        await settle()
+        assert kept() is None
+        while made.lane.sent:
+            made.lane.answer()
+        await asked[0]
+
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 def test_a_lost_worker_costs_what_it_had_and_another_takes_its_place(fake):
@@ -366,7 +529,7 @@ def test_an_answer_that_cannot_be_passed_on_is_an_error_for_those_who_wait(fake,
             raise MemoryError("no memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr("deploykit.serving.served.split", none)
+            patch.setattr("deploykit.serving.dispatch.split", none)
             made.lane.answer()
             with pytest.raises(Failed, match="no memory"):
                 await task

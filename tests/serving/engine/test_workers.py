@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from deploykit.errors import ArtifactError, DeploykitError, ModelError, WorkerError
 from deploykit.machine import allowed_cores
 from deploykit.runtimes import RuntimeSettings
+from deploykit.serving.arenas import Joined
 from deploykit.serving.engine import ServingEngine
 from deploykit.serving.loaded import Options, Source, load, state_now
 from deploykit.serving.requests import InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
@@ -218,6 +219,79 @@ def test_kill_9_costs_those_in_flight_a_clean_error_and_nobody_else(models, tmp_
     serve(tmp_path / "net.onnx", use, instances=2)
 
 
+def test_nobody_waits_behind_a_slow_request_while_a_worker_is_free(models, tmp_path):
+    models.turning(tmp_path / "net.onnx")
+
+    async def use(engine):
+        served = engine.repository.get("net")
+        slow = asyncio.ensure_future(engine.infer(InferRequest("net", turning_inputs(10**9))))
+        while not served.running:
+            await asyncio.sleep(0.001)
+        found = await asyncio.gather(*(engine.infer(InferRequest("net", turning_inputs(1))) for _ in range(9)))
+        assert len(found) == 9 and not slow.done()
+        slow.cancel()
+
+    serve(tmp_path / "net.onnx", use, instances=2, timeout_s=30.0)
+
+
+def test_what_was_taken_back_never_runs_and_what_comes_in_its_place_does(models, tmp_path):
+    models.turning(tmp_path / "net.onnx")
+    given = job(tmp_path / "net.onnx")
+
+    async def run():
+        worker = Worker(given, 1, 2**20, 60.0, nobody, nobody)
+        await worker.start()
+        (lane,) = worker.lanes
+        answers: dict[int, object] = {}
+
+        def send(number, turns, value):
+            x = np.full((64, 64), value, np.float32)
+            tensors = [Joined("x", "float32", (x,)), Joined("turns", "int64", (np.array(turns),))]
+            return lane.send(tensors, lambda found: answers.update({number: np.array(found.outputs["y"])}))
+
+        first, second = send(1, 20_000, 0), send(2, 1, 1)
+        assert not lane.spare and lane.withdraw(second) and lane.spare and not lane.withdraw(second)
+        third = send(3, 1, 2)  # in the slot of the second one, of which the worker is still to be told
+        while lane.in_flight:
+            await asyncio.sleep(0.01)
+        assert answers.keys() == {1, 3}
+        np.testing.assert_allclose(answers[3], np.tanh(np.full((64, 64), 2.0)), rtol=1e-5)
+        assert not lane.withdraw(first) and not lane.withdraw(third)
+        worker.close()
+        await worker.wait()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_the_memory_of_the_largest_batch_is_there_before_the_first_request(models, tmp_path, lanes):
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    rows = 2**14  # 256 KB each way
+
+    async def run():
+        given = {**job(tmp_path / "net"), "max_batch": rows}
+        worker = Worker(given, lanes, 2**22, 60.0, nobody, nobody)
+        await worker.start()
+
+        def shared():
+            return sum(os.fstat(fd).st_blocks * 512 for _, slots in told for slot in slots for fd in slot[:2])
+
+        told = [lane.descriptors() for lane in worker.lanes]
+        before = shared()
+        assert before >= lanes * 2 * 2 * rows * 16
+        answered = []
+        for lane in worker.lanes:
+            for _ in range(2):
+                lane.send([Joined("x", "float32", (np.ones((rows, 4), np.float32),))], answered.append)
+        while len(answered) < 2 * lanes:
+            await asyncio.sleep(0.01)
+        assert shared() == before
+        worker.close()
+        await worker.wait()
+
+    asyncio.run(run())
+
+
 def test_a_worker_that_hangs_is_replaced(models, tmp_path):
     models.turning(tmp_path / "net.onnx")
 
@@ -362,8 +436,8 @@ def test_what_can_be_served_and_what_it_is_called(models, tmp_path, monkeypatch)
     shutil.copytree(tmp_path / "net", tmp_path / "many" / "x")
     models.scaled(tmp_path / "bare.onnx", 2.0)
     many = Source.at(tmp_path / "many")
-    assert (many.name, many.versioned, many.newest()[0]) == ("many", True, "10")
-    assert Source.at(tmp_path / "net").newest() == ("1", (tmp_path / "net").resolve())
+    assert (many.name, many.versioned, many.at_version()[0]) == ("many", True, "10")
+    assert Source.at(tmp_path / "net").at_version() == ("1", (tmp_path / "net").resolve())
     assert Source.at(tmp_path / "bare.onnx").name == "bare"
     assert Source.at(tmp_path / "net", "other").name == "other"
     monkeypatch.chdir(tmp_path / "net")

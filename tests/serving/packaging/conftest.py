@@ -49,6 +49,13 @@ def graph_of(kind: str) -> onnx.ModelProto:
         ]
         weights = []
         inputs, outputs = [value("x", FLOAT, ["batch", 4])], [value("y", FLOAT, ["batch", 4])]
+    elif kind == "dynamic":  # quantized while it runs, by one scale for all rows
+        nodes = [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+        ]
+        weights = []
+        inputs, outputs = [value("x", FLOAT, ["batch", 4])], [value("y", FLOAT, ["batch", 4])]
     elif kind == "scalar":
         nodes = [helper.make_node("Mul", ["x", "factor"], ["y"])]
         inputs, outputs = [value("x", FLOAT, ["n", 4]), value("factor", FLOAT, [])], [value("y", FLOAT, ["n", 4])]

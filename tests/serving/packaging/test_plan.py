@@ -42,14 +42,25 @@ def test_the_dimension_of_rows(inputs: Any, outputs: Any, symbol: str | None, wh
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 2), (3,)])
-@pytest.mark.parametrize(("kind", "joined"), [("rows", True), ("text", True), ("steps", False), ("centred", False)])
+@pytest.mark.parametrize(
+    ("kind", "joined"), [("rows", True), ("text", True), ("steps", False), ("centred", False), ("dynamic", False)]
+)
 def test_rows_are_joined_where_they_do_not_see_each_other(
     artifact: Any, kind: str, joined: bool, sizes: tuple[int, ...]
 ) -> None:
     made = artifact(kind, sizes=sizes)
     with open_session(made, "ort:cpu") as session:
-        why = planning.why_not_joined(session, planning.golden_cases(made), None)
-    assert (why is None) == joined, why
+        # What a lossy model may be off by does not let through what rows do to each other.
+        for min_cosine in (None, 0.5):
+            why = planning.why_not_joined(session, planning.golden_cases(made), min_cosine)
+            assert (why is None) == joined, why
+
+
+def test_operators_that_see_all_rows_are_named(artifact: Any, tmp_path: Path) -> None:
+    made = artifact("dynamic", step="quantize_dynamic")
+    bundle = deploykit.package(made.path, tmp_path / "out", target="triton")
+    assert bundle.manifest.max_batch == 0
+    assert any("DynamicQuantizeLinear takes one scale from all rows" in note for note in bundle.manifest.notes)
 
 
 def test_equal_requests_show_nothing(artifact: Any, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from deploykit.errors import DeploykitError
+from deploykit.serving.dispatch import hire
 from deploykit.serving.loaded import Options, Source, load
-from deploykit.serving.served import hire
 
 MIB = 2**20
 
