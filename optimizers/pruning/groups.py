@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,6 +24,8 @@ from deploykit.optimizers.pruning.counting import layer_kinds
 from deploykit.optimizers.pruning.subject import Group, Member, Subject, names_of_parts, trace
 from deploykit.optimizers.pruning.surgery import take_out_checked
 
+# How often a group may come by each operator, in the mean.
+_VISITS = 5
 # Of each group, for a trial.
 _TRIED = 0.25
 
@@ -58,8 +61,10 @@ def find_structure(subject: Subject, known_groups: Collection[str] | None = None
     shared = _shared(subject)
     groups: dict[str, Group] = {}
     kept: dict[str, str] = {}
-    for found in graph.get_all_groups(root_module_types=list(layer_kinds())):
-        root = found[0].dep.target.module
+    for root, found in _all_groups(graph):
+        if found is None:
+            kept[known[root]] = "its channels cannot be followed"
+            continue
         why = _obstacle(graph, found, known, shared, subject.keep)
         group = None if why else _read(graph, found, known, attention)
         if isinstance(group, Group):
@@ -115,6 +120,50 @@ def _shared(subject: Subject) -> set[Any]:
             if p is not None:
                 owners.setdefault(id(p), []).append(part)
     return found | {part for parts in owners.values() if len(parts) > 1 for part in parts}
+
+
+def _all_groups(graph: Any) -> Iterator[tuple[Any, Any]]:
+    """Every layer whose output channels begin a group, with the group of Torch-Pruning's; None where it has no end."""
+    seen: set[Any] = set()
+    for root in list(graph.module2node):
+        if not isinstance(root, layer_kinds()) or root in seen:
+            continue
+        channels = list(range(graph.get_out_channels(root)))
+        try:
+            with _bounded(graph):
+                found = graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, channels)
+        except _EndlessError:
+            yield root, None
+            continue
+        makers = (item.dep.target.module for item in found if graph.is_out_channel_pruning_fn(item.dep.handler))
+        seen |= {part for part in makers if isinstance(part, layer_kinds())}
+        yield root, found
+
+
+class _EndlessError(Exception):
+    """A group that grows and grows."""
+
+
+@contextmanager
+def _bounded(graph: Any) -> Iterator[None]:
+    """Stop Torch-Pruning where it goes round in circles.
+
+    Rotary positions cut channels into halves and put them together the other way round; each time through a shortcut,
+    its graph finds indices that it has not seen yet.
+    """
+    group = require("torch_pruning.dependency.group", extra="prune").Group
+    original, most = group.add_dep, _VISITS * len(graph.module2node) + 100
+
+    def add_dep(self: Any, dep: Any, idxs: Any) -> None:
+        if len(self) > most:
+            raise _EndlessError
+        original(self, dep, idxs)
+
+    group.add_dep = add_dep
+    try:
+        yield
+    finally:
+        group.add_dep = original
 
 
 def _obstacle(graph: Any, found: Any, known: Mapping[Any, str], shared: set[Any], keep: Sequence[str]) -> str:

@@ -212,3 +212,24 @@ def test_ratios_that_cannot_be_and_flags_that_stay(residual):
     prune_structured(residual, PruneConfig(ratio=0.3, round_to=4))
     assert not residual.module.head.weight.requires_grad
     assert residual.module.hidden.weight.requires_grad
+
+
+def test_groups_without_end_are_left_alone():
+    """Rotary positions, beside a shortcut: Torch-Pruning's graph would go round in circles."""
+
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turned, self.last = nn.Linear(8, 16), nn.Linear(16, 16)
+            self.plain, self.head = nn.Linear(16, 32), nn.Linear(32, 2)
+
+        def forward(self, x):
+            x = self.turned(x)
+            x = 0.8 * x + 0.6 * torch.cat([-x[..., 8:], x[..., :8]], -1)
+            return self.head(self.plain(self.last(x)).relu())
+
+    torch.manual_seed(0)
+    subject = Subject(Rotary().eval(), {"x": torch.randn(2, 5, 8)}, run)
+    structure = find_structure(subject)
+    assert set(structure.groups) == {"last", "plain"}
+    assert structure.kept["turned"] == "its channels cannot be followed"
