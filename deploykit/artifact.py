@@ -6,7 +6,8 @@
     ├── golden.npz        inputs, and the outputs of the source model for them
     ├── export.log        what the frameworks printed
     ├── settings.json     how to open it, where a tuner found that out
-    └── assets/           tokenizer files and the like
+    ├── assets/           tokenizer files and the like
+    └── torch/            what a torch module was trained to, to be trained on
 
 What `optimize` writes is a directory of artifacts with an `optimize.json` that names the winner; wherever an artifact
 is asked for, such a directory stands for its winner.
@@ -43,6 +44,7 @@ SETTINGS = "settings.json"
 # Of the file beside an artifact, behind its name, that signs it.
 SIGNATURE_SUFFIX = ".sig"
 ASSETS = "assets/"
+TORCH = "torch/"
 RESULT = "optimize.json"
 _MANIFEST_LIMIT_BYTES = 16 * 2**20
 _GOLDEN_LIMIT_BYTES = 32 * 2**20
@@ -186,7 +188,7 @@ class Artifact:
         return sum(
             f.bytes
             for name, f in self.manifest.files.items()
-            if name not in (GOLDEN, LOG, SETTINGS) and not name.startswith(ASSETS)
+            if name not in (GOLDEN, LOG, SETTINGS) and not name.startswith((ASSETS, TORCH))
         )
 
     def golden(self) -> list[tuple[dict[str, Array], dict[str, Array]]]:

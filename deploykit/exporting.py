@@ -34,10 +34,11 @@ from deploykit.nodes import bounded_outputs
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, default_devices, open_session
 from deploykit.runtimes.plugged import runtime_tools
+from deploykit.specs import Signature
 from deploykit.staging import ArtifactWriter
 from deploykit.targets import Target, choose_opset, parse_targets
 
-_MODEL = "model.onnx"
+MODEL = "model.onnx"
 _LOG = "export.log"
 
 
@@ -272,6 +273,21 @@ def _check_dims(opened: Mapping[str, Source], dims: Mapping[str, int], told: Pro
             told.note(f"--dim {name}={size} was not used: the inputs are not made up, and have sizes of their own")
 
 
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A graph in an artifact that is not committed yet.
+
+    Attributes:
+        step: For the lineage.
+        parity: Records of the comparison with the source, a device each.
+        signature: Inputs and outputs.
+    """
+
+    step: StepRecord
+    parity: list[dict[str, Any]]
+    signature: Signature
+
+
 def _export_graph(
     opened: Source,
     writer: ArtifactWriter,
@@ -286,7 +302,49 @@ def _export_graph(
     unverified: bool,
 ) -> Artifact:
     """Write one graph that is right, with its evidence."""
-    log, target, before = writer.dir / _LOG, writer.dir / _MODEL, len(told.notes)
+    made = export_graph(opened, writer.dir, source, options, targets, held, started, told, unverified=unverified)
+    accuracy = done.judge(writer.dir / MODEL) if done.judge is not None else []
+    return writer.commit(
+        model=MODEL,
+        signature=made.signature,
+        lineage=[*done.steps, made.step],
+        evidence=Evidence(parity=made.parity, accuracy=accuracy),
+        ranges=opened.ranges,
+    )
+
+
+def export_graph(
+    opened: Source,
+    folder: Path,
+    source: str,
+    options: ExportOptions,
+    targets: tuple[Sequence[Device], bool],
+    held: Sequence[Target],
+    started: float,
+    told: Progress,
+    *,
+    unverified: bool,
+) -> Exported:
+    """Write one graph that is right, its golden cases and its companions into an artifact's folder.
+
+    Args:
+        opened: What is exported.
+        folder: Of an `ArtifactWriter`.
+        source: What the user called it.
+        options: What the user asked for.
+        targets: Where it has to be right, and whether on each of them.
+        held: Contracts.
+        started: When the work began, by `time.monotonic`.
+        told: Steps and notes.
+        unverified: Whether a model is kept whose outputs do not react to its inputs.
+
+    Raises:
+        ExportError: No way leads to ONNX.
+        ContractError: No way leads to a model that the contract's runtimes can run.
+        ParityError: Every exported graph gave other numbers than the source.
+        UnverifiableError: The outputs do not react to the inputs.
+    """
+    log, target, before = folder / _LOG, folder / MODEL, len(told.notes)
     for note in opened.notes:
         told.note(note)
     vacuous = check_vacuity([case.outputs for case in opened.cases])
@@ -303,14 +361,13 @@ def _export_graph(
         told.note(f"unverifiable: {vacuous}")
     # What is replayed later has to be the same without the source at hand.
     cases = [case for number, case in enumerate(opened.cases_for(way)) if number not in loose]
-    write_golden(writer.dir / GOLDEN, [(case.feeds, case.outputs) for case in cases])
+    write_golden(folder / GOLDEN, [(case.feeds, case.outputs) for case in cases])
     for asset in opened.assets:
-        (writer.dir / "assets").mkdir(exist_ok=True)
-        shutil.copyfile(asset, writer.dir / "assets" / asset.name)
+        (folder / "assets").mkdir(exist_ok=True)
+        shutil.copyfile(asset, folder / "assets" / asset.name)
     if not log.stat().st_size:
         log.unlink()
     exported = load_model(target)
-    accuracy = done.judge(target) if done.judge is not None else []
     step = StepRecord(
         step="export",
         params={
@@ -324,13 +381,7 @@ def _export_graph(
         seconds=round(time.monotonic() - started, 3),
         notes=list(told.notes[before:]),
     )  # fmt: skip
-    return writer.commit(
-        model=_MODEL,
-        signature=exported.signature if opened.kind != "onnx" else opened.signature,
-        lineage=[*done.steps, step],
-        evidence=Evidence(parity=evidence, accuracy=accuracy),
-        ranges=opened.ranges,
-    )
+    return Exported(step, evidence, exported.signature if opened.kind != "onnx" else opened.signature)
 
 
 def _export_first_right(

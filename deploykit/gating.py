@@ -182,7 +182,7 @@ def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate, kind: str = "q
     Args:
         records: Of `time_against_parent`.
         gate: Which of them decide, and what is allowed.
-        kind: What the model is called: "quantized" or "fused".
+        kind: What the model is called: "quantized", "fused" or "pruned".
 
     Returns:
         What to say where it is accepted all the same; empty where it is faster.
@@ -203,7 +203,7 @@ def check_speed(records: Sequence[Mapping[str, Any]], gate: Gate, kind: str = "q
     raise SpeedError(
         f"the {kind} model is {what}",
         expected="slower in no runtime" if gate.tie_allowed else "faster in one runtime, slower in none",
-        hint=f"{where}keep the {'parent' if kind == 'fused' else 'model in floating point'}, or take it as it is: "
+        hint=f"{where}keep the {'model in floating point' if kind == 'quantized' else 'parent'}, or take it as it is: "
         "--allow-slower",
     )
 

@@ -23,6 +23,7 @@ from deploykit.optimizing import optimize
 from deploykit.packaging import package
 from deploykit.packing import pack_data
 from deploykit.preprocessing import preprocess
+from deploykit.pruning import prune
 from deploykit.qat import quantize_qat
 from deploykit.quantizing import quantize_dynamic, quantize_static
 from deploykit.repairing import quantize_repair
@@ -48,6 +49,7 @@ __all__ = [
     "pack_data",
     "package",
     "preprocess",
+    "prune",
     "quantize_dynamic",
     "quantize_half",
     "quantize_qat",

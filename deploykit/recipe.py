@@ -67,7 +67,7 @@ class ExportStep(_Step):
 
 
 class _TrainingStep(_Step):
-    """How something is trained; a `clip_norm` of 0 is any norm."""
+    """How a module is trained; a `clip_norm` of 0 is any norm."""
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -88,6 +88,13 @@ class _TrainingStep(_Step):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_minutes: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    dynamic: list[str] = []
+    inputs: list[str] = []
+    dims: dict[str, int] = {}
+    opset: int | None = None
+    task: str | None = None
+    devices: list[str] = []
+    contract: list[str] = []
 
 
 class FinetuneStep(_TrainingStep):
@@ -98,14 +105,7 @@ class FinetuneStep(_TrainingStep):
     data: str
     eval_data: str | None = None
     metric: str = "accuracy"
-    dynamic: list[str] = []
-    inputs: list[str] = []
-    dims: dict[str, int] = {}
-    opset: int | None = None
-    task: str | None = None
     part: str | None = None
-    devices: list[str] = []
-    contract: list[str] = []
 
     @field_validator("metric")
     @classmethod
@@ -131,18 +131,42 @@ class DistillStep(_TrainingStep):
     embedding_loss: Literal["auto", "cosine", "mse", "similarity"] = "auto"
     output_name: str | None = None
     cache: Literal["auto", "on", "off"] = "auto"
-    dynamic: list[str] = []
-    inputs: list[str] = []
-    dims: dict[str, int] = {}
-    opset: int | None = None
-    task: str | None = None
-    devices: list[str] = []
-    contract: list[str] = []
 
     @field_validator("metric")
     @classmethod
     def _known(cls, metric: str | None) -> str | None:
         return metric if metric is None or metric == "loss" else _known_metric(metric)
+
+
+class PruneStep(_TrainingStep):
+    """`deploykit prune`; `recovery` is whether it is trained afterwards, which needs data."""
+
+    step: Literal["prune"] = "prune"
+    source: str
+    method: Literal["structured", "magnitude", "2:4"] = "structured"
+    ratio: float | None = Field(default=None, gt=0, lt=1)
+    speedup: float | None = Field(default=None, gt=1, allow_inf_nan=False)
+    latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=1, ge=1)
+    round_to: int = Field(default=16, ge=1)
+    importance: Literal["auto", "magnitude", "taylor"] = "auto"
+    allocation: Literal["sensitivity", "uniform"] = "sensitivity"
+    max_ratio: float = Field(default=0.9, gt=0, lt=1)
+    keep: list[str] = []
+    data: str | None = None
+    recovery: bool = True
+    eval_data: str | None = None
+    metric: str | None = None
+    max_drop: float | str | None = None
+    allow_slower: bool = False
+    gate_seconds: float = Field(default=6.0, ge=0, allow_inf_nan=False)
+    allow_unverified: bool = False
+    part: str | None = None
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str | None) -> str | None:
+        return None if metric is None else _known_metric(metric)
 
 
 class SimplifyStep(_Step):
@@ -379,6 +403,7 @@ Step = (
     ExportStep
     | FinetuneStep
     | DistillStep
+    | PruneStep
     | SimplifyStep
     | FuseStep
     | DynamicStep
@@ -395,6 +420,7 @@ _STEPS: dict[str, type[Step]] = {
     "export": ExportStep,
     "finetune": FinetuneStep,
     "distill": DistillStep,
+    "prune": PruneStep,
     "simplify": SimplifyStep,
     "fuse": FuseStep,
     "quantize-dynamic": DynamicStep,
@@ -487,7 +513,7 @@ def _check_references(name: str, steps: Mapping[str, Step]) -> None:
     """The first step has to bring its own model; a benchmark is no model."""
     step = steps[name]
     before = [n for n, s in steps.items() if n != name and not isinstance(s, BenchmarkStep)]
-    if isinstance(step, ExportStep | FinetuneStep | DistillStep):
+    if isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep):
         return
     named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
     if not named and not before:

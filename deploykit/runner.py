@@ -26,6 +26,7 @@ from deploykit.optimizers import (
     make_image_config,
 )
 from deploykit.optimizers.distillation import DistillConfig
+from deploykit.optimizers.pruning import PruneConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import (
@@ -39,6 +40,7 @@ from deploykit.recipe import (
     FuseStep,
     HalfStep,
     ImageStep,
+    PruneStep,
     Recipe,
     RepairStep,
     SimplifyStep,
@@ -53,6 +55,7 @@ _PATHS = ("data", "eval_data", "source", "teacher", "student", "model", "preset"
 _FILES = ("merge", "tuned")
 _CONFIG = tuple(field.name for field in fields(StaticConfig))
 _TRAIN = tuple(field.name for field in fields(TrainConfig))
+_PRUNE = tuple(field.name for field in fields(PruneConfig) if field.name != "keep")
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool, progress: Progress) -> dict[str, Artifact | Report]:
@@ -104,8 +107,10 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     ]
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
+    elif isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep):
+        models = []
     else:
-        models = [] if isinstance(step, ExportStep | FinetuneStep | DistillStep) else [step.model or str(previous)]
+        models = [step.model or str(previous)]
     digests = [found.digest for m in models if isinstance(found := made.get(m), Artifact)]
     files = [
         stamp_of(recipe.folder / text.rpartition(":")[0] if ":" in text else recipe.folder / text) for text in texts
@@ -198,6 +203,8 @@ def _run_step(
         return _finetune(target, resume=resume, progress=progress, **params)
     if isinstance(step, DistillStep):
         return _distill(target, resume=resume, progress=progress, **params)
+    if isinstance(step, PruneStep):
+        return _prune(target, progress=progress, **params)
     model = params.pop("model") or str(output / str(previous))
     verbs: dict[type[Step], Callable[..., Artifact]] = {
         SimplifyStep: pipeline.simplify,
@@ -214,24 +221,33 @@ def _run_step(
     return verbs[type(step)](model, target, progress=progress, **params)
 
 
-def _finetune(target: Path, *, source: str, metric: str, **params: Any) -> Artifact:
-    return pipeline.finetune(source, target, config=_training(params, metric), **params)
+def _finetune(target: Path, *, source: str, **params: Any) -> Artifact:
+    return pipeline.finetune(source, target, config=_training(params), **params)
 
 
 def _distill(
     target: Path, *, teacher: str, weights: dict[str, Any], pairs: list[list[str]], output_name: str | None,
-    **params: Any,
+    metric: str | None, **params: Any,
 ) -> Artifact:  # fmt: skip
     kept = {key: params.pop(key) for key in ("kind", "temperature", "attention_layers", "embedding_loss", "cache")}
     named = tuple((of_teacher, of_student) for of_teacher, of_student in pairs)
     config = DistillConfig(**kept, **weights, pairs=named, output=output_name)
-    return pipeline.distill(teacher, target, config=config, training=_training(params, "loss"), **params)
+    return pipeline.distill(teacher, target, config=config, metric=metric, training=_training(params), **params)
 
 
-def _training(params: dict[str, Any], metric: str) -> TrainConfig:
-    """The settings of a training, which are taken out of a step's."""
-    settings = {key: params.pop(key) for key in _TRAIN if key in params and key != "metric"}
-    return TrainConfig(**settings | {"clip_norm": settings["clip_norm"] or None}, metric=metric)
+def _prune(target: Path, *, source: str, recovery: bool, metric: str | None, **params: Any) -> Artifact:
+    training = _training(params)
+    config = PruneConfig(**{key: params.pop(key) for key in _PRUNE} | {"keep": tuple(params.pop("keep"))})
+    return pipeline.prune(
+        source, target, config=config, metric=metric, training=training if recovery and params["data"] else None,
+        **params,
+    )  # fmt: skip
+
+
+def _training(params: dict[str, Any]) -> TrainConfig:
+    """The settings of a training, which are taken out of a step's parameters."""
+    settings = {key: params.pop(key) for key in _TRAIN if key in params}
+    return TrainConfig(**settings | {"clip_norm": settings["clip_norm"] or None})
 
 
 def _dynamic(

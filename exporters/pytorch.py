@@ -22,6 +22,7 @@ from deploykit.exporters.bounded import run_bounded
 from deploykit.exporters.capture import ModuleTensors
 from deploykit.exporters.modules import computes_in_half, count_modules, has_fast_path, prepare, recurrent_layers
 from deploykit.exporters.observing import export_feeds, observed_range, rank_notes, widen
+from deploykit.exporters.reasons import torch_reason
 from deploykit.exporters.shapes import (
     asks_for_dynamic,
     cases_from_data,
@@ -120,6 +121,20 @@ class TorchSource(Source):
         other = copy.copy(self)
         other._begin(self.module if module is None else module)
         return other
+
+    def observe(self) -> None:
+        """Run the same module anew for its reference outputs, because its weights or its structure were changed.
+
+        Raises:
+            SourceError: It does not run, or gives other outputs when it runs again.
+            ExportError: It runs at one shape only, where others were asked for.
+        """
+        self._begin(self.module)
+
+    @property
+    def examples(self) -> dict[str, Array]:
+        """The example inputs by name, in order."""
+        return dict(self._examples)
 
     def _begin(self, module: Any) -> None:
         """Run a module on the examples, and at other sizes."""
@@ -376,24 +391,53 @@ class TorchSource(Source):
 
     def write(self, way: Way, target: Path, opset: int | None) -> None:
         """Export, then put names and shapes in order."""
-        cases = self.cases_for(way)
-        inputs = self.signature.inputs if way.dynamic else self._fixed(self.signature.inputs)
-        job = torch_onnx.Job(
-            module=self._module,
-            feeds=export_feeds(inputs, self._examples) if way.dynamic else self._examples,
-            signature=Signature(inputs, observed_outputs(cases)),
-            opset=opset or DEFAULT_OPSET,
-        )
         self._restore()
-        torch_onnx.preload(way.name)
-        limit = self._limit_s(way)
-        try:
-            written = run_bounded(lambda: torch_onnx.write(job, way.name, target), limit)
-        except TimeLimitError as exc:
-            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
+        written = self._translate(self._module, way, target, opset)
         self._said[way] = written.notes
         if way.dynamic and self.signature.symbols:
             self._boundaries.learn(written.edges, self.cases)
+
+    def draft(self, module: Any, way: Way, target: Path) -> None:
+        """Write another module with the same inputs and outputs as ONNX, such as this one with fewer channels.
+
+        For what is timed on the way to a result: nobody compares it.
+
+        Raises:
+            ExportError: This way does not lead there.
+        """
+        flat = torch_onnx.flatten_module(module, self.call)
+        torch_onnx.run_module(flat, self._examples)  # the names of its outputs are known after the first run
+        self._translate(flat, way, target, self._options.opset)
+
+    def program(self) -> Any:
+        """The module as a program of `torch.export`: tensors by position, in the order of the inputs.
+
+        Returns:
+            A `torch.export.ExportedProgram`; it gives a tuple of the outputs' tensors.
+
+        Raises:
+            ExportError: torch.export cannot read the module.
+        """
+        feeds = export_feeds(self.signature.inputs, self._examples)
+        try:
+            return torch_onnx.export_program(self._module, feeds, self.signature.inputs)
+        except Exception as exc:
+            raise ExportError(torch_reason(exc, [s.name for s in self.signature.inputs])) from exc
+
+    def _translate(self, module: Any, way: Way, target: Path, opset: int | None) -> torch_onnx.Written:
+        inputs = self.signature.inputs if way.dynamic else self._fixed(self.signature.inputs)
+        job = torch_onnx.Job(
+            module=module,
+            feeds=export_feeds(inputs, self._examples) if way.dynamic else self._examples,
+            signature=Signature(inputs, observed_outputs(self.cases_for(way))),
+            opset=opset or DEFAULT_OPSET,
+        )
+        torch_onnx.preload(way.name)
+        limit = self._limit_s(way)
+        try:
+            return run_bounded(lambda: torch_onnx.write(job, way.name, target), limit)
+        except TimeLimitError as exc:
+            raise TimeLimitError(exc.what, hint=f"give it more: --timeout {10 * limit:g}") from exc
 
     def tools(self) -> dict[str, str]:
         """torch, onnxscript, and transformers where it built the module."""

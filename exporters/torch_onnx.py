@@ -286,12 +286,24 @@ def export_again(run: Any, feeds: Feeds, specs: Sequence[TensorSpec]) -> Any:
             outputs: tuple[Any, ...] = run(*tensors)
             return outputs
 
+    return export_program(Flat(), feeds, specs)
+
+
+def export_program(module: Any, feeds: Feeds, specs: Sequence[TensorSpec]) -> Any:
+    """A program of `torch.export` from a module that takes tensors by position.
+
+    Args:
+        module: It, in evaluation mode.
+        feeds: Example inputs.
+        specs: Their dynamic dimensions; which of them follow from others, torch finds out.
+    """
+    torch = require("torch", extra="torch")
     shapes = tuple(
         {axis: torch.export.Dim.AUTO for axis, dim in enumerate(spec.shape or ()) if isinstance(dim, str)} or None
         for spec in specs
     )
     tensors = tuple(from_numpy(feeds[spec.name]) for spec in specs)
-    return torch.export.export(Flat(), tensors, dynamic_shapes=(shapes,), strict=False)
+    return torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
 
 
 def _by_torchscript(job: Job, target: Path) -> Written:

@@ -35,7 +35,7 @@ def test_public_names_are_pinned():
     assert deploykit.__all__ == [
         "Artifact", "Dataset", "DeploykitError", "Recipe", "Report", "Session", "Signature", "TensorSpec",
         "__version__", "apply", "benchmark", "check_signature", "compare", "distill", "export", "export_parts",
-        "finetune", "fuse", "load", "open_session", "optimize", "pack_data", "package", "preprocess",
+        "finetune", "fuse", "load", "open_session", "optimize", "pack_data", "package", "preprocess", "prune",
         "quantize_dynamic", "quantize_half", "quantize_qat", "quantize_repair", "quantize_static",
         "quantize_sweep", "quantize_weights", "run", "sbom", "select_data", "serve", "show_data", "sign",
         "simplify", "smoke", "verify",

@@ -18,6 +18,7 @@ _COMMANDS = {
     "doctor": "What is installed, which devices exist, what clashes, and what to do about it.",
     "export": "Turn a model into a verified ONNX artifact.",
     "finetune": "Train a PyTorch model further, and turn it into a verified ONNX artifact.",
+    "prune": "Take channels out of a PyTorch model, or set weights to zero; train, export and prove it.",
     "distill": "Train a small student to answer as a large teacher does, and export it.",
     "simplify": "Simplify the graph, compared with its parent.",
     "fuse": "Fuse nodes, where that is right and faster.",

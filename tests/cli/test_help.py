@@ -13,7 +13,7 @@ COMMANDS = [
     ["quantize", "repair"], ["quantize", "weights"], ["quantize", "half"], ["quantize", "sweep"], ["optimize"],
     ["apply"], ["verify"], ["sbom"], ["sign"], ["inspect"], ["benchmark"], ["report"], ["compare"], ["package"],
     ["smoke"], ["run"], ["serve"], ["data"], ["data", "pack"], ["data", "select"], ["data", "show"],
-    ["finetune"], ["distill"], ["quantize", "qat"],
+    ["finetune"], ["distill"], ["quantize", "qat"], ["prune"],
     ["cache"], ["cache", "list"], ["cache", "prune"], ["cache", "dir"],
 ]  # fmt: skip
 
