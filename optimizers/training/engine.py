@@ -211,10 +211,12 @@ def _run(course: Course, place: TrainingFolder, found: Mapping[str, Any] | None,
                 and not _by_signal(exc)
             ):
                 raise
-            held = f"its last checkpoint is {place.last}" if place.last.exists() else "there was no checkpoint yet"
-            told.note(
-                f"interrupted after step {course.step} of {course.steps}; {held}; go on with --resume (resume=True)"
+            held = (
+                f"go on from {place.last} with --resume (resume=True)"
+                if place.last.exists()
+                else "there was no checkpoint yet"
             )
+            told.note(f"interrupted after step {course.step} of {course.steps}; {held}")
             raise KeyboardInterrupt from None
         except DeploykitError:
             raise

@@ -52,7 +52,7 @@ def test_ctrl_c_and_resume(tmp_path, cli):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "go on with --resume" in errors
+    assert "with --resume" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
     done = cli(*command)
