@@ -14,6 +14,7 @@ from deploykit.extras import DISTRIBUTION
 # The import packages of the distribution; tests compare them with pyproject.toml.
 PACKAGES = (
     "deploykit", "deploykit.cli", "deploykit.search", "deploykit.exporters", "deploykit.optimizers",
+    "deploykit.optimizers.distillation", "deploykit.optimizers.pruning", "deploykit.optimizers.training",
     "deploykit.runtimes", "deploykit.benchmarks", "deploykit.serving",
 )  # fmt: skip
 _DATA = (".py", ".toml", ".typed")
