@@ -33,12 +33,10 @@ from deploykit.runner import run_recipe
 from deploykit.runtimes import require_device
 from deploykit.search.crew import NOT_TRIED
 from deploykit.search.graphs import facts_of
+from deploykit.search.state import timed_sets
 
 # Rows that a model is compared with its parent on, where no target was given.
 _ROWS = 256
-# Sets of inputs that a timed job rotates through: so many samples, but no fewer sets. Each candidate runs all of them
-# before it is timed, and of a slow model that would take longer than timing it.
-_TIMED_SAMPLES, _TIMED_SETS = 16, 4
 _KEPT = ("sqnr_db", "agreement", "metric", "value", "parent", "samples")
 
 Inputs = Mapping[str, Path]
@@ -215,7 +213,7 @@ def _asked(params: Mapping[str, Any], inputs: Inputs) -> tuple[list[Candidate], 
     feeds, origin, size = benchmark_feeds(
         _reference(params, inputs), _dataset(params, inputs), settings.batch, params["dims"]
     )
-    return candidates, feeds[: max(_TIMED_SETS, _TIMED_SAMPLES // size)], replace(settings, batch=size, inputs=origin)
+    return candidates, feeds[: timed_sets(size)], replace(settings, batch=size, inputs=origin)
 
 
 def _reference(params: Mapping[str, Any], inputs: Inputs) -> LoadedModel:

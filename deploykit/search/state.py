@@ -130,6 +130,14 @@ def timed_by_wall(objective: str) -> bool:
     return objective in ("throughput", "cost")
 
 
+def timed_sets(batch: int) -> int:
+    """How many sets of inputs a timed job rotates through: 16 samples, but no fewer than four sets.
+
+    Each candidate runs all of them before it is timed, and of a slow model that would take longer than timing it.
+    """
+    return max(4, 16 // batch)
+
+
 @dataclass(slots=True)
 class Seat:
     """A place, and all that was found out about it.

@@ -14,7 +14,7 @@ from deploykit.search.choice import ranked
 from deploykit.search.crew import NOT_TRIED, Crew
 from deploykit.search.jobs import Done
 from deploykit.search.machines import Node, machine_of
-from deploykit.search.state import Place, Seat, Variant, side_by_side, timed_by_wall
+from deploykit.search.state import Place, Seat, Variant, side_by_side, timed_by_wall, timed_sets
 from deploykit.search.tasks import Tasks
 from deploykit.search.wish import Wish
 
@@ -22,7 +22,9 @@ _KEPT, _TUNED, _DECIDED = 4, 3, 3
 _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
 # A process of a measurement: until it can load a model, and requests that it runs before rounds, and in each.
-_START_S, _LOAD_S, _PROBED, _WARMED, _WARM_S, _BLOCK = 1.0, 0.2, 20, 10, 1.5, 5
+_START_S, _LOAD_S, _PROFILED, _WARMED, _WARM_S, _BLOCK = 1.0, 0.2, 4, 10, 1.5, 5
+# Of a slow model: fewer rounds and requests than these tell nothing.
+_LAST_ROUNDS, _LAST_BLOCK = 3, 3
 # Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
 _DECISIONS_SHARE, _LENT = 0.66, 0.4
 _LEAST_TUNING_S = 2.0
@@ -224,7 +226,9 @@ class Timing:
         if not finalists:
             return
         costs = [self._cost(seat) for seat in (self._seat_at(reference), *finalists)]
-        count, rounds, seconds = plan(until - self._clock(), costs, timed_by_wall(self.wish.objective))
+        count, rounds, seconds = plan(
+            until - self._clock(), costs, timed_by_wall(self.wish.objective), timed_sets(self.batch)
+        )
         if rounds == 0:
             self._told.note("the budget did not reach a last measurement: the order is that of the screening")
             return
@@ -293,8 +297,9 @@ class Cost(NamedTuple):
 UNKNOWN = Cost(_LOAD_S, 0.0)
 
 
-def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False) -> tuple[int, int, float]:
-    """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists.
+def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int = 16) -> tuple[int, int, float]:
+    """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists, and
+    before there is no measurement at all, one of the best alone in the fewest rounds that give an interval.
 
     Every model also starts once before the rounds, for its outputs, and by wall time once more for its throughput.
 
@@ -302,19 +307,23 @@ def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False) -> tuple[i
         left_s: Seconds.
         costs: Of the reference, and of the finalists, the best first.
         by_wall: Whether throughput counts.
+        sets: Of inputs, which every model runs once.
 
     Returns:
         No rounds where not even the fewest fit.
     """
-    for count in range(len(costs) - 1, 0, -1):
+    tries = [(count, _LEAST_ROUNDS, _BLOCK) for count in range(len(costs) - 1, 0, -1)]
+    if tries:
+        tries.append((1, _LAST_ROUNDS, _LAST_BLOCK))
+    for count, least, block in tries:
         chosen = costs[: count + 1]
         starts = [_START_S + c.load_s for c in chosen]
-        left = left_s - sum(starts) * (2 if by_wall else 1) - sum(_PROBED * c.request_s for c in chosen)
+        left = left_s - sum(starts) * (2 if by_wall else 1) - sum((sets + _PROFILED) * c.request_s for c in chosen)
         runs = [costs[0], *chosen]  # the reference runs twice a round
         fixed = starts[0] + sum(starts) + sum(min(_WARMED * c.request_s, max(_WARM_S, 3 * c.request_s)) for c in runs)
-        shortest = max(_BLOCK * c.request_s for c in runs)
-        for rounds in range(_ROUNDS, _LEAST_ROUNDS - 1, -1):
+        shortest = max(block * c.request_s for c in runs)
+        for rounds in range(_ROUNDS, least - 1, -1):
             seconds = (left / rounds - fixed) / len(runs)
-            if seconds >= max(shortest, _LEAST_SECONDS if rounds == _LEAST_ROUNDS else 0.5):
+            if seconds >= max(shortest, _LEAST_SECONDS if rounds <= _LEAST_ROUNDS else 0.5):
                 return count, rounds, min(max(_MOST_SECONDS, shortest), seconds)
     return 0, 0, 0.0
