@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deploykit.runtimes.base import ExecutedNode, NodePlacement, is_compute
+from deploykit.runtimes.placement import ExecutedNode, NodePlacement, is_compute
 
 # Their time holds that of the nodes in their bodies, which the profile lists as well.
 _CONTROL = ("If", "Loop", "Scan")

@@ -23,7 +23,8 @@ from deploykit.benchmarks.findings import (
 )  # fmt: skip
 from deploykit.benchmarks.profile import Kernel, Layer, Profile
 from deploykit.benchmarks.roofline import position
-from deploykit.runtimes.base import Device, is_compute
+from deploykit.runtimes.device import Device
+from deploykit.runtimes.placement import is_compute
 
 # A share of the time in all kernels from which a finding is worth a line.
 _LEAST = 0.03

@@ -25,7 +25,7 @@ from deploykit.modelfile import read_model, tensor_bytes
 from deploykit.progress import Progress
 from deploykit.proof import layers_of
 from deploykit.runtimes import Device, Session, open_session, parse_device
-from deploykit.runtimes.base import Placement, traffic_bytes
+from deploykit.runtimes.placement import Placement, traffic_bytes
 from deploykit.shaping import Value, trace_model
 from deploykit.specs import Feeds, fit_feeds
 

@@ -19,7 +19,7 @@ from deploykit.modelfile import model_bytes, read_model
 from deploykit.models import LoadedModel
 from deploykit.proof import Layer, layers_of
 from deploykit.runtimes import Device, Session, open_session
-from deploykit.runtimes.base import is_compute
+from deploykit.runtimes.placement import is_compute
 
 if TYPE_CHECKING:
     from deploykit.specs import Feeds

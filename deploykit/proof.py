@@ -16,7 +16,7 @@ from deploykit.errors import DeploykitError
 from deploykit.modelfile import read_model
 from deploykit.optimizers.select_nodes import PREPROCESS
 from deploykit.runtimes import Device, open_session
-from deploykit.runtimes.base import ExecutedNode, is_compute
+from deploykit.runtimes.placement import ExecutedNode, is_compute
 
 if TYPE_CHECKING:
     import onnx

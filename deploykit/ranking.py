@@ -18,7 +18,7 @@ import numpy as np
 
 from deploykit.errors import ModelError
 from deploykit.nodes import is_quantized_op
-from deploykit.runtimes.base import is_compute
+from deploykit.runtimes.placement import is_compute
 from deploykit.specs import Array, Feeds
 from deploykit.weights import LightModel, open_light, write_light
 

@@ -14,20 +14,12 @@ from typing import Any
 
 from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import require
-from deploykit.runtimes.base import (
-    Device,
-    ExecutedNode,
-    NodePlacement,
-    Placement,
-    Session,
-    SessionOptions,
-    check_dtypes,
-    dtypes_of,
-    traffic_bytes,
-)
+from deploykit.runtimes.base import Session, SessionOptions, check_dtypes, dtypes_of
+from deploykit.runtimes.device import Device
 from deploykit.runtimes.onnx_check import check_onnx
 from deploykit.runtimes.ort_binding import DeviceBinding, ReusedOutputs, device_of
 from deploykit.runtimes.ort_settings import plan
+from deploykit.runtimes.placement import ExecutedNode, NodePlacement, Placement, traffic_bytes
 from deploykit.runtimes.requests import Bound
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec
 

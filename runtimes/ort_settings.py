@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import DeviceError
-from deploykit.runtimes.base import Device, SessionOptions
+from deploykit.runtimes.base import SessionOptions
+from deploykit.runtimes.device import Device
 
 CPU = "CPUExecutionProvider"
 _CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"

@@ -16,19 +16,11 @@ import numpy as np
 from deploykit.errors import DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import require
 from deploykit.modelfile import check_beside
-from deploykit.runtimes.base import (
-    Device,
-    ExecutedNode,
-    NodePlacement,
-    Placement,
-    Session,
-    SessionOptions,
-    check_dtypes,
-    dtypes_of,
-    traffic_bytes,
-)
+from deploykit.runtimes.base import Session, SessionOptions, check_dtypes, dtypes_of
+from deploykit.runtimes.device import Device
 from deploykit.runtimes.onnx_check import check_onnx
 from deploykit.runtimes.ov_settings import VIRTUAL, configure
+from deploykit.runtimes.placement import ExecutedNode, NodePlacement, Placement, traffic_bytes
 from deploykit.runtimes.requests import Bound
 from deploykit.sealed import Seal
 from deploykit.specs import Array, Dim, Feeds, Signature, TensorSpec

@@ -8,7 +8,8 @@ from typing import Any
 
 from deploykit.errors import DeviceError
 from deploykit.machine import allowed_cores
-from deploykit.runtimes.base import Device, SessionOptions
+from deploykit.runtimes.base import SessionOptions
+from deploykit.runtimes.device import Device
 
 # Virtual devices that choose a real one; they exist wherever any device does.
 VIRTUAL = ("AUTO", "MULTI", "HETERO", "BATCH")

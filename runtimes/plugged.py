@@ -8,7 +8,8 @@ from typing import Protocol
 
 from deploykit.errors import DeviceError, InferenceError, ModelError, PluginError
 from deploykit.plugins import Plugin, find
-from deploykit.runtimes.base import OWN_RUNTIMES, Device, Session, SessionOptions
+from deploykit.runtimes.base import Session, SessionOptions
+from deploykit.runtimes.device import OWN_RUNTIMES, Device
 
 
 class Runtime(Protocol):

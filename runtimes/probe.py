@@ -11,7 +11,7 @@ from deploykit.errors import DeploykitError, first_line
 from deploykit.extras import available, install_command, require, version_of
 from deploykit.machine import Machine, inspect_machine
 from deploykit.plugins import Status, survey
-from deploykit.runtimes.base import ORT_PROVIDERS, Device
+from deploykit.runtimes.device import ORT_PROVIDERS, Device
 
 _PACKAGES = {
     "numpy": None, "onnx": None, "onnx-ir": None, "onnxsim": None, "onnxslim": None,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from deploykit.errors import ArtifactError, DeviceError, ModelError
 from deploykit.extras import available, install_command
 from deploykit.machine import allowed_cores
-from deploykit.runtimes.base import OWN_RUNTIMES, TORCH_RUNTIMES, Device, Session, SessionOptions, parse_device
+from deploykit.runtimes.base import Session, SessionOptions
+from deploykit.runtimes.device import OWN_RUNTIMES, TORCH_RUNTIMES, Device, parse_device
 from deploykit.runtimes.settings import RuntimeSettings
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from deploykit.errors import DataError, DeviceError
 from deploykit.extras import version_of
 from deploykit.machine import inspect_machine
 from deploykit.plugins import find
-from deploykit.runtimes.base import Device, parse_device
+from deploykit.runtimes.device import Device, parse_device
 
 if TYPE_CHECKING:
     from deploykit.artifact import Artifact

@@ -16,15 +16,9 @@ import numpy as np
 from deploykit.errors import DeploykitError, DeviceError, InferenceError, ModelError, first_line
 from deploykit.extras import available, require
 from deploykit.programs import load_program, read_inputs, read_outputs
-from deploykit.runtimes.base import (
-    Device,
-    ExecutedNode,
-    Placement,
-    Session,
-    SessionOptions,
-    check_dtypes,
-    dtypes_of,
-)
+from deploykit.runtimes.base import Session, SessionOptions, check_dtypes, dtypes_of
+from deploykit.runtimes.device import Device
+from deploykit.runtimes.placement import ExecutedNode, Placement
 from deploykit.runtimes.requests import Bound
 from deploykit.runtimes.torch_profile import profiled_nodes
 from deploykit.specs import Array, Feeds, Signature

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.machine import inspect_machine
 from deploykit.runtimes import open_session
-from deploykit.runtimes.base import is_compute
+from deploykit.runtimes.placement import is_compute
 
 KINDS = {"float32": 0, "uint8": TensorProto.UINT8, "uint16": TensorProto.UINT16}
 ROUNDS, SECONDS = 7, 0.3

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deploykit.benchmarks.profile import Kernel, Profile, SourceNode, fold, join
-from deploykit.runtimes.base import ExecutedNode, NodePlacement
+from deploykit.runtimes.placement import ExecutedNode, NodePlacement
 
 
 def node(name: str, op: str, inputs: str, outputs: str, **more: Any) -> SourceNode:

@@ -23,7 +23,7 @@ from deploykit.explaining import explain_model, explanation_text, source_nodes
 from deploykit.machine import inspect_machine
 from deploykit.optimizers import StaticConfig, optimize
 from deploykit.runtimes import Device, open_session
-from deploykit.runtimes.base import NodePlacement, Placement
+from deploykit.runtimes.placement import NodePlacement, Placement
 from deploykit.specs import Feeds
 
 F32 = np.float32

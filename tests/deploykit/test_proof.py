@@ -16,7 +16,7 @@ from deploykit.optimizers import DynamicConfig, StaticConfig, optimize
 from deploykit.proof import count_layers, layers_of, prove_placement
 from deploykit.ranking import rank_layers
 from deploykit.runtimes import open_session, parse_device
-from deploykit.runtimes.base import ExecutedNode
+from deploykit.runtimes.placement import ExecutedNode
 
 F32 = np.float32
 RNG = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from deploykit import gating, pipeline, storing, sweeping
 from deploykit.benchmarks import Report
 from deploykit.errors import AccuracyError, DataError, InferenceError, OptimizationError, OutputExistsError
 from deploykit.optimizers import HalfConfig, WeightsConfig
-from deploykit.runtimes.base import parse_device
+from deploykit.runtimes.device import parse_device
 from deploykit.schemes import SCHEMES
 
 FAST: Any = {"gate_seconds": 0}

@@ -12,15 +12,7 @@ import numpy as np
 
 from deploykit.errors import DeploykitError, DeviceError, InferenceError, first_line
 from deploykit.modelfile import check_model, read_model, signature_of
-from deploykit.runtimes.base import (
-    Device,
-    ExecutedNode,
-    NodePlacement,
-    Placement,
-    Session,
-    SessionOptions,
-)
-from deploykit.runtimes.requests import Bound
+from deploykit.runtimes import Bound, Device, ExecutedNode, NodePlacement, Placement, Session, SessionOptions
 from deploykit.specs import Array, Feeds, fit_feeds
 
 _ON = "numpy"
