@@ -16,7 +16,7 @@ from deploykit.data import Dataset
 from deploykit.errors import DataError, OptionError, SearchError
 from deploykit.progress import Progress
 from deploykit.quantizing import make_goal
-from deploykit.recipe import ExportStep
+from deploykit.recipe_steps import ExportStep
 from deploykit.runtimes import Device, Session, open_session
 from deploykit.schemes import choose_schemes
 from deploykit.search.document import Outcome, fleet_front, fleet_outcomes, machine_rows, sealed_of

@@ -29,7 +29,8 @@ from deploykit.optimizers.distillation import DistillConfig
 from deploykit.optimizers.pruning import PruneConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
-from deploykit.recipe import (
+from deploykit.recipe import Recipe
+from deploykit.recipe_steps import (
     ApplyStep,
     AudioStep,
     BenchmarkStep,
@@ -41,7 +42,6 @@ from deploykit.recipe import (
     HalfStep,
     ImageStep,
     PruneStep,
-    Recipe,
     RepairStep,
     SimplifyStep,
     StaticStep,
