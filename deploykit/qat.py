@@ -72,7 +72,8 @@ def quantize_qat(
         data: Inputs by name, and `labels`, to train on; a part of them gives the ranges.
         eval_data: The same, to be judged on: the weights that are best with rounding are kept.
         training: How to train; by default 5 epochs at a learning rate of 1e-4.
-        config: As for `quantize_static`; what would change the trained weights is off.
+        config: As for `quantize_static`; what would change the trained weights is off, and `max_samples` is 512 where
+            it says nothing.
         max_drop: How much of the metric of the trained module may be lost by the real rounding, as for
             `quantize_static`; 0.01 by default where there are ``eval_data``, which it needs.
         resume: Go on with the training beside the output, where there is one.
@@ -143,7 +144,7 @@ def _settled(config: StaticConfig | None) -> StaticConfig:
     Raises:
         OptimizationError: What is asked for would change them.
     """
-    asked = config or StaticConfig(max_samples=_OBSERVED_ROWS)
+    asked = config or StaticConfig()
     off = {"smooth": ("auto", "off"), "equalize": (False, False), "bias_correction": ("auto", "off"),
            "rounding": ("nearest", "nearest"), "engine": ("deploykit", "deploykit")}  # fmt: skip
     for name, usual in off.items():
@@ -152,7 +153,8 @@ def _settled(config: StaticConfig | None) -> StaticConfig:
                 f"{name.replace('_', ' ')} {getattr(asked, name)} would change weights that were trained to be rounded",
                 hint="leave it out, or use quantize static",
             )
-    return replace(asked, **{name: usual[1] for name, usual in off.items()})  # type: ignore[arg-type]
+    rows = _OBSERVED_ROWS if asked.max_samples is None else asked.max_samples
+    return replace(asked, max_samples=rows, **{name: usual[1] for name, usual in off.items()})  # type: ignore[arg-type]
 
 
 def _train(

@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploykit.errors import RecipeError, first_line
-from deploykit.recipe_steps import STEPS, BenchmarkStep, DistillStep, ExportStep, FinetuneStep, PruneStep, Step
+from deploykit.recipe_steps import SOURCE_STEPS, STEPS, BenchmarkStep, Step
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 _LIMIT_BYTES = 1 << 20
@@ -113,7 +113,7 @@ def _check_references(name: str, steps: Mapping[str, Step]) -> None:
     """The first step has to bring its own model; a benchmark is no model."""
     step = steps[name]
     before = [n for n, s in steps.items() if n != name and not isinstance(s, BenchmarkStep)]
-    if isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep):
+    if isinstance(step, SOURCE_STEPS):
         return
     named = step.models if isinstance(step, BenchmarkStep) else [step.model] if step.model is not None else []
     if not named and not before:

@@ -31,6 +31,7 @@ from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import Recipe
 from deploykit.recipe_steps import (
+    SOURCE_STEPS,
     ApplyStep,
     AudioStep,
     BenchmarkStep,
@@ -42,6 +43,7 @@ from deploykit.recipe_steps import (
     HalfStep,
     ImageStep,
     PruneStep,
+    QatStep,
     RepairStep,
     SimplifyStep,
     StaticStep,
@@ -107,7 +109,7 @@ def _key(recipe: Recipe, name: str, made: Mapping[str, Artifact | Report], previ
     ]
     if isinstance(step, BenchmarkStep):
         models = step.models or [n for n in made if not isinstance(recipe.steps[n], BenchmarkStep)]
-    elif isinstance(step, ExportStep | FinetuneStep | DistillStep | PruneStep):
+    elif isinstance(step, SOURCE_STEPS):
         models = []
     else:
         models = [step.model or str(previous)]
@@ -205,6 +207,8 @@ def _run_step(
         return _distill(target, resume=resume, progress=progress, **params)
     if isinstance(step, PruneStep):
         return _prune(target, progress=progress, **params)
+    if isinstance(step, QatStep):
+        return _qat(target, resume=resume, progress=progress, **params)
     model = params.pop("model") or str(output / str(previous))
     verbs: dict[type[Step], Callable[..., Artifact]] = {
         SimplifyStep: pipeline.simplify,
@@ -242,6 +246,11 @@ def _prune(target: Path, *, source: str, recovery: bool, metric: str | None, **p
         source, target, config=config, metric=metric, training=training if recovery and params["data"] else None,
         **params,
     )  # fmt: skip
+
+
+def _qat(target: Path, *, source: str, weight_bits: str, **params: Any) -> Artifact:
+    config = StaticConfig(weight_bits=weight_bits)
+    return pipeline.quantize_qat(source, target, config=config, training=_training(params), **params)
 
 
 def _training(params: dict[str, Any]) -> TrainConfig:

@@ -13,6 +13,8 @@ import click
 
 from deploykit.errors import DataError
 
+_FORMS = "FILE.npz, DIR.zarr, a directory of .npy, or module:function."
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 model_option: Decorator = click.option(
@@ -82,10 +84,12 @@ def size_bytes(text: str) -> int:
 
 def data_option(text: str, *, required: bool = False) -> Decorator:
     """`--data`, with the command's own help."""
-    return click.option(
-        "--data", required=required, metavar="DATA",
-        help=f"{text} FILE.npz, DIR.zarr, a directory of .npy, or module:function.",
-    )  # fmt: skip
+    return click.option("--data", required=required, metavar="DATA", help=f"{text} {_FORMS}")
+
+
+def eval_option(text: str) -> Decorator:
+    """`--eval`, with the command's own help."""
+    return click.option("--eval", "eval_data", metavar="DATA", help=f"{text} {_FORMS}")
 
 
 def parse_dims(texts: Sequence[str]) -> dict[str, int]:

@@ -10,7 +10,8 @@ import click
 
 from deploykit.cli import common
 from deploykit.cli.quantize_options import metric_option
-from deploykit.cli.training_options import training_config, training_options, training_settings
+from deploykit.cli.source_options import source_options, source_settings
+from deploykit.cli.training_options import resume_option, training_config, training_options, training_settings
 
 _PARTS = ("logits", "embedding", "features", "attention", "task")
 
@@ -55,11 +56,7 @@ def _pairs(texts: Sequence[str]) -> list[list[str]]:
     help="file.py:factory or a Hugging Face model directory, or derive:layers=N,width=F,ffn=F: fewer layers, narrower.",
 )  # fmt: skip
 @common.data_option("What to learn on, inputs by name, and 'labels' where there are any:", required=True)
-@click.option(
-    "--eval", "eval_data", metavar="DATA",
-    help="What to be judged on after every epoch; the best weights are kept. FILE.npz, a directory of .npy, or "
-    "module:function.",
-)  # fmt: skip
+@common.eval_option("What to be judged on after every epoch; the best weights are kept:")
 @metric_option("Of teacher and student on --eval; loss: the loss; NAME: a plugin's.", default=None, further=("loss",))
 @click.option(
     "--max-drop", metavar="DROP", help="Fail where more of the teacher's metric is lost: 0.01 in its units, or 1%."
@@ -96,20 +93,9 @@ def _pairs(texts: Sequence[str]) -> list[list[str]]:
     help="Ask the teacher once, and keep its answers for all epochs.",
 )  # fmt: skip
 @training_options
-@click.option("--resume", is_flag=True, help="Go on with the training in DIR.training, where there is one.")
-@click.option(
-    "--dynamic", multiple=True, metavar="SPEC",
-    help="'batch' (default: the first axis of every input), 'none', or INPUT:AXIS=NAME,AXIS=NAME. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--input", "inputs", multiple=True, metavar="SPEC",
-    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for factories without example inputs. Repeatable.",
-)  # fmt: skip
-@common.dim_option
-@click.option("--opset", type=int, help="ONNX opset; 18, or what --for allows, by default.")
-@click.option("--task", metavar="TASK", help="What Hugging Face models are for; inferred from the config by default.")
+@resume_option
+@source_options
 @common.device_option
-@common.contract_option
 @common.json_option
 @common.dry_run_option
 def command(
@@ -129,13 +115,7 @@ def command(
     output_name: str | None,
     cache: str,
     resume: bool,
-    dynamic: tuple[str, ...],
-    inputs: tuple[str, ...],
-    dims: tuple[str, ...],
-    opset: int | None,
-    task: str | None,
     devices: tuple[str, ...],
-    contract: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
     **given: Any,
@@ -146,30 +126,27 @@ def command(
     training stands in DIR.training, with the student's weights in student/. After a crash, or Ctrl-C, --resume goes on
     with it.
     """
-    sizes, parts, named = common.parse_dims(dims), _weights(weights), _pairs(pairs)
-    settings = training_settings(given)
+    parts, named = _weights(weights), _pairs(pairs)
+    training = training_settings(given)
+    loss: dict[str, Any] = {
+        "kind": kind, "temperature": temperature, "attention_layers": attention_layers,
+        "embedding_loss": embedding_loss, "cache": cache,
+    }  # fmt: skip
+    shared: dict[str, Any] = {
+        "student": student, "data": data, "eval_data": eval_data, "metric": metric, "max_drop": max_drop,
+        **source_settings(given), "devices": list(devices),
+    }  # fmt: skip
     if dry_run:
-        params = {
-            "teacher": teacher, "student": student, "data": data, "eval_data": eval_data, "metric": metric,
-            "max_drop": max_drop, "kind": kind, "temperature": temperature, "weights": parts, "pairs": named,
-            "attention_layers": attention_layers, "embedding_loss": embedding_loss, "output_name": output_name,
-            "cache": cache, **settings, "clip_norm": settings["clip_norm"] or 0.0, "dynamic": list(dynamic),
-            "inputs": list(inputs), "dims": sizes, "opset": opset, "task": task, "devices": list(devices),
-            "contract": list(contract),
-        }  # fmt: skip
-        common.show_recipe("distill", params)
+        named_loss = {**loss, "weights": parts, "pairs": named, "output_name": output_name}
+        common.show_recipe("distill", {"teacher": teacher, **shared, **named_loss, **training})
         return
     from deploykit.optimizers.distillation import DistillConfig
     from deploykit.pipeline import distill
 
-    config = DistillConfig(
-        kind=kind, temperature=temperature, **parts, embedding_loss=embedding_loss,
-        pairs=tuple((t, s) for t, s in named), attention_layers=attention_layers, output=output_name, cache=cache,
-    )  # fmt: skip
+    config = DistillConfig(**loss, **parts, pairs=tuple((t, s) for t, s in named), output=output_name)
     artifact = distill(
-        teacher, output, student=student, data=data, eval_data=eval_data, metric=metric, max_drop=max_drop,
-        config=config, training=training_config(settings, "loss"), dynamic=dynamic, inputs=inputs, dims=sizes,
-        opset=opset, task=task, devices=devices, contract=contract, resume=resume, progress=common.progress(),
+        teacher, output, config=config, training=training_config(training), resume=resume,
+        progress=common.progress(), **shared,
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)
     if not as_json:

@@ -8,35 +8,21 @@ import click
 
 from deploykit.cli import common
 from deploykit.cli.quantize_options import metric_option
-from deploykit.cli.training_options import training_config, training_options, training_settings
+from deploykit.cli.source_options import part_option, source_options, source_settings
+from deploykit.cli.training_options import resume_option, training_config, training_options, training_settings
 
 
 @click.command()
 @click.argument("source")
 @common.output_option
 @common.data_option("What to train on, inputs by name and 'labels':", required=True)
-@click.option(
-    "--eval", "eval_data", metavar="DATA",
-    help="The same for the metric after every epoch; the best weights are kept. FILE.npz, a directory of .npy, or "
-    "module:function.",
-)  # fmt: skip
+@common.eval_option("The same for the metric after every epoch; the best weights are kept:")
 @metric_option("What is best on --eval; loss: its loss; NAME: a plugin's.", default="accuracy", further=("loss",))
 @training_options
-@click.option("--resume", is_flag=True, help="Go on with the training in DIR.training, where there is one.")
-@click.option(
-    "--dynamic", multiple=True, metavar="SPEC",
-    help="'batch' (default: the first axis of every input), 'none', or INPUT:AXIS=NAME,AXIS=NAME. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--input", "inputs", multiple=True, metavar="SPEC",
-    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs. Repeatable.",
-)  # fmt: skip
-@common.dim_option
-@click.option("--opset", type=int, help="ONNX opset; 18, or what --for allows, by default.")
-@click.option("--task", metavar="TASK", help="What a Hugging Face model is for; inferred from its config by default.")
-@click.option("--part", metavar="PART", help="One graph of a model that becomes several.")
+@resume_option
+@source_options
+@part_option
 @common.device_option
-@common.contract_option
 @common.json_option
 @common.dry_run_option
 def command(
@@ -46,14 +32,8 @@ def command(
     eval_data: str | None,
     metric: str,
     resume: bool,
-    dynamic: tuple[str, ...],
-    inputs: tuple[str, ...],
-    dims: tuple[str, ...],
-    opset: int | None,
-    task: str | None,
     part: str | None,
     devices: tuple[str, ...],
-    contract: tuple[str, ...],
     as_json: bool,
     dry_run: bool,
     **given: Any,
@@ -64,23 +44,23 @@ def command(
     DIR.training: checkpoints, logs for TensorBoard, history.json, and weights.pt, the trained weights. After a crash,
     or Ctrl-C, --resume goes on with it.
     """
-    sizes = common.parse_dims(dims)
-    settings = training_settings(given)
+    training = training_settings(given)
+    shared: dict[str, Any] = {
+        "data": data, "eval_data": eval_data, **source_settings(given), "part": part, "devices": list(devices),
+    }  # fmt: skip
     if dry_run:
-        params = {
-            "source": source, "data": data, "eval_data": eval_data, "metric": metric, **settings,
-            "clip_norm": settings["clip_norm"] or 0.0, "dynamic": list(dynamic), "inputs": list(inputs), "dims": sizes,
-            "opset": opset, "task": task, "part": part, "devices": list(devices), "contract": list(contract),
-        }  # fmt: skip
-        common.show_recipe("finetune", params)
+        common.show_recipe("finetune", {"source": source, "metric": metric, **training, **shared})
         return
     from deploykit.pipeline import finetune
 
     artifact = finetune(
-        source, output, data=data, eval_data=eval_data, config=training_config(settings, metric), resume=resume,
-        dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, task=task, part=part, devices=devices,
-        contract=contract, progress=common.progress(),
-    )  # fmt: skip
+        source,
+        output,
+        config=training_config(training, metric=metric),
+        resume=resume,
+        progress=common.progress(),
+        **shared,
+    )
     common.show_artifact(artifact, as_json=as_json)
     if not as_json:
         click.echo(f"  trained {output.rstrip('/')}.training: weights.pt, history.json, logs for TensorBoard")

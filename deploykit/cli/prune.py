@@ -8,6 +8,7 @@ import click
 
 from deploykit.cli import common
 from deploykit.cli.quantize_options import metric_option, speed_options
+from deploykit.cli.source_options import part_option, source_options, source_settings
 from deploykit.cli.training_options import training_config, training_options, training_settings
 
 
@@ -56,28 +57,13 @@ from deploykit.cli.training_options import training_config, training_options, tr
 )  # fmt: skip
 @common.data_option("Training data with 'labels', for the recovery and for the importance:")
 @click.option("--no-recovery", is_flag=True, help="Do not train after pruning; --data serves the importance alone.")
-@click.option(
-    "--eval", "eval_data", metavar="DATA",
-    help="Data with 'labels' that the metric is measured on, before and after. FILE.npz, a directory of .npy, or "
-    "module:function.",
-)  # fmt: skip
+@common.eval_option("Data with 'labels' that the metric is measured on, before and after:")
 @metric_option("What is measured on --eval; NAME: a plugin's. accuracy by default.")
 @click.option("--max-drop", metavar="DROP", help="What of the metric may be lost: 0.01 in its units, or 1%.")
 @training_options
 @speed_options
-@click.option(
-    "--dynamic", multiple=True, metavar="SPEC",
-    help="'batch' (default: the first axis of every input), 'none', or INPUT:AXIS=NAME,AXIS=NAME. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--input", "inputs", multiple=True, metavar="SPEC",
-    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs. Repeatable.",
-)  # fmt: skip
-@common.dim_option
-@click.option("--opset", type=int, help="ONNX opset; 18, or what --for allows, by default.")
-@click.option("--task", metavar="TASK", help="What a Hugging Face model is for; inferred from its config by default.")
-@click.option("--part", metavar="PART", help="One graph of a model that becomes several.")
-@common.contract_option
+@source_options
+@part_option
 @click.option("--allow-unverified", is_flag=True, help="Keep a model whose outputs do not react to its inputs.")
 @common.json_option
 @common.dry_run_option
@@ -102,13 +88,7 @@ def command(
     devices: tuple[str, ...],
     allow_slower: bool,
     gate_seconds: float,
-    dynamic: tuple[str, ...],
-    inputs: tuple[str, ...],
-    dims: tuple[str, ...],
-    opset: int | None,
-    task: str | None,
     part: str | None,
-    contract: tuple[str, ...],
     allow_unverified: bool,
     as_json: bool,
     dry_run: bool,
@@ -120,25 +100,23 @@ def command(
     --speedup or --latency-ms. The result is an artifact as export makes it, timed against the module as it was; its
     torch/ holds the weights, the structure and a .pt2 program, to be trained on.
     """
-    sizes = common.parse_dims(dims)
-    settings = training_settings(given)
+    training = training_settings(given)
     trained = data is not None and not no_recovery
     if not trained:
-        _refuse_settings(click.get_current_context(), settings)
+        _refuse_settings(click.get_current_context(), training)
     options = {
         "method": method, "ratio": ratio, "speedup": speedup, "latency_ms": latency_ms, "steps": steps,
         "round_to": round_to, "importance": importance, "allocation": allocation, "max_ratio": max_ratio,
         "keep": list(keep),
     }  # fmt: skip
-    shared = {
+    shared: dict[str, Any] = {
         "data": data, "eval_data": eval_data, "metric": metric, "max_drop": max_drop, "devices": list(devices),
-        "allow_slower": allow_slower, "gate_seconds": gate_seconds, "dynamic": list(dynamic), "inputs": list(inputs),
-        "dims": sizes, "opset": opset, "task": task, "part": part, "contract": list(contract),
+        "allow_slower": allow_slower, "gate_seconds": gate_seconds, **source_settings(given), "part": part,
         "allow_unverified": allow_unverified,
     }  # fmt: skip
     if dry_run:
-        training = {**settings, "clip_norm": settings["clip_norm"] or 0.0} if trained else {}
-        common.show_recipe("prune", {"source": source, **options, **shared, "recovery": trained, **training})
+        recovery = training if trained else {}
+        common.show_recipe("prune", {"source": source, **options, **shared, "recovery": trained, **recovery})
         return
     from deploykit.optimizers.pruning import PruneConfig
     from deploykit.pipeline import prune
@@ -146,8 +124,8 @@ def command(
     config = PruneConfig(method, ratio, steps, round_to, importance, allocation, max_ratio, keep)
     artifact = prune(
         source, output, config=config, speedup=speedup, latency_ms=latency_ms,
-        training=training_config(settings, metric or "accuracy") if trained else None, progress=common.progress(),
-        **shared,  # type: ignore[arg-type]
+        training=training_config(training) if trained else None, progress=common.progress(),
+        **shared,
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)
     if not as_json:

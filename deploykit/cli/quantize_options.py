@@ -49,10 +49,7 @@ def metric_option(text: str, *, default: str | None = None, further: tuple[str, 
 
 
 _TARGET_OPTIONS: tuple[common.Decorator, ...] = (
-    click.option(
-        "--eval", "eval_data", metavar="DATA",
-        help="Real inputs, with 'labels' for a metric: FILE.npz, DIR.zarr, a directory of .npy, or module:function.",
-    ),
+    common.eval_option("Real inputs, with 'labels' for a metric:"),
     metric_option(
         "What may get worse by --max-drop on --eval; NAME: a plugin's. accuracy, where no other target is given."
     ),

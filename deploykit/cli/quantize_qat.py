@@ -7,18 +7,17 @@ from typing import Any
 import click
 
 from deploykit.cli import common
-from deploykit.cli.quantize_options import metric_option
-from deploykit.cli.training_options import training_config, training_options, training_settings
+from deploykit.cli.quantize_options import metric_option, speed_options
+from deploykit.cli.source_options import source_options, source_settings
+from deploykit.cli.training_options import resume_option, training_config, training_options, training_settings
 
 
-@click.command("qat")
+# What a trained model needs: the usual settings are for one that is trained from its beginning.
+@click.command("qat", context_settings={"default_map": {"epochs": 5, "learning_rate": 1e-4}})
 @click.argument("source")
 @common.output_option
 @common.data_option("What to train on, inputs by name and 'labels':", required=True)
-@click.option(
-    "--eval", "eval_data", metavar="DATA",
-    help="The same, to be judged on; the weights that are best with rounding are kept.",
-)  # fmt: skip
+@common.eval_option("The same, to be judged on; the weights that are best with rounding are kept:")
 @metric_option("What is best on --eval; loss: its loss; NAME: a plugin's.", default="accuracy", further=("loss",))
 @click.option("--max-drop", metavar="DROP", help="Fail where more of the trained module's metric is lost: 0.01, or 1%.")
 @click.option(
@@ -26,22 +25,11 @@ from deploykit.cli.training_options import training_config, training_options, tr
     help="auto: 7 where this CPU lacks VNNI, because 8-bit products saturate there.",
 )  # fmt: skip
 @training_options
-@click.option("--resume", is_flag=True, help="Go on with the training in DIR.training, where there is one.")
-@click.option(
-    "--dynamic", multiple=True, metavar="SPEC",
-    help="'batch' (default: the first axis of every input), 'none', or INPUT:AXIS=NAME,AXIS=NAME. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--input", "inputs", multiple=True, metavar="SPEC",
-    help="NAME=DTYPE[DIM,...][:LOW..HIGH], for a factory without example inputs. Repeatable.",
-)  # fmt: skip
-@common.dim_option
-@click.option("--opset", type=int, help="ONNX opset; 18, or what --for allows, by default.")
-@click.option("--task", metavar="TASK", help="What a Hugging Face model is for; inferred from its config by default.")
-@common.device_option
-@click.option("--allow-slower", is_flag=True, help="Accept and record a model that is not faster.")
-@common.contract_option
+@resume_option
+@source_options
+@speed_options
 @common.json_option
+@common.dry_run_option
 def qat(
     source: str,
     output: str,
@@ -51,32 +39,33 @@ def qat(
     max_drop: str | None,
     weight_bits: str,
     resume: bool,
-    dynamic: tuple[str, ...],
-    inputs: tuple[str, ...],
-    dims: tuple[str, ...],
-    opset: int | None,
-    task: str | None,
     devices: tuple[str, ...],
     allow_slower: bool,
-    contract: tuple[str, ...],
+    gate_seconds: float,
     as_json: bool,
+    dry_run: bool,
     **given: Any,
 ) -> None:
     """Train a PyTorch model with 8-bit rounding in the way, then quantize it as `static` does.
 
     For models that lose too much without. SOURCE is that of `deploykit finetune`; --learning-rate should be a tenth of
-    that of its training. The training stands in DIR.training, and the trained model in floating point in
+    that of its training, or less. The training stands in DIR.training, and the trained model in floating point in
     DIR.training/float.
     """
-    sizes = common.parse_dims(dims)
-    settings = training_settings(given)
+    training = training_settings(given)
+    shared: dict[str, Any] = {
+        "data": data, "eval_data": eval_data, "max_drop": max_drop, **source_settings(given), "devices": list(devices),
+        "allow_slower": allow_slower, "gate_seconds": gate_seconds,
+    }  # fmt: skip
+    if dry_run:
+        params = {"source": source, "metric": metric, "weight_bits": weight_bits, **training, **shared}
+        common.show_recipe("quantize-qat", params)
+        return
     from deploykit.optimizers import StaticConfig
     from deploykit.pipeline import quantize_qat
 
     artifact = quantize_qat(
-        source, output, data=data, eval_data=eval_data, training=training_config(settings, metric),
-        config=StaticConfig(weight_bits=weight_bits, max_samples=512), max_drop=max_drop, resume=resume,
-        dynamic=dynamic, inputs=inputs, dims=sizes, opset=opset, task=task, devices=devices,
-        allow_slower=allow_slower, contract=contract, progress=common.progress(),
+        source, output, config=StaticConfig(weight_bits=weight_bits), training=training_config(training, metric=metric),
+        resume=resume, progress=common.progress(), **shared,
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)

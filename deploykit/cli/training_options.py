@@ -69,6 +69,11 @@ _NAMES = (
 )  # fmt: skip
 
 
+resume_option: common.Decorator = click.option(
+    "--resume", is_flag=True, help="Go on with the training in DIR.training, where there is one."
+)
+
+
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the settings of a training to a command, which gets them as keyword arguments."""
     for option in reversed(_OPTIONS):
@@ -79,11 +84,11 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def training_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings among a command's arguments, which are taken out of there, as keys of a recipe."""
     found = {name: given.pop(name) for name in _NAMES}
-    return {**found, "clip_norm": found["clip_norm"] or None}
+    return found
 
 
-def training_config(settings: dict[str, Any], metric: str) -> TrainConfig:
-    """The config of those settings."""
+def training_config(settings: dict[str, Any], **metric: str) -> TrainConfig:
+    """The config of those settings, and of a metric where the verb does not choose it."""
     from deploykit.optimizers.training import TrainConfig
 
-    return TrainConfig(metric=metric, **settings)
+    return TrainConfig(**settings | {"clip_norm": settings["clip_norm"] or None}, **metric)
