@@ -18,10 +18,10 @@ from deploykit.errors import AccuracyError, DataError, OptimizationError, SpeedE
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
-from deploykit.exporting import MODEL, export_graph
 from deploykit.extras import require
 from deploykit.gating import DEFAULT_SECONDS, Gate, check_speed, time_against_parent
 from deploykit.goals import Goal, Judge, Score, read_drop
+from deploykit.graph_exporting import MODEL, export_graph
 from deploykit.latency import Stopwatch
 from deploykit.optimizers.pruning import (
     Aim,

@@ -73,7 +73,7 @@ def _kind(path: Path) -> str:
                 return ""
             return "weights" if _only_plain(archive.read(member)) else "module"
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError):
-        return ""
+        return ""  # damaged or encrypted: no kind that can be read, which is what the caller refuses it for
 
 
 def _only_plain(data: bytes) -> bool:

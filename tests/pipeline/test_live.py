@@ -217,7 +217,7 @@ print(json.dumps([artifact.manifest.lineage[0].params["source"], float(abs(found
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_a_keras_model(tmp_path: Path, backend: str) -> None:
     if not (available("keras") and available(backend)):
-        pytest.skip(f"Keras or {backend} is not installed")
+        pytest.skip(f"Keras with {backend} is not installed; run: pip install -e '.[dev]'")
     images, labels = load_digits(return_X_y=True)
     np.savez(tmp_path / "digits.npz", images=(images / 16).astype("float32"), labels=labels)
     done = subprocess.run(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deploykit import exporting
+from deploykit import graph_exporting
 from deploykit.errors import ExportError, TimeLimitError
 from deploykit.exporters import Source, Way
 from deploykit.progress import Progress
@@ -41,9 +41,9 @@ class Slow(Source):
 
 
 def first_right(source: Slow, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(exporting, "_parity_records", lambda *args, **kwargs: ([], set()))
+    monkeypatch.setattr(graph_exporting, "_parity_records", lambda *args, **kwargs: ([], set()))
     told = Progress()
-    way, _, _ = exporting._export_first_right(
+    way, _, _ = graph_exporting._export_first_right(
         source, [], folder / "m.onnx", None, folder / "log", told, [], strict=False
     )
     return way, told.notes

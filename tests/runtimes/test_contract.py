@@ -174,7 +174,7 @@ def test_outputs_are_fresh_and_inputs_stay(two_by_two: Path, device: str) -> Non
 
 def test_a_concurrent_device_serves_several_threads_from_one_session(two_by_two: Path, device: str) -> None:
     if not parse_device(device).concurrent:
-        pytest.skip("its sessions are for one thread at a time")
+        pytest.skip(f"{device} promises no more than one thread at a time: requests() are for several, and tested")
     feeds = [{name: np.full((2, 3), number, np.float32) for name in ("left", "right")} for number in range(64)]
     with open_session(two_by_two, device, threads=1) as session:
         expected = [session.run(f) for f in feeds]

@@ -392,7 +392,7 @@ def test_compiled_by_inductor_and_measured(program: Path, tmp_path: Path) -> Non
     from deploykit.pipeline import benchmark
 
     if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("torch.compile needs a C++ compiler, and there is no g++ here")
     with open_session(program, EAGER) as eager, open_session(program, "torch-compile:cpu", threads=1) as compiled:
         for batch in (1, 3):
             np.testing.assert_allclose(

@@ -59,11 +59,17 @@ OVMS_SCHEMA = {
 }
 
 
+_HEAVY = {
+    "DEPLOYKIT_BENTOML_PYTHON": "BentoML weighs 270 MB and is not among the development requirements",
+    "DEPLOYKIT_KSERVE_PYTHON": "KServe's SDK weighs 450 MB and is not among the development requirements",
+}
+
+
 def python_of(name: str) -> str:
     """The Python of an environment that holds a heavy library."""
     found = os.environ.get(name)
     if not found:
-        pytest.skip(f"{name} names no environment")
+        pytest.skip(f"{_HEAVY[name]}; to run this, give an environment that has it: {name}=VENV/bin/python")
     return found
 
 
