@@ -16,13 +16,13 @@ from deploykit.cli.training_options import resume_option, training_config, train
 _PARTS = ("logits", "embedding", "features", "attention", "task")
 
 
-def _weights(texts: Sequence[str]) -> dict[str, float]:
+def _weights(texts: Sequence[str]) -> dict[str, Any]:
     """Read `--weight PART=NUMBER`.
 
     Raises:
         click.BadParameter: Not of the form.
     """
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for text in texts:
         name, _, number = text.partition("=")
         try:

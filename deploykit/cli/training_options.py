@@ -87,7 +87,7 @@ def training_settings(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def training_config(settings: dict[str, Any], **metric: str) -> TrainConfig:
+def training_config(settings: dict[str, Any], **metric: Any) -> TrainConfig:
     """The config of those settings, and of a metric where the verb does not choose it."""
     from deploykit.optimizers.training import TrainConfig
 
