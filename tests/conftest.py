@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import importlib.util
+import os
+import signal
+import sys
+import traceback
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from deploykit import gating
 from deploykit.exporters import torch_onnx
+from deploykit.optimizers import SimplifierProcess, fuse, simplifier_process, simplify
+from deploykit.runtimes.ort_settings import OrtPlan
+
+# What an interpreter keeps to itself by default.
+UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +67,119 @@ def _export_something() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(torch.nn.Linear(4, 4), (torch.ones(2, 4),), dynamo=True, verbose=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _idle_threads_sleep():
+    """ONNX Runtime's threads do not spin where nobody says so.
+
+    By default they do, for 25 ms after every run, and so in every one of thousands of sessions: on two cores, which two
+    processes share, that is time taken from the other one. Processes that a test starts are as users have them.
+    """
+    apply, key = OrtPlan.apply, "session.intra_op.allow_spinning"
+
+    def asleep(plan, ort):
+        made = apply(plan, ort)
+        if key not in plan.config:
+            made.add_session_config_entry(key, "0")
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OrtPlan, "apply", asleep)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sizes_are_seen_sooner():
+    """How large a model is, is seen sooner than a real one's time would be, before it is timed or left untimed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gating, "_QUICK_S", 0.01)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _simplifiers_start_once():
+    """One process of `simplify`, and one of `fuse`, serve all tests: to start one takes seconds, a small model none.
+
+    Searches use theirs in the same way. What a test puts in the worker's place gets a process of its own.
+    """
+    ours = simplifier_process._WORKER
+
+    class Shared(SimplifierProcess):
+        """Has one working directory, where the tests have theirs."""
+
+        def run(self, tool, source, target, timeout_s, **options):
+            return super().run(tool, source.absolute(), target.absolute(), timeout_s, **options)
+
+    @contextlib.contextmanager
+    def lend(shared):
+        if ours == simplifier_process._WORKER:
+            yield shared
+        else:
+            with SimplifierProcess() as own:
+                yield own
+
+    with Shared() as first, Shared() as second, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simplify, "SimplifierProcess", functools.partial(lend, first))
+        patch.setattr(fuse, "SimplifierProcess", functools.partial(lend, second))
+        yield
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """Run `deploykit ...` in this process, in the same empty folder: what `run_cli` does, without seconds of imports.
+
+    A bug is a traceback and exit code 1, and warnings stand on standard error, as they do in a process. What depends on
+    a fresh process (signals, limits, the first import of something) needs `run_cli`.
+    """
+    from deploykit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    def run(*args):
+        capfd.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            for category in UNSHOWN:
+                warnings.simplefilter("ignore", category)
+            warnings.showwarning = show
+            try:
+                code = main([str(a) for a in args])
+            except SystemExit as exc:
+                code = exc.code
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        stdout, stderr = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """`made_once(name, make)`: a folder that `make(folder)` filled, once for all processes that share the tests."""
+
+    def folder_of(name, make):
+        root = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            root = root.parent
+        folder, done = root / f"once-{name}", root / f"once-{name}.done"
+        with (root / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")

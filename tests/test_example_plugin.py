@@ -103,6 +103,16 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
         del sys.modules[name]
 
 
+@pytest.fixture
+def here(site: Path, work: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """What `run` does, in this process."""
+    monkeypatch.chdir(work)
+    monkeypatch.syspath_prepend(str(site))
+    yield cli
+    for name in [n for n in sys.modules if n.startswith("deploykit_example")]:
+        del sys.modules[name]
+
+
 def test_the_doctor_lists_all_five(run: Run) -> None:
     done = run("doctor", "--json")
     assert done.returncode == 0, done.stdout
@@ -130,9 +140,9 @@ def test_export_gives_what_scikit_learn_gave(linear: Path, digits: tuple[Any, An
     np.testing.assert_allclose(found, classifier.predict_proba(pixels / 16), atol=1e-5)
 
 
-def test_bad_files_are_one_line(run: Run, work: Path) -> None:
+def test_bad_files_are_one_line(here: Any, work: Path) -> None:
     (work / "bad.linear.json").write_text("{")
-    done = run("export", "bad.linear.json", "-o", "none")
+    done = here("export", "bad.linear.json", "-o", "none")
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot read bad.linear.json")
     assert not (work / "none").exists()
@@ -197,7 +207,7 @@ CROSSED = [
 ]
 
 
-def test_apply(run: Run, work: Path) -> None:
+def test_apply(run: Run, here: Any, work: Path) -> None:
     graph_of(CROSSED, [2, 3, 4, 5], work / "crossed.onnx")
     done = run("apply", "merge-transposes", "-m", "crossed.onnx", "-o", "merged")
     assert done.returncode == 0, done.stderr
@@ -208,10 +218,10 @@ def test_apply(run: Run, work: Path) -> None:
     assert TOOLS.items() <= step.tools.items()
     assert {r["verdict"] for r in artifact.manifest.evidence.parity} == {"passed"}
     assert [n.op_type for n in onnx.load(artifact.model_path).graph.node] == ["Transpose", "Relu", "Mul"]
-    dry = run("apply", "merge-transposes", "-m", "crossed.onnx", "-o", "dry", "--set", "keep=b,e", "--dry-run")
+    dry = here("apply", "merge-transposes", "-m", "crossed.onnx", "-o", "dry", "--set", "keep=b,e", "--dry-run")
     assert dry.returncode == 0, dry.stderr
     (work / "dry.toml").write_text(dry.stdout)
-    done = run("run", "dry.toml", "-o", "dry")
+    done = here("run", "dry.toml", "-o", "dry")
     assert done.returncode == 0, done.stderr
     params = Artifact.open(work / "dry" / "apply").manifest.lineage[-1].params
     assert (params["changed"], params["options"]["keep"]) == (False, ["b", "e"])
@@ -225,8 +235,8 @@ def test_apply(run: Run, work: Path) -> None:
         (["merge-transposes", "--set", "drop=a"], 1, "no option 'drop'"),
     ],
 )
-def test_apply_says_what_is_wrong(run: Run, work: Path, args: list[str], code: int, word: str) -> None:
-    done = run("apply", *args, "-m", "linear", "-o", "none")
+def test_apply_says_what_is_wrong(here: Any, linear: Path, args: list[str], code: int, word: str) -> None:
+    done = here("apply", *args, "-m", "linear", "-o", "none")
     assert done.returncode == code
     assert word in done.stderr
 
@@ -307,8 +317,8 @@ def test_quantized_to_a_metric_on_outputs_of_which_less_is_better(
     assert record["value"] != record["parent"]
 
 
-def test_metrics_nobody_has_are_wrong_usage(run: Run) -> None:
-    done = run("quantize", "dynamic", "-m", "linear", "-o", "none", "--metric", "nope")
+def test_metrics_nobody_has_are_wrong_usage(here: Any) -> None:
+    done = here("quantize", "dynamic", "-m", "linear", "-o", "none", "--metric", "nope")
     assert done.returncode == 2
     assert "balanced-accuracy" in done.stderr
 
@@ -326,11 +336,11 @@ def test_benchmark_of_the_reference_beside_onnx_runtime(run: Run, linear: Path) 
     assert "deploykit-example 0.1.0" in json.dumps(theirs["settings"])
 
 
-def test_verify_and_unknown_targets(run: Run, linear: Path) -> None:
+def test_verify_and_unknown_targets(run: Run, here: Any, linear: Path) -> None:
     done = run("verify", "-m", "linear", "--device", "reference:cpu")
     assert done.returncode == 0, done.stderr
     assert "passed on reference:cpu" in done.stdout
-    done = run("verify", "-m", "linear", "--device", "reference:gpu")
+    done = here("verify", "-m", "linear", "--device", "reference:gpu")
     assert done.returncode == 1
     assert "expected reference:cpu" in done.stderr
 
@@ -347,7 +357,7 @@ def test_the_reference_passes_the_contract_of_runtimes(run: Run) -> None:
     assert int(counted[1]) >= 35
 
 
-def test_the_recipe_of_the_readme(run: Run, work: Path, digits: tuple[Any, Any, Any]) -> None:
+def test_the_recipe_of_the_readme(run: Run, here: Any, work: Path, digits: tuple[Any, Any, Any]) -> None:
     (recipe,) = re.findall(r"```toml\n(.*?)```", (EXAMPLE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (work / "recipe.toml").write_text(recipe + "allow_slower = true\ngate_seconds = 0.0\n")
     done = run("run", "recipe.toml", "-o", "chain")
@@ -362,5 +372,5 @@ def test_the_recipe_of_the_readme(run: Run, work: Path, digits: tuple[Any, Any, 
         guesses = session.run({"x": pixels[200:]})["probabilities"].argmax(1)
     assert (record["metric"], record["certified"]) == ("balanced-accuracy", True)
     assert record["value"] == pytest.approx(balanced_accuracy_score(labels[200:], guesses), abs=1e-4)
-    resumed = run("run", "recipe.toml", "-o", "chain", "--resume")
+    resumed = here("run", "recipe.toml", "-o", "chain", "--resume")
     assert resumed.stderr.count("is kept") == 3

@@ -1,14 +1,8 @@
-import signal
 import subprocess
 import sys
-import traceback
-import warnings
 from types import SimpleNamespace
 
 import pytest
-
-# What an interpreter keeps to itself by default.
-UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 @pytest.fixture
@@ -21,43 +15,6 @@ def run_cli(tmp_path):
             capture_output=True, text=True, check=False, cwd=tmp_path, preexec_fn=preexec, timeout=timeout,
         )  # fmt: skip
         return SimpleNamespace(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
-
-    return run
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
-    """Run `deploykit ...` in this process, in the same empty folder: what `run_cli` does, without seconds of imports.
-
-    A bug is a traceback and exit code 1, and warnings stand on standard error, as they do in a process. What depends on
-    a fresh process (signals, limits, the first import of something) needs `run_cli`.
-    """
-    from deploykit.cli import main
-
-    monkeypatch.chdir(tmp_path)
-
-    def show(message, category, filename, lineno, file=None, line=None):
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-    def run(*args):
-        capfd.readouterr()
-        before = signal.getsignal(signal.SIGTERM)
-        with warnings.catch_warnings():
-            warnings.resetwarnings()
-            for category in UNSHOWN:
-                warnings.simplefilter("ignore", category)
-            warnings.showwarning = show
-            try:
-                code = main([str(a) for a in args])
-            except SystemExit as exc:
-                code = exc.code
-            except Exception:
-                traceback.print_exc()
-                code = 1
-            finally:
-                signal.signal(signal.SIGTERM, before)
-        stdout, stderr = capfd.readouterr()
-        return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
 
     return run
 

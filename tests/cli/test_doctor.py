@@ -4,7 +4,7 @@ from deploykit.machine import inspect_machine
 from deploykit.runtimes.probe import advice, clashes
 
 
-def test_doctor_tells_what_is_here(run_cli):
+def test_doctor_tells_what_is_here(run_cli, cli):
     done = run_cli("doctor", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -12,7 +12,7 @@ def test_doctor_tells_what_is_here(run_cli):
     assert {"ort:cpu", "openvino:cpu"} <= usable
     assert all(d["detail"] for d in found["devices"])
     assert found["machine"]["cores_allowed"] >= 1
-    assert "problem" not in run_cli("doctor").stdout
+    assert "problem" not in cli("doctor").stdout
 
 
 def test_two_onnxruntime_wheels_clash():

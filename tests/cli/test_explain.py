@@ -25,8 +25,8 @@ def test_each_candidate_is_explained_in_the_report_and_below_the_table(run_cli, 
     assert "--device ort:cpu" in refused["cure"]
 
 
-def test_a_refused_reference_is_an_error_with_the_cure(run_cli, conv_model):
-    done = run_cli("benchmark", "-m", conv_model, "--device", "ort:AzureExecutionProvider", *QUICK, "--explain")
+def test_a_refused_reference_is_an_error_with_the_cure(cli, conv_model):
+    done = cli("benchmark", "-m", conv_model, "--device", "ort:AzureExecutionProvider", *QUICK, "--explain")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the reference")
@@ -34,10 +34,10 @@ def test_a_refused_reference_is_an_error_with_the_cure(run_cli, conv_model):
     assert "Traceback" not in done.stderr
 
 
-def test_the_recipe_of_it_runs(run_cli, conv_model, tmp_path):
+def test_the_recipe_of_it_runs(cli, conv_model, tmp_path):
     from deploykit.recipe import Recipe
 
-    done = run_cli("benchmark", "-m", conv_model, "--explain", "--dry-run")
+    done = cli("benchmark", "-m", conv_model, "--explain", "--dry-run")
     assert "explain = true" in done.stdout
     (tmp_path / "recipe.toml").write_text(done.stdout)
     assert Recipe.load(tmp_path / "recipe.toml").steps["benchmark"].explain is True

@@ -75,17 +75,17 @@ def test_the_very_bits_without_fusions(theirs, tmp_path):
     assert found[0] == found[1]
 
 
-def test_recipe(run_cli, theirs, tmp_path):
-    done = run_cli("quantize", "repair", "-m", theirs, "-o", "unused", "--exact", "--min-cosine", "0.9", "--dry-run")
+def test_recipe(cli, theirs, tmp_path):
+    done = cli("quantize", "repair", "-m", theirs, "-o", "unused", "--exact", "--min-cosine", "0.9", "--dry-run")
     (tmp_path / "recipe.toml").write_text(done.stdout)
-    done = run_cli("run", "recipe.toml", "-o", "out")
+    done = cli("run", "recipe.toml", "-o", "out")
     assert done.returncode == 0, done.stderr
     made = deploykit.Artifact.open(tmp_path / "out" / "quantize-repair")
     assert made.manifest.lineage[-1].params["exact_only"]
 
 
-def test_floats_are_refused_with_the_next_command(run_cli, conv_model, tmp_path):
-    done = run_cli("quantize", "repair", "-m", conv_model, "-o", tmp_path / "made")
+def test_floats_are_refused_with_the_next_command(cli, conv_model, tmp_path):
+    done = cli("quantize", "repair", "-m", conv_model, "-o", tmp_path / "made")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) <= 2
     assert "deploykit quantize static -m MODEL --data FILE" in done.stderr

@@ -45,12 +45,12 @@ def test_steps_of_a_recipe(run_cli, tmp_path):
     assert (last["half"].params["precision"], last["half"].params["stored"]) == ("bf16", 2)
 
 
-def test_half_has_no_other_settings_to_try(run_cli, conv_model):
-    done = run_cli("quantize", "half", "-m", conv_model, "-o", "x", "--no-escalation")
+def test_half_has_no_other_settings_to_try(cli, conv_model):
+    done = cli("quantize", "half", "-m", conv_model, "-o", "x", "--no-escalation")
     assert done.returncode == 2 and "--no-escalation" in done.stderr
 
 
-def test_a_sweep_prints_a_row_for_what_failed_too(run_cli, conv_model, tmp_path):
+def test_a_sweep_prints_a_row_for_what_failed_too(run_cli, cli, conv_model, tmp_path):
     done = run_cli(
         "quantize", "sweep", "-m", conv_model, "--data", "calib.npz", "-o", "swept", "--scheme", "static",
         "--scheme", "weights8", "--rounds", 3, "--seconds", 0.02, "--device", "ort:cpu",
@@ -62,14 +62,14 @@ def test_a_sweep_prints_a_row_for_what_failed_too(run_cli, conv_model, tmp_path)
     assert lines[-1].startswith("ort:cpu: ")
     report = json.loads((tmp_path / "swept" / "sweep.json").read_text())
     assert [row["scheme"] for row in report["rows"]] == ["parent", "static", "weights8"]
-    again = run_cli("quantize", "sweep", "-m", conv_model, "-o", "swept")
+    again = cli("quantize", "sweep", "-m", conv_model, "-o", "swept")
     assert again.returncode == 1 and again.stderr.count("error:") == 1
 
 
-def test_wrong_usage(run_cli, conv_model):
+def test_wrong_usage(cli, conv_model):
     for args in (
         ["weights", "--bits", "5"], ["weights", "--block", "48"], ["half", "--precision", "fp8"],
         ["sweep", "--rounds", "1"],
     ):  # fmt: skip
-        done = run_cli("quantize", *args, "-m", conv_model, "-o", "x")
+        done = cli("quantize", *args, "-m", conv_model, "-o", "x")
         assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -77,18 +77,27 @@ def _digits_net() -> Any:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def digits(made_once: Callable[..., Path]) -> Trained:
     """MobileNet's blocks with Relu6, 0.96 and more on digits that it has not seen."""
-    import torch
     from sklearn import datasets
-    from torch.nn import functional as F
-
-    import deploykit
 
     found = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(found.images))
     images = (found.images[order, None].astype(np.float32) / 16 - 0.3) / 0.35
     labels = found.target[order]
+    folder = made_once("digits", lambda empty: _train(images, labels, empty))
+    path = folder / "fp32" / "model.onnx"
+    made = Trained(path, {"x": images[:512]}, {"x": images[_TRAINED:]}, labels[_TRAINED:])
+    assert made.accuracy(path) > 0.96
+    return made
+
+
+def _train(images: Any, labels: Any, folder: Path) -> None:
+    import torch
+    from torch.nn import functional as F
+
+    import deploykit
+
     torch.manual_seed(0)
     net = _digits_net()
     x, y = torch.from_numpy(images[:_TRAINED]), torch.from_numpy(labels[:_TRAINED])
@@ -99,12 +108,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    folder = tmp_path_factory.mktemp("digits")
     torch.onnx.export(
         net.eval(), (x[:2],), str(folder / "raw.onnx"), input_names=["x"], output_names=["y"], dynamo=False,
         dynamic_axes={"x": {0: "n"}, "y": {0: "n"}},
     )  # fmt: skip
-    path = deploykit.simplify(folder / "raw.onnx", folder / "fp32").path / "model.onnx"
-    made = Trained(path, {"x": images[:512]}, {"x": images[_TRAINED:]}, labels[_TRAINED:])
-    assert made.accuracy(path) > 0.96
-    return made
+    deploykit.simplify(folder / "raw.onnx", folder / "fp32")

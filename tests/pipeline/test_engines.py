@@ -21,12 +21,6 @@ from deploykit.runtimes import require_device
 NNCF, BOTH = StaticConfig(engine="nncf"), StaticConfig(engine="both")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How large a model is, is seen sooner than a real one's time would be."""
-    monkeypatch.setattr(gating, "_QUICK_S", 0.01)
-
-
 def static(folder: Path, config: StaticConfig, **options: Any) -> Any:
     plain = {"min_cosine": 0.5, "gate_seconds": 0, "escalate": False}
     return pipeline.quantize_static(

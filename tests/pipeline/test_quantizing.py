@@ -20,12 +20,6 @@ from deploykit.optimizers import DynamicConfig, StaticConfig
 OLD = {"min_cosine": 0.5, "escalate": False}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How large a model is, is seen sooner than a real one's time would be."""
-    monkeypatch.setattr(gating, "_QUICK_S", 0.01)
-
-
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """The command line in this process, in the folder of the test."""

@@ -652,18 +652,29 @@ def test_a_user_gets_a_copy(tmp_path: Path, deeds: Callable[..., Job]) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def deploykit(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+def in_a_process(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "deploykit", "cache", *args],
         capture_output=True, text=True, check=False, env={**os.environ, "DEPLOYKIT_CACHE": str(root)},
     )  # fmt: skip
 
 
-def test_the_command(tmp_path: Path) -> None:
+@pytest.fixture
+def deploykit(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`deploykit(root, ...)`: the command in this process."""
+
+    def run(root: Path, *args: str) -> Any:
+        monkeypatch.setenv("DEPLOYKIT_CACHE", str(root))
+        return cli("cache", *args)
+
+    return run
+
+
+def test_the_command(tmp_path: Path, deploykit: Any) -> None:
     root = tmp_path / "c"
     keys = filled(root)
-    assert deploykit(root, "dir").stdout.strip() == str(root)
-    listed = deploykit(root)
+    assert in_a_process(root, "dir").stdout.strip() == str(root)
+    listed = in_a_process(root)
     assert listed.stdout.count("export it") == deploykit(root, "list").stdout.count("export it") == 4
     assert listed.stdout.splitlines()[0].split() == ["what", "size", "age", "last", "used"]
     assert "4 results in" in listed.stdout
@@ -682,14 +693,14 @@ def test_the_command(tmp_path: Path) -> None:
     "args",
     [["prune"], ["prune", "--max-size", "much"], ["prune", "--older-than", "-3d"], ["nosuch"], ["--json", "dir"]],
 )
-def test_wrong_usage(tmp_path: Path, args: list[str]) -> None:
+def test_wrong_usage(tmp_path: Path, deploykit: Any, args: list[str]) -> None:
     done = deploykit(tmp_path / "c", *args)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "c").exists()
 
 
-def test_a_file_in_the_place_of_the_cache_is_one_line(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_cache_is_one_line(tmp_path: Path, deploykit: Any) -> None:
     (tmp_path / "file").write_bytes(b"")
     done = deploykit(tmp_path / "file")
     assert done.returncode == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -312,6 +313,17 @@ def test_tokens_are_asked_for_everywhere_but_for_health(models, server, tmp_path
     assert at.ask("GET", "/v2/health/ready")[0] == 200
 
 
+@pytest.fixture
+def unlogged():
+    """What the command tells its loggers to write to, is taken from them again."""
+    loggers = [logging.getLogger(name) for name in ("deploykit.serving", "uvicorn.error", "opentelemetry")]
+    before = [(log, log.level, list(log.handlers)) for log in loggers]
+    yield
+    for log, level, handlers in before:
+        log.setLevel(level)
+        log.handlers[:] = handlers
+
+
 def run(*args: object) -> tuple[int, str]:
     home = str(Path(deploykit.__file__).resolve().parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))}
@@ -326,31 +338,44 @@ def run(*args: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["nothing"], 1, "nothing does not exist"),
         ([], 2, "Missing argument"),
-        (["net", "--tls-cert", "x.pem"], 1, "TLS needs a certificate and its key"),
         (["net", "--tls-cert", "x.pem", "--tls-key", "x.key"], 1, "certificates cannot be used"),
-        (["net", "--public-key", "mine.pub"], 1, "net.sig does not exist"),
-        (["bare.onnx", "--public-key", "mine.pub"], 1, "is a bare model file"),
-        (["net", "--otlp-endpoint", "collector:4318"], 1, "is no address of a collector"),
-        (["net", "--trace-ratio", "0.5"], 1, "nowhere to send traces to"),
-        (["net", "--repository-api"], 1, "add --admin-port"),
-        (["net", "--repository-api", "--admin-port", "0", "--host", "0.0.0.0"], 1, "add --token-file or --client-ca"),
-        (["net", "--name", "a", "--name", "b"], 1, "2 names for 1 models"),
-        (["net", "--token-file", "x"], 1, "cannot read the tokens"),
         (["net", "--device", "ort:nowhere"], 1, "unknown device"),
         (["net", "--host", "256.0.0.1"], 1, "cannot listen on 256.0.0.1:8080"),
-        (["net", "net"], 1, "two models are called 'net'"),
-        (["net", "--tuned", "x.json"], 1, "x.json does not exist"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(models, tmp_path, monkeypatch, args, code, message):
     models.artifact(tmp_path / "net", models.scaled, 3.0)
-    models.scaled(tmp_path / "bare.onnx", 3.0)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     found, text = run(*args)
     assert found == code and message in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nothing"], "nothing does not exist"),
+        (["net", "--tls-cert", "x.pem"], "TLS needs a certificate and its key"),
+        (["net", "--public-key", "mine.pub"], "net.sig does not exist"),
+        (["bare.onnx", "--public-key", "mine.pub"], "is a bare model file"),
+        (["net", "--otlp-endpoint", "collector:4318"], "is no address of a collector"),
+        (["net", "--trace-ratio", "0.5"], "nowhere to send traces to"),
+        (["net", "--repository-api"], "add --admin-port"),
+        (["net", "--repository-api", "--admin-port", "0", "--host", "0.0.0.0"], "add --token-file or --client-ca"),
+        (["net", "--name", "a", "--name", "b"], "2 names for 1 models"),
+        (["net", "--token-file", "x"], "cannot read the tokens"),
+        (["net", "net"], "two models are called 'net'"),
+        (["net", "--tuned", "x.json"], "x.json does not exist"),
+    ],
+)
+def test_what_cannot_start_is_refused(models, cli, unlogged, tmp_path, monkeypatch, args, message):
+    """In this process: what is refused has not begun to serve."""
+    models.artifact(tmp_path / "net", models.scaled, 3.0)
+    models.scaled(tmp_path / "bare.onnx", 3.0)
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    done = cli("serve", *args)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_port_that_is_taken(models, server, tmp_path):

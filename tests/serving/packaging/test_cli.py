@@ -40,7 +40,7 @@ def refused(done, folder, *words):
     assert not list(folder.glob(".out*"))
 
 
-def test_from_an_artifact_to_a_tested_bundle(run_cli, exported, tmp_path):
+def test_from_an_artifact_to_a_tested_bundle(run_cli, cli, exported, tmp_path):
     done = run_cli("package", "net", "--target", "triton", "-o", "out", "--max-batch", "4")
     assert done.returncode == 0, done.stderr
     assert "up to 4 rows" in done.stdout
@@ -49,20 +49,20 @@ def test_from_an_artifact_to_a_tested_bundle(run_cli, exported, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("passed: ")
     assert "max deviation" in done.stdout
-    record = json.loads(run_cli("smoke", "out", "--json").stdout)
+    record = json.loads(cli("smoke", "out", "--json").stdout)
     assert record["passed"] is True
     assert record["target"] == "triton"
 
 
-def test_the_manifest_as_json(run_cli, exported):
-    done = run_cli("package", "net", "--target", "ovms", "-o", "out", "--name", "digits", "--json")
+def test_the_manifest_as_json(cli, exported):
+    done = cli("package", "net", "--target", "ovms", "-o", "out", "--name", "digits", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["bundle"] == "out"
     assert (found["manifest"]["name"], found["manifest"]["target"]) == ("digits", "ovms")
 
 
-def test_a_wrong_answer_is_exit_code_1(run_cli, exported, tmp_path):
+def test_a_wrong_answer_is_exit_code_1(cli, exported, tmp_path):
     """The artifact's golden outputs are another model's."""
     import hashlib
 
@@ -73,8 +73,8 @@ def test_a_wrong_answer_is_exit_code_1(run_cli, exported, tmp_path):
     data = (exported / "golden.npz").read_bytes()
     manifest["files"]["golden.npz"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     (exported / "manifest.json").write_text(json.dumps(manifest))
-    refused(run_cli("package", "net", "--target", "triton", "-o", "out"), tmp_path, "golden requests", "--min-cosine")
-    done = run_cli("smoke", "net")
+    refused(cli("package", "net", "--target", "triton", "-o", "out"), tmp_path, "golden requests", "--min-cosine")
+    done = cli("smoke", "net")
     refused(done, tmp_path, "does not answer its golden requests")
     assert done.stdout.startswith("failed: ")
 
@@ -94,17 +94,17 @@ def test_a_wrong_answer_is_exit_code_1(run_cli, exported, tmp_path):
         (["net", "--target", "docker", "--base-image", "python:3.11"], ["sha256"]),
     ],
 )
-def test_what_cannot_be_packaged(run_cli, exported, tmp_path, arguments, words):
-    refused(run_cli("package", *arguments, "-o", "out"), tmp_path, *words)
+def test_what_cannot_be_packaged(cli, exported, tmp_path, arguments, words):
+    refused(cli("package", *arguments, "-o", "out"), tmp_path, *words)
 
 
-def test_usage(run_cli):
+def test_usage(cli):
     for arguments in (
         ["package"], ["package", "net", "-o", "out"], ["package", "net", "--target", "nosuch", "-o", "out"],
         ["package", "net", "--target", "triton"], ["smoke"], ["smoke", "out", "--wire", "morse"],
         ["package", "net", "--target", "triton", "-o", "out", "--max-batch", "-1"],
     ):  # fmt: skip
-        done = run_cli(*arguments)
+        done = cli(*arguments)
         assert done.returncode == 2, (arguments, done.stderr)
 
 
@@ -116,10 +116,10 @@ def test_the_choices_are_the_table():
     assert sorted(option.type.choices) == sorted(TARGETS)
 
 
-def test_what_is_there_is_left_alone(run_cli, exported, tmp_path):
+def test_what_is_there_is_left_alone(cli, exported, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("keep")
-    done = run_cli("package", "net", "--target", "triton", "-o", "out")
+    done = cli("package", "net", "--target", "triton", "-o", "out")
     assert done.returncode == 1
     assert "exists" in done.stderr
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["file"]
@@ -159,7 +159,7 @@ def test_an_interrupt_leaves_nothing(exported, tmp_path):
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_token_comes_from_the_environment(run_cli, exported, tmp_path):
-    assert run_cli("package", "net", "--target", "triton", "-o", "bundle").returncode == 0
-    done = run_cli("smoke", "bundle", "--url", "http://127.0.0.1:1", "--token-env", "NO_SUCH_VARIABLE")
+def test_a_token_comes_from_the_environment(cli, exported, tmp_path):
+    assert cli("package", "net", "--target", "triton", "-o", "bundle").returncode == 0
+    done = cli("smoke", "bundle", "--url", "http://127.0.0.1:1", "--token-env", "NO_SUCH_VARIABLE")
     refused(done, tmp_path, "NO_SUCH_VARIABLE is not set")
