@@ -140,16 +140,18 @@ class _Life:
         port = self._places.grpc_port
         # gRPC can only take a port for good once the models are there: see now whether it can be had.
         held = listen(self._places.host, port) if port else None
-        starting = self._loop.create_task(self._engine.start())
-        stopped = self._loop.create_task(self._stop.wait())
-        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return 0
-        await starting
-        if held is not None:
-            held.close()
+        try:
+            starting = self._loop.create_task(self._engine.start())
+            stopped = self._loop.create_task(self._stop.wait())
+            await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return 0
+            await starting
+        finally:  # also where a model cannot be loaded: somebody's program that has called us goes on
+            if held is not None:
+                held.close()
         if port is not None:
             self._grpc = GrpcServer(
                 self._engine, limits, self._places, port, self._refused, certificates=self._certificates,

@@ -369,7 +369,7 @@ def test_what_cannot_start_says_why_in_one_line(models, tmp_path, monkeypatch, a
     ],
 )
 def test_what_cannot_start_is_refused(models, cli, unlogged, tmp_path, monkeypatch, args, message):
-    """In this process: what is refused has not begun to serve."""
+    """In this process, which goes on: what is refused holds no port, or the next one would not come as far."""
     models.artifact(tmp_path / "net", models.scaled, 3.0)
     models.scaled(tmp_path / "bare.onnx", 3.0)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
