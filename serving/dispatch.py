@@ -159,6 +159,10 @@ class Dispatcher:
         except RequestError as exc:
             self._refused(batch, exc)
             return
+        except Exception as exc:  # those who wait have to be told, and whoever else is in the middle of a call goes on
+            log.exception("%s: a request cannot be handed on", self._loaded.name)
+            self._refused(batch, Failed(f"the request cannot be handed on: {first_line(exc)}"))
+            return
         self._flights[flight] = None
         self.running += len(batch)
         for entry in batch:

@@ -52,6 +52,8 @@ class ServingEngine:
 
     async def drain(self) -> None:
         """Wait until every accepted request is answered."""
+        if self._stopping:
+            self.repository.load_no_more()
         await self.repository.drain()
 
     async def stop(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -11,15 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import deploykit
-from deploykit.serving.requests import (
-    DeadlineExceeded,
-    Engine,
-    InferRequest,
-    InferResult,
-    InvalidRequest,
-    Parameter,
-    RequestError,
-)
+from deploykit.serving.requests import Engine, InferRequest, InferResult, InvalidRequest, Parameter, RequestError
 from deploykit.serving.triton_api import Statistics
 from deploykit.serving.v2_types import metadata, shown
 
@@ -92,16 +83,20 @@ def error_text(exc: RequestError) -> str:
     return str(exc)[:_ERROR_LENGTH]
 
 
-async def infer_in_time(engine: Engine, request: InferRequest, statistics: Statistics) -> InferResult:
-    """The engine's answer, unless the request's time is over before.
+def known_name(engine: Engine, name: str) -> str:
+    """A model's name, for what is counted by it; empty where there is none: names that clients make up are not kept."""
+    return name if name in engine.names() else ""
+
+
+async def infer_counted(engine: Engine, request: InferRequest, statistics: Statistics) -> InferResult:
+    """The engine's answer.
 
     Raises:
-        DeadlineExceeded: It is.
         RequestError: The engine refuses.
     """
     began = time.monotonic()
     try:
-        result = await _in_time(engine, request)
+        result = await engine.infer(request)
     except RequestError:
         with contextlib.suppress(RequestError):  # it was unloaded meanwhile
             versions = engine.info(request.model, request.version).versions
@@ -109,16 +104,3 @@ async def infer_in_time(engine: Engine, request: InferRequest, statistics: Stati
         raise
     statistics.answered(request, result, time.monotonic() - began)
     return result
-
-
-async def _in_time(engine: Engine, request: InferRequest) -> InferResult:
-    if request.deadline is None:
-        return await engine.infer(request)
-    left = request.deadline - time.monotonic()
-    if left > 0:
-        try:
-            async with asyncio.timeout(left):
-                return await engine.infer(request)
-        except TimeoutError:
-            pass
-    raise DeadlineExceeded("the time of the request ran out")

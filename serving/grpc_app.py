@@ -18,7 +18,8 @@ from deploykit.extras import require
 from deploykit.serving.front import (
     Tokens,
     error_text,
-    infer_in_time,
+    infer_counted,
+    known_name,
     model_metadata,
     refuse_load_parameters,
     server_metadata,
@@ -285,26 +286,25 @@ class _Service:
             return await self._infer(read, context, span)
 
     async def _infer(self, read: Read, context: Any, span: RequestSpan | None) -> bytes:
-        known = ""
+        name = ""
         try:
             data = await read()
             rest, raw = split_raw(data, RAW_INPUTS)
             asked = _parse("ModelInferRequest", rest)
-            version = asked.model_version or None
-            info = self._engine.info(asked.model_name, version)
-            known = asked.model_name
+            name, version = asked.model_name, asked.model_version or None
+            info = self._engine.info(name, version)
             if span is not None:
-                span.found(known, version)
+                span.found(name, version)
             limits = self._limits.of(info.inputs, info.outputs, info.max_batch)
             if len(data) > limits.body_bytes + _HEAD_BYTES:
                 raise TooLarge("the message is too large", expected=f"at most {limits.body_bytes} bytes for this model")
             request = _request(asked, raw, limits, context.time_remaining())
         except RequestError as exc:
             if self._refused is not None:
-                self._refused(known, exc)
+                self._refused(known_name(self._engine, name), exc)
             raise
         began_ns = time.time_ns()
-        result = await infer_in_time(self._engine, request, self._statistics)
+        result = await infer_counted(self._engine, request, self._statistics)
         if span is not None:
             span.answered(began_ns, result)
         return _response(result)

@@ -28,14 +28,23 @@ from deploykit.extras import require
 from deploykit.serving.front import (
     Tokens,
     error_text,
-    infer_in_time,
+    infer_counted,
+    known_name,
     model_metadata,
     refuse_load_parameters,
     server_metadata,
 )
-from deploykit.serving.http_body import Disconnected, Room, Slow, read_body, whole_number
+from deploykit.serving.http_body import Room, read_body, whole_number
 from deploykit.serving.openapi import document
-from deploykit.serving.requests import Engine, InferResult, InvalidRequest, Refused, RequestError
+from deploykit.serving.requests import (
+    Disconnected,
+    Engine,
+    InferResult,
+    InvalidRequest,
+    Refused,
+    RequestError,
+    Slow,
+)
 from deploykit.serving.tracing import RequestSpan, Traces
 from deploykit.serving.triton_api import Statistics, model_config
 from deploykit.serving.v2_json import json_values, parse_object, parse_request, read_parameters, write_response
@@ -128,8 +137,6 @@ def http_app(
         exception_handlers={
             RequestError: _on_request_error,
             HTTPException: _on_http_exception,
-            Slow: _on_slow,
-            Disconnected: _on_disconnected,
         },
     )
     app.router.redirect_slashes = False
@@ -170,7 +177,9 @@ def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Res
 
 async def _on_request_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestError)
-    return _error(exc.http_status, error_text(exc))
+    # Of a body that has not come, the rest could be taken for the next request.
+    headers = {"Connection": "close"} if isinstance(exc, (Slow, Disconnected)) else None
+    return _error(exc.http_status, error_text(exc), headers)
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
@@ -179,14 +188,6 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     texts = {404: "no such route; GET /v2/openapi.json lists them", 405: "the route has other methods"}
     return _error(exc.status_code, texts.get(exc.status_code, exc.detail), dict(exc.headers or {}))
-
-
-async def _on_slow(request: Request, exc: Exception) -> Response:
-    return _error(408, "the body did not arrive in time", {"Connection": "close"})
-
-
-async def _on_disconnected(request: Request, exc: Exception) -> Response:
-    return _error(400, "the body ended too early", {"Connection": "close"})
 
 
 class _Infer:
@@ -221,10 +222,8 @@ class _Infer:
     ) -> None:
         name = scope["path_params"]["name"]
         version = scope["path_params"].get("version")
-        known = ""
         try:
             info = self._engine.info(name, version)
-            known = name
             if span is not None:
                 span.found(name, version)
             limits = self._limits.of(info.inputs, info.outputs, info.max_batch)
@@ -240,10 +239,10 @@ class _Infer:
             request, wanted = await self._run(parse, (len(body) if length is None else length) > _LONG_BYTES)
         except RequestError as exc:
             if self._refused is not None:
-                self._refused(known, exc)
+                self._refused(known_name(self._engine, name), exc)
             raise
         began_ns = time.time_ns()
-        result = await _while_connected(infer_in_time(self._engine, request, self._statistics), receive)
+        result = await _while_connected(infer_counted(self._engine, request, self._statistics), receive)
         if result is None:
             if span is not None:
                 span.left()

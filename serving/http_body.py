@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.serving.requests import Busy, InvalidRequest, TooLarge
+from deploykit.serving.requests import Busy, Disconnected, InvalidRequest, Slow, TooLarge
 from deploykit.serving.v2_types import Limits, shown
 
 Message = MutableMapping[str, Any]
@@ -20,14 +20,6 @@ _STEP = 2**20
 _ALIGN = 64
 # zlib's window bits: 31 is gzip, 15 is zlib, which HTTP calls deflate.
 _ENCODINGS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
-
-
-class Disconnected(Exception):
-    """The client went away before it had sent everything."""
-
-
-class Slow(Exception):
-    """The client took longer than a body may take."""
 
 
 class Room:
@@ -156,7 +148,7 @@ async def read_body(
                 return await _counted(receive, limits, take)
             return await _placed(receive, size, header_length, take)
     except TimeoutError:
-        raise Slow from None
+        raise Slow("the body did not arrive in time") from None
 
 
 def _too_large(limits: Limits) -> TooLarge:
@@ -166,7 +158,7 @@ def _too_large(limits: Limits) -> TooLarge:
 async def _chunks(receive: Receive) -> tuple[bytes, bool]:
     message = await receive()
     if message["type"] == "http.disconnect":
-        raise Disconnected
+        raise Disconnected("the body ended too early")
     return message.get("body", b""), bool(message.get("more_body", False))
 
 

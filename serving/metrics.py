@@ -14,6 +14,9 @@ from deploykit.extras import require
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LABELS = ("model", "version")
+# Of so many versions that answer no more the figures are still told; of all there ever were, the page would grow for
+# as long as the server lives.
+_MOST_GONE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +99,21 @@ class Metrics:
         self._requests: Counter[tuple[str, str]] = Counter()
         self._seconds: dict[str, Histogram] = {}
         self._models: dict[tuple[str, str], ModelMetrics] = {}
+        self._gone: dict[tuple[str, str], None] = {}
 
     def of(self, model: str, version: str) -> ModelMetrics:
         """What is counted of one version of a model."""
+        self._gone.pop((model, version), None)
         return self._models.setdefault((model, version), ModelMetrics())
+
+    def gone(self, model: str, version: str) -> None:
+        """A version answers no more: its figures stay for a while, so that the last ones are read, too."""
+        self._gone.pop((model, version), None)
+        self._gone[model, version] = None
+        while len(self._gone) > _MOST_GONE:
+            oldest = next(iter(self._gone))
+            del self._gone[oldest]
+            self._models.pop(oldest, None)
 
     def ended(self, model: str, outcome: str, seconds: float) -> None:
         """A request ended.

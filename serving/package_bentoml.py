@@ -183,9 +183,11 @@ def _pinned(name: str) -> str:
 
 def _service(plan: Plan, model: str, openvino: bool) -> str:
     inputs = {s.name: (s.dtype, tuple(None if isinstance(d, str) else d for d in s.shape or ())) for s in plan.inputs}
+    # By the runtime's own name they win, as where it is opened here.
+    threads = plan.settings.settings.get("intra_op_num_threads", plan.settings.threads)
     cores = max(1, (plan.settings.threads or 1) * plan.lanes)
     head = _HEAD.format(
-        name=plan.name, model=model, device=plan.device.target, threads=plan.settings.threads,
+        name=plan.name, model=model, device=plan.device.target, threads=threads,
         settings=_literal(compile_properties(plan) if openvino else _ort_settings(plan)), inputs=_literal(inputs),
         outputs=_literal([s.name for s in plan.outputs]),
     )  # fmt: skip

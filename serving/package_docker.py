@@ -12,11 +12,13 @@ from deploykit.errors import PackageError
 from deploykit.extras import DISTRIBUTION
 from deploykit.serving import yaml_text
 from deploykit.serving.bundles import MODELS
+from deploykit.serving.loaded import Options
 from deploykit.serving.package_artifact import write_artifact
 from deploykit.serving.package_lock import Pin, check_lock, machine_of_image, needed, read_lock, resolve
 from deploykit.serving.package_plan import Plan
 from deploykit.serving.package_targets import Written
 from deploykit.serving.package_wheel import write_wheel
+from deploykit.serving.servers import Places
 
 HTTP_PORT, GRPC_PORT, ADMIN_PORT = 8080, 8081, 8082
 USER = 10001
@@ -25,7 +27,8 @@ _BASE = re.compile(r"[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}")
 _IMAGE = re.compile(r"[a-z0-9]+([._/:-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?")
 # What the server takes beside the model: interpreters and buffers, and the memory that it shares with its workers.
 _SERVER_MIB, _SHARED_MIB = 512, 512
-_DRAIN_S = 30
+# As long as a request that was accepted may take, and what the server's end takes beside.
+_GRACE_S = round(Options().timeout_s + 2 * Places().linger_s) + 8
 
 
 def write(plan: Plan, folder: Path) -> Written:
@@ -35,7 +38,8 @@ def write(plan: Plan, folder: Path) -> Written:
         PackageError: There are no hashes, or an option cannot be used.
     """
     base, image = _check_base(plan.options.base_image), image_name(plan)
-    names = needed(plan.device.runtime, plan.artifact.model_path.suffix)
+    dtypes = {spec.dtype for spec in (*plan.inputs, *plan.outputs)}
+    names = needed(plan.device.runtime, plan.artifact.model_path.suffix, dtypes)
     lock = plan.options.lock
     pins = read_lock(lock) if lock is not None else resolve(names)
     check_lock(pins, names, str(lock) if lock is not None else "what the package index offers")
@@ -151,7 +155,7 @@ def compose(plan: Plan, image: str, base: str | None) -> dict[str, Any]:
         "tmpfs": ["/tmp:size=64m,mode=1777"],
         "mem_limit": f"{_memory_mib(plan)}m",
         "ports": [f"127.0.0.1:{port}:{port}" for port in (HTTP_PORT, GRPC_PORT)],
-        "stop_grace_period": f"{_DRAIN_S + 5}s",
+        "stop_grace_period": f"{_GRACE_S}s",
         "restart": "unless-stopped",
     }
     if plan.tuned:
@@ -201,7 +205,7 @@ def kubernetes(plan: Plan, image: str) -> list[dict[str, Any]]:
     }
     pod = {
         "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": _DRAIN_S + 5,
+        "terminationGracePeriodSeconds": _GRACE_S,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,20 @@ def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def needed(runtime: str, suffix: str = ".onnx") -> tuple[str, ...]:
+def needed(runtime: str, suffix: str = ".onnx", dtypes: Collection[str] = ()) -> tuple[str, ...]:
     """Distributions that a server with one runtime imports.
 
     Args:
         runtime: "ort" or "openvino".
         suffix: Of the model's file: OpenVINO alone does not say the names of an ONNX file's tensors.
+        dtypes: Of the model's inputs and outputs: numpy has no bfloat16 of its own.
     """
-    if runtime == "ort":
-        return tuple(sorted((*SERVER, "onnxruntime")))
-    return tuple(sorted((*SERVER, "openvino", *(["onnx"] if suffix == ".onnx" else []))))
+    found = {*SERVER, "onnxruntime" if runtime == "ort" else "openvino"}
+    if runtime != "ort" and suffix == ".onnx":
+        found.add("onnx")
+    if "bfloat16" in dtypes:
+        found.add("ml-dtypes")
+    return tuple(sorted(found))
 
 
 def machine_of_image() -> str:

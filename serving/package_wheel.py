@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib
+import tomllib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import deploykit
 from deploykit.extras import DISTRIBUTION
 
-# The import packages of the distribution; tests compare them with pyproject.toml.
-PACKAGES = (
-    "deploykit", "deploykit.cli", "deploykit.search", "deploykit.exporters", "deploykit.optimizers",
-    "deploykit.optimizers.distillation", "deploykit.optimizers.pruning", "deploykit.optimizers.training",
-    "deploykit.runtimes", "deploykit.benchmarks", "deploykit.serving",
-)  # fmt: skip
 _DATA = (".py", ".toml", ".typed")
 # The first moment that the format knows: the same files give the same wheel.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -61,11 +56,37 @@ def write_wheel(folder: Path, requires: Sequence[str]) -> Path:
     return path
 
 
+def find_packages(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Import packages and the folders that they are in.
+
+    Args:
+        folders: Of the packages that do not lie in another one of them; all below them are found, by their
+            `__init__.py`, as setuptools finds them.
+    """
+
+    def below(name: str, folder: Path) -> Iterator[tuple[str, Path]]:
+        yield name, folder
+        for inner in sorted(folder.iterdir()):
+            if (inner / "__init__.py").is_file():
+                yield from below(f"{name}.{inner.name}", inner)
+
+    return {name: folder for top, at in folders.items() for name, folder in below(top, at)}
+
+
+def _folders() -> dict[str, Path]:
+    """The package, and in a checkout those beside it, which an installed wheel has inside."""
+    found = {"deploykit": Path(deploykit.__file__).resolve().parent}
+    for root in map(Path, deploykit.__path__[1:]):
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+        mapped = project["tool"]["setuptools"]["package-dir"]
+        found |= {name: root / folder for name, folder in mapped.items() if name not in found}
+    return found
+
+
 def package_files() -> dict[str, bytes]:
-    """Every file of the packages, by its place in a wheel; in a checkout, folders stand beside each other."""
+    """Every file of the packages, by its place in a wheel."""
     found = {}
-    for package in PACKAGES:
-        folder = Path(str(importlib.import_module(package).__file__)).parent
+    for package, folder in find_packages(_folders()).items():
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in _DATA or path.name == "py.typed":
                 found[f"{package.replace('.', '/')}/{path.name}"] = path.read_bytes()

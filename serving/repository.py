@@ -61,6 +61,10 @@ class Repository:
             twice = next(name for name in names if names.count(name) > 1)
             raise DeploykitError(f"two models are called {twice!r}", hint="give each a name of its own: --name")
         self._leaving: set[asyncio.Task[None]] = set()
+        self._loading: set[Served] = set()
+        self._looking = asyncio.Lock()
+        self._look_waits = False
+        self._ending = False
         self._all: weakref.WeakSet[Served] = weakref.WeakSet()
         self.metrics = Metrics(self._gauges)
 
@@ -96,7 +100,8 @@ class Repository:
                 raise UnknownModel(f"there is no version {version!r:.80} of {name!r}", expected=known)
         elif model.current:
             return model.current[next(reversed(model.current))]
-        raise NotReady(f"{name!r} is not loaded" if not model.wanted else f"{name!r} is being loaded")
+        loading = model.wanted or any(state == LOADING for state, _ in model.states.values())
+        raise NotReady(f"{name!r} is being loaded" if loading else f"{name!r} is not loaded")
 
     def versions(self, name: str) -> tuple[str, ...]:
         """The versions of a model that answer, oldest first.
@@ -125,7 +130,7 @@ class Repository:
                     other = (LOADING, "") if version in wanted else (UNAVAILABLE, self._options.versions.rule)
                     state, reason = model.states.get(version, other)
                 else:
-                    state, reason = UNAVAILABLE, "unloaded"
+                    state, reason = model.states.get(version, (UNAVAILABLE, "unloaded"))
                 found.append({"name": name, "version": version, "state": state, "reason": reason})
         return found
 
@@ -145,27 +150,32 @@ class Repository:
         for name in self._models:
             await self.refresh(name)
 
-    async def refresh(self, name: str, *, again: bool = True) -> bool:
+    async def refresh(self, name: str, *, again: bool = True, unloaded: bool = True) -> bool:
         """Load what is to answer of a model and does not; what answered goes on until all of that does.
 
         Args:
             name: Of the model.
             again: Also what could not be loaded before.
+            unloaded: Also a model that was unloaded: once a version of it answers, it is to answer again.
 
         Returns:
             Whether other versions answer now.
 
         Raises:
             UnknownModel: There is no such model.
+            NotReady: The server is ending.
             DeploykitError: One cannot be loaded; what answered goes on.
         """
         model = self._model(name)
         async with model.lock:
-            model.wanted = True
+            # It may have been unloaded while we waited.
+            if not (model.wanted or unloaded):
+                return False
             changed, failed = False, list[Exception]()
             found = await asyncio.to_thread(model.source.found)
             wanted = self._wanted(model, tuple(found))
             model.states = {v: state for v, state in model.states.items() if v in wanted}
+            model.refused = {v: state for v, state in model.refused.items() if v in wanted}
             for version in self._missing(model, wanted):
                 failed.append(
                     ArtifactError(f"{model.source.path} holds no version {version}", expected=", ".join(found))
@@ -175,11 +185,14 @@ class Repository:
                     changed = await self._refresh_one(model, version, again=again) or changed
                 except Exception as exc:  # noqa: BLE001 - it is raised once the others are loaded
                     failed.append(exc)
+            model.wanted = model.wanted or bool(model.current)
             if all(version in model.current for version in wanted):
                 for version in [v for v in model.current if v not in wanted]:
                     log.info("%s: version %s answers no more", name, version)
-                    self._leave(model.current.pop(version))
+                    self._leave(model, model.current.pop(version))
                     changed = True
+            for exc in failed[1:]:
+                log.error("%s: %s", name, exc)
             if failed:
                 raise failed[0]
             return changed
@@ -216,21 +229,41 @@ class Repository:
 
     async def _swap(self, model: _Model, loaded: Loaded) -> None:
         log.info("loading %s version %s from %s", loaded.name, loaded.version, loaded.path)
+        if self._ending:
+            raise NotReady("the server is ending")
         made = Served(loaded, self._options, self.metrics, self._hire)
         self._all.add(made)
-        await made.start()
+        self._loading.add(made)
+        try:
+            await made.start()
+        except BaseException as exc:
+            self._loading.discard(made)
+            self._forget(model, loaded.version)
+            if self._ending and isinstance(exc, Exception):
+                raise NotReady("the server is ending") from None
+            raise
+        self._loading.discard(made)
         log.info("%s: version %s answers", loaded.name, loaded.version)
         old = model.current.get(loaded.version)
         model.current = dict(sorted({**model.current, loaded.version: made}.items(), key=lambda item: int(item[0])))
         if old is not None:
-            self._leave(old)
+            self._leave(model, old)
 
-    def _leave(self, served: Served) -> None:
+    def _forget(self, model: _Model, version: str) -> None:
+        """Nothing more is counted of a version, unless another of the same number answers or is to."""
+        name = model.source.name
+        if version not in model.current and all(
+            (made.loaded.name, made.loaded.version) != (name, version) for made in self._loading
+        ):
+            self.metrics.gone(name, version)
+
+    def _leave(self, model: _Model, served: Served) -> None:
         """Have a version that gets no more requests answer those that it has, and then end."""
 
         async def leave() -> None:
             await served.drain()
             await served.stop()
+            self._forget(model, served.loaded.version)
 
         task = asyncio.get_running_loop().create_task(leave())
         self._leaving.add(task)
@@ -248,14 +281,21 @@ class Repository:
             model.states.clear()
             old, model.current = model.current, {}
             for served in old.values():
-                self._leave(served)
+                self._leave(model, served)
 
-    async def rescan(self, *, again: bool = True) -> None:
-        """Look for newer versions of all models that are to answer; what cannot be loaded is logged."""
-        for name, model in self._models.items():
-            if not model.wanted or (model.lock.locked() and not again):
-                continue
-            await self._try(name, again=again)
+    async def rescan(self) -> None:
+        """Look for newer versions of all models that are to answer; what cannot be loaded is logged.
+
+        Of several calls while one looks, one looks once more: by then it sees what all of them would.
+        """
+        if self._look_waits:
+            return
+        self._look_waits = True
+        async with self._looking:
+            self._look_waits = False
+            for name, model in self._models.items():
+                if model.wanted:
+                    await self._try(name, again=True)
 
     async def watch(self, pause_s: float) -> None:
         """Look for new versions for ever, and for what replaced a model whose workers cannot be started any more."""
@@ -274,14 +314,23 @@ class Repository:
             found = await asyncio.to_thread(model.source.found)
         except (DeploykitError, OSError):  # all are gone, or cannot be seen: what answers goes on
             return False
+        except Exception:  # as in `_try`
+            log.exception("%s: its versions cannot be looked at", model.source.name)
+            return False
         return set(self._wanted(model, tuple(found))) != set(model.current)
 
     async def _try(self, name: str, *, again: bool) -> None:
         try:
-            await self.refresh(name, again=again)
+            await self.refresh(name, again=again, unloaded=False)
         except Exception as exc:  # who looks for new versions has to go on looking
             known = isinstance(exc, DeploykitError)
             log.error("%s goes on as it is: %s", name, exc, exc_info=not known)
+
+    def load_no_more(self) -> None:
+        """Give up what is still being loaded: the server is ending, and it would answer nothing."""
+        self._ending = True
+        for served in self._loading:
+            served.kill()
 
     async def drain(self) -> None:
         """Wait until every accepted request is answered."""
@@ -295,6 +344,7 @@ class Repository:
 
     async def stop(self) -> None:
         """End all workers now."""
+        self.load_no_more()
         await asyncio.gather(*(at.stop() for m in self._models.values() for at in m.current.values()))
         for task in tuple(self._leaving):
             task.cancel()

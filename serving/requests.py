@@ -2,6 +2,8 @@
 
 RequestError                what a client is told
 ├── InvalidRequest      400 a tensor, a name or a parameter does not fit the model
+│   ├── Disconnected    400 the client went away before it had sent everything
+│   └── Slow            408 the client took longer than a body may take
 ├── Refused             403 the server was not started with what is asked for
 ├── UnknownModel        404 no such model, or no such version of it
 ├── TooLarge            413 over a limit of the server
@@ -115,6 +117,16 @@ class InvalidRequest(RequestError):
     outcome = "invalid"
 
 
+class Disconnected(InvalidRequest):
+    """The client went away before it had sent everything."""
+
+
+class Slow(InvalidRequest):
+    """The client took longer than a body may take."""
+
+    http_status = 408
+
+
 class Refused(RequestError):
     """The server was not started with what is asked for, or the client may not ask for it."""
 
@@ -203,9 +215,10 @@ class Engine(Protocol):
         """
 
     async def infer(self, request: InferRequest) -> InferResult:
-        """Answer a request. Cancelled, a request that still waits never runs.
+        """Answer a request by its deadline. Cancelled, a request that still waits never runs.
 
         Raises:
+            DeadlineExceeded: Its time is over, perhaps before it came.
             RequestError: It is not answered; the class says why.
         """
 

@@ -135,6 +135,8 @@ class Served:
             log.warning("%s: %s", where, note)
 
     async def _hire_one(self) -> dict[str, Any]:
+        if self._stopping:
+            raise NotReady(f"{self.loaded.name} is being stopped")
         worker = self._hire(self.loaded, self._options, self._dispatch.pump, self._lost)
         self._hired.add(worker)
         found = await worker.start()
@@ -207,7 +209,7 @@ class Served:
             return found
         finally:
             timer.cancel()
-            self._dispatch.leave(entry)
+            self._leave(entry)
             self._accepted -= 1
             self._rest()
             # An error holds this frame, and the future of the entry holds the error: without this, the tensors of
@@ -222,11 +224,15 @@ class Served:
         check_inputs(self.signature, request.inputs)
         check_outputs(self.signature, request.outputs)
 
-    def _expire(self, entry: Waiting) -> None:
-        where = "ran"
-        if self._dispatch.leave(entry):
-            where = "waited"
+    def _leave(self, entry: Waiting) -> bool:
+        """Nobody waits for a request any more; whether it never ran."""
+        left = self._dispatch.leave(entry)
+        if left:
             self._metrics.queue.observe(time.monotonic() - entry.arrived)  # the longest waits are not to be left out
+        return left
+
+    def _expire(self, entry: Waiting) -> None:
+        where = "waited" if self._leave(entry) else "ran"
         fail(entry, DeadlineExceeded(f"the request's time ran out while it {where}"))
 
     # --- the end ------------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import socket
+import struct
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from deploykit.errors import DeploykitError
 from deploykit.extras import require
+from deploykit.serving.front import known_name
 from deploykit.serving.requests import NotReady
 from deploykit.serving.tls import Certificates, GrpcCertificates
 
@@ -27,6 +31,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _BACKLOG = 2048
 _PAUSE_S = 0.02
+# How long a connection that a client has begun to make may take until it is made.
+_HANDSHAKE_S = 0.2
+# Linux's option, and a filter of packets in the language of `bpf(4)`: the byte of a TCP header that has the flags; a
+# packet with SYN among them, which begins a connection, is dropped, and any other passes.
+_SO_ATTACH_FILTER = 26
+_NO_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,21 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
+def let_nobody_in(listening: socket.socket) -> None:
+    """Have the system begin no more connections at a port that still listens; those that have begun it goes on with.
+
+    A port cannot be closed without that: a connection that is made between the last look at those which wait and the
+    end of the port would be reset, with the request that its client has already sent. Here the client's call is not
+    heard; it calls again after a second, and is refused, as by a port that nobody listens at. Only Linux can do that.
+    """
+    if sys.platform != "linux":
+        return
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
+    program = struct.pack("HP", len(_NO_SYN), ctypes.addressof(code))
+    with contextlib.suppress(OSError):  # a sandbox that has no filters
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+
+
 class HttpServer:
     """An ASGI application on a port.
 
@@ -174,9 +199,11 @@ class HttpServer:
         if self._task is None:
             return
         self.draining.on = True
+        let_nobody_in(self._socket)
+        await asyncio.sleep(_HANDSHAKE_S)
         await self._stop_listening()
         end = asyncio.get_running_loop().time() + linger_s
-        while self._server.server_state.connections and asyncio.get_running_loop().time() < end:
+        while (self._late or self._server.server_state.connections) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_PAUSE_S)
         self._server.should_exit = True
         await self._task
@@ -312,5 +339,5 @@ class _Leaving:
         if not self.on:
             return await self._engine.infer(request)
         error = NotReady("the server is ending", hint="ask another one")
-        self._refused(request.model if request.model in self._engine.names() else "", error)
+        self._refused(known_name(self._engine, request.model), error)
         raise error

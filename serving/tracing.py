@@ -29,7 +29,6 @@ import deploykit
 from deploykit.errors import DeploykitError, MissingDependencyError
 from deploykit.extras import require
 from deploykit.serving.grpc_messages import SERVICE
-from deploykit.serving.http_body import Disconnected, Slow
 from deploykit.serving.requests import InferResult, RequestError
 
 log = logging.getLogger("deploykit.serving")
@@ -275,8 +274,6 @@ def _end_http(span: Any, exc: BaseException | None, gone: bool) -> bool:
     status = 200 if exc is None else 500
     if isinstance(exc, RequestError):
         status = exc.http_status
-    elif isinstance(exc, (Slow, Disconnected)):
-        status = 408 if isinstance(exc, Slow) else 400
     span.set_attribute("http.response.status_code", status)
     return status >= 500
 
@@ -299,6 +296,4 @@ def _address(side: str, host: str, port: int | None) -> dict[str, Any]:
 def _outcome(exc: BaseException | None) -> str:
     if exc is None:
         return "ok"
-    if isinstance(exc, RequestError):
-        return exc.outcome
-    return "invalid" if isinstance(exc, (Slow, Disconnected)) else RequestError.outcome
+    return exc.outcome if isinstance(exc, RequestError) else RequestError.outcome

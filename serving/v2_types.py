@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.errors import ModelError
-from deploykit.extras import require
+from deploykit.extras import available, require
 from deploykit.serving.requests import InvalidRequest, TooLarge
 from deploykit.specs import Array, TensorSpec
 
@@ -186,8 +186,10 @@ def check_datatype(name: str, datatype: object) -> str:
     """The datatype of a tensor in a request.
 
     Raises:
-        InvalidRequest: There is no such one.
+        InvalidRequest: There is no such one, or no model can have it here.
     """
+    if datatype == "BF16" and not available("ml_dtypes"):
+        raise InvalidRequest(f"datatype of {shown(name)} is BF16", expected="that of a model that this server can run")
     if not isinstance(datatype, str) or datatype not in DTYPES:
         raise InvalidRequest(f"datatype of {shown(name)} is {shown(datatype)}", expected=f"one of {', '.join(DTYPES)}")
     return datatype

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import deploykit
-from deploykit.errors import WorkerError
+from deploykit.errors import WorkerError, first_line
 from deploykit.extras import require
 from deploykit.serving.arenas import Arena, ArenaFull, Joined, read, write
 from deploykit.serving.claims import Offers
@@ -147,14 +147,16 @@ class Lane:
 
         Raises:
             TooLarge: The tensors do not fit the arena.
+            Failed: There is no memory for them.
         """
-        number = self._free.popleft()
-        slot = self._slots[number]
+        slot = self._slots[self._free[0]]
         try:
             placed, total = write(slot.given, tensors)
         except ArenaFull as exc:
-            self._free.appendleft(number)
             raise TooLarge(str(exc)) from exc
+        except (OSError, MemoryError) as exc:
+            raise Failed(f"there is no memory for the request's tensors: {first_line(exc)}") from exc
+        number = self._free.popleft()
         self._offered += 1
         slot.done, slot.offer = done, self._offered
         self._order.append(number)
@@ -322,14 +324,14 @@ class Worker:
             async with asyncio.timeout(self._load_s):
                 found = await asyncio.shield(self.lanes[0].ready)
         except TimeoutError:
-            self.kill()
+            await self._end_at_once()
             raise WorkerError(
                 f"{self._job['path']} was not loaded and warm within {self._load_s:g} s",
                 hint="give it more time: --load-timeout",
             ) from None
         except asyncio.CancelledError:
             if not self._ended:  # it is we who are cancelled
-                self.kill()
+                await self._end_at_once()
                 raise
             raise await self._died() from None
         if "failed" in found:
@@ -342,6 +344,12 @@ class Worker:
         for lane in self.lanes:
             lane.warm(*ready["bytes"])
         return ready
+
+    async def _end_at_once(self) -> None:
+        """Nobody waits for what it loads: end it, so that neither a process nor a descriptor is left."""
+        self.kill()
+        self.close()
+        await self.wait()
 
     async def _died(self) -> WorkerError:
         code = await self.wait()

@@ -26,6 +26,8 @@ def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What is lost by a new version, SIGHUP, kill -9 of a worker, and SIGTERM, while clients ask."""
     deploykit.export(layers(folder / "layers.onnx", depth=4), folder / "made")
     shutil.copytree(folder / "made", folder / "net" / "1")
+    # Before anybody asks: what is made here would keep the clients from asking.
+    deploykit.export(layers(folder / "other.onnx", depth=3), folder / "next")
     x = np.random.default_rng(0).standard_normal((1, 1024)).astype(np.float32)
     request = infer_request("net", {"x": x})
     marks: dict[str, float] = {}
@@ -42,7 +44,6 @@ def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 yield
             yield from idle(load, 50)
             marks["SIGHUP"] = time.perf_counter()
-            deploykit.export(layers(folder / "other.onnx", depth=3), folder / "next")
             before = server.workers()
             (folder / "net" / "2").rename(folder / "old")
             (folder / "next").rename(folder / "net" / "2")
@@ -64,6 +65,8 @@ def faults(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         steps = events()
         started = time.perf_counter()
         load.closed(options.clients, options.patience, tick=lambda now: next(steps))
+        if "SIGTERM" not in marks:  # an event did not come: that is what is told, below
+            server.process.terminate()
         ended = server.process.wait(options.patience)
         for client in over_grpc:
             client.end()

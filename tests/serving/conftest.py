@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import pytest
 
 from deploykit.serving.requests import (
     Busy,
+    DeadlineExceeded,
     InferRequest,
     InferResult,
     InvalidRequest,
@@ -87,7 +89,7 @@ class FakeEngine:
             model("strided", (spec("x", "float32", "n", "m"),), (spec("y", "float32", "m", "n"), spec("z", "int64"))),
             lambda x: {"y": x.T, "z": np.array(7)},
         )
-        for name in ("slow", "bug", "busy", "lost", "loading"):
+        for name in ("slow", "bug", "busy", "lost", "loading", "unloaded"):
             self.add(model(name, (spec("x", "float32", "n"),), (spec("y", "float32", "n"),)), lambda x: {"y": x})
 
     def add(self, info: ModelInfo, function: Callable[..., dict[str, Any]]) -> None:
@@ -107,6 +109,8 @@ class FakeEngine:
         found = self.models.get(name)
         if found is None or version not in (None, *found.versions):
             raise UnknownModel(f"there is no model {name!r}" + (f" of version {version!r}" if version else ""))
+        if name == "unloaded":
+            raise NotReady("it is not loaded")
         return found
 
     def model_ready(self, name: str, version: str | None = None) -> bool:
@@ -130,11 +134,14 @@ class FakeEngine:
                 raise InvalidRequest(f"shape of {tensor.name} is {array.shape}", expected=str(tensor))
         if request.model == "slow":
             self.waiting.set()
+            left = 60.0 if request.deadline is None else request.deadline - time.monotonic()
             try:
-                await asyncio.sleep(60)
+                await asyncio.sleep(left)
             except asyncio.CancelledError:
                 self.cancelled.append(request.id)
                 raise
+            self.cancelled.append(request.id)
+            raise DeadlineExceeded("the time of the request ran out")
         failures = {
             "busy": Busy("the queue is full"),
             "lost": WorkerLost("the worker died"),

@@ -205,7 +205,9 @@ def test_what_did_not_reach_the_engine_is_told(channel, served):
     refused(channel, ask())
     refused(channel, ask(inputs=[tensor()], raw=[b""]))
     refused(channel, ask("nothing"), Code.NOT_FOUND)
-    assert served.engine.refused == [("nan", "InvalidRequest"), ("", "UnknownModel")]
+    refused(channel, ask("unloaded", [tensor()], [RAW]), Code.UNAVAILABLE)
+    told = [("nan", "InvalidRequest"), ("", "UnknownModel"), ("unloaded", "NotReady")]
+    assert served.engine.refused == told
 
 
 def test_the_repository_is_off_unless_asked_for(running, fake_engine):

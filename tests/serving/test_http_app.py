@@ -144,7 +144,9 @@ def test_what_did_not_reach_the_engine_is_told(served):
     served.engine.refused.clear()
     for model in ("nan", "nothing", "busy"):
         ask(served.port, "POST", f"/v2/models/{model}/infer", b"{}" if model == "nan" else X)
-    assert served.engine.refused == [("nan", "InvalidRequest"), ("", "UnknownModel")]
+    assert ask(served.port, "POST", "/v2/models/unloaded/infer", X)[0] == 503
+    told = [("nan", "InvalidRequest"), ("", "UnknownModel"), ("unloaded", "NotReady")]
+    assert served.engine.refused == told
 
 
 def test_methods_that_a_route_has_not_are_named(served):
@@ -295,6 +297,7 @@ def test_a_body_that_does_not_come(impatient, kind, first):
         sock.sendall(b"POST /v2/models/nan/infer HTTP/1.1\r\n" + kind + b"\r\n\r\n" + first)
         assert rest(sock) == (408, {"error": "the body did not arrive in time"}, "close")
         assert sock.recv(1) == b""
+    assert impatient.engine.refused[-1] == ("nan", "Slow")
 
 
 def test_many_slow_clients_hinder_nobody(impatient):
@@ -342,10 +345,11 @@ def test_a_client_that_goes_away_cancels_its_request(served):
 
 @pytest.mark.parametrize("sent", [b"", b"{", X[:-1]], ids=["nothing", "a byte", "all but one"])
 def test_a_client_that_goes_away_in_its_body_asks_nothing(served, sent):
-    before = len(served.engine.asked)
+    before, refused = len(served.engine.asked), len(served.engine.refused)
     with socket.create_connection(("127.0.0.1", served.port)) as sock:
         sock.sendall(b"POST /v2/models/nan/infer HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(X), sent))
         time.sleep(0.05)
+    until(lambda: ("nan", "Disconnected") in served.engine.refused[refused:])
     assert ask(served.port, "POST", "/v2/models/mean/infer", X)[0] == 400
     assert {request.model for request in served.engine.asked[before:]} <= {"mean"}
 

@@ -265,6 +265,15 @@ def test_no_limit_is_too_small_for_what_a_model_declares():
     assert of(TensorSpec("x", "float32", (1000,)), elements=10, body_bytes=10).elements == 1000
 
 
+def test_without_the_library_for_it_bfloat16_is_refused_and_no_fault_of_ours(monkeypatch):
+    monkeypatch.setattr("deploykit.serving.v2_types.available", lambda name: name != "ml_dtypes")
+    item = {"name": "x", "datatype": "BF16", "shape": [1], "data": [1.0]}
+    with pytest.raises(InvalidRequest, match="datatype of 'x' is BF16; expected that of a model"):
+        parse_request(
+            memoryview(json.dumps({"inputs": [item]}).encode()), None, model="m", version=None, limits=Limits()
+        )
+
+
 @pytest.mark.parametrize("text", ["[" * 2000, '{"a":' * 2000, "[" * 2_000_000], ids=["lists", "objects", "many"])
 def test_deep_json_is_refused(text):
     with pytest.raises(RequestError):

@@ -47,6 +47,17 @@ def test_everything_is_on_the_page_and_the_queue_apart_from_the_computing():
     assert [found[f"deploykit_{name}", ("net", "2")] for name in ("queue_depth", "in_flight", "workers")] == [3, 1, 4]
 
 
+def test_of_versions_that_are_gone_only_the_last_ones_are_told():
+    metrics = Metrics(lambda: [])
+    for version in range(1, 51):
+        metrics.of("net", str(version)).ran(1, 0.5)
+        metrics.gone("net", str(version))
+        metrics.of("net", "1").ran(1, 0.5)  # answers again
+    told = {labels[1] for name, labels in samples(metrics) if name == "deploykit_batch_rows_count"}
+    assert told == {"1", *map(str, range(50 - 32 + 1, 51))}
+    assert samples(metrics)["deploykit_batch_rows_count", ("net", "1")] == 51
+
+
 def test_a_version_that_comes_back_goes_on_counting():
     metrics = Metrics(lambda: [])
     metrics.of("net", "1").queue.observe(1.0)

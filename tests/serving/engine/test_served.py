@@ -243,6 +243,50 @@ def test_a_request_whose_time_runs_out_while_it_runs_is_told_so_and_the_lane_goe
     asyncio.run(run())
 
 
+def test_how_long_a_request_waited_counts_where_its_client_gave_up(fake):
+    async def run():
+        made = await fake()
+        tasks = [ask(made.served, n) for n in range(4)]
+        await settle()
+        for task in tasks[1:3]:  # one lies ready, one waits
+            task.cancel()
+        await settle()
+        assert made.served._metrics.queue.state()[0][-1] == ("+Inf", 2)
+        while made.lane.sent:
+            made.lane.answer()
+            await settle()
+        await asyncio.gather(tasks[0], tasks[3])
+        assert made.served._metrics.queue.state()[0][-1] == ("+Inf", 4)
+
+    asyncio.run(run())
+
+
+def test_a_batch_that_cannot_be_handed_on_is_told_so_and_nobody_else(fake, monkeypatch):
+    async def run():
+        made = await fake(max_batch=4)
+        first = ask(made.served, 0)
+        await settle()
+        tasks = [ask(made.served, n) for n in (1, 2, 3)]
+        send = made.lane.send
+
+        def some(tensors, done):
+            if any(part[0, 0] == 2 for part in tensors[0].parts):
+                raise ValueError("of these tensors")
+            return send(tensors, done)
+
+        monkeypatch.setattr(made.lane, "send", some)
+        await settle()
+        while made.lane.sent:
+            made.lane.answer()
+            await settle()
+        with pytest.raises(Failed, match="cannot be handed on: ValueError: of these tensors"):
+            await tasks.pop(1)
+        assert [float((await t).outputs["y"][0, 0]) for t in (first, *tasks)] == [0, 2, 6]
+        assert made.served.running == made.served.waiting == 0
+
+    asyncio.run(run())
+
+
 def test_every_request_has_an_end(fake):
     async def run():
         made = await fake(timeout_s=0.01)

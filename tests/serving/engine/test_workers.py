@@ -19,8 +19,8 @@ from deploykit.runtimes import RuntimeSettings
 from deploykit.serving.arenas import Joined
 from deploykit.serving.engine import ServingEngine
 from deploykit.serving.loaded import Options, Source, load, state_now
-from deploykit.serving.requests import InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
-from deploykit.serving.workers import Lane, Worker
+from deploykit.serving.requests import Failed, InferRequest, InvalidRequest, RequestError, TooLarge, WorkerLost
+from deploykit.serving.workers import DEPTH, Lane, Worker
 from deploykit.specs import Signature
 
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -263,6 +263,27 @@ def test_what_was_taken_back_never_runs_and_what_comes_in_its_place_does(models,
     asyncio.run(run())
 
 
+def test_a_request_for_which_there_is_no_memory_gives_its_slot_back(monkeypatch):
+    def none(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    async def run():
+        lane = Lane(2**20, nobody, nobody)
+        lane.begin()
+        with monkeypatch.context() as patched:
+            patched.setattr("deploykit.serving.workers.write", none)
+            for _ in range(DEPTH + 1):
+                with pytest.raises(Failed, match=r"no memory for the request's tensors: OSError: .*Cannot allocate"):
+                    lane.send([Joined("x", "float32", (X,))], nobody)
+        assert lane.spare and not lane.in_flight
+        for _ in range(DEPTH):
+            lane.send([Joined("x", "float32", (X,))], nobody)
+        assert lane.in_flight == DEPTH and not lane.spare
+        lane.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_the_memory_of_the_largest_batch_is_there_before_the_first_request(models, tmp_path, lanes):
     models.artifact(tmp_path / "net", models.scaled, 3.0)
@@ -315,6 +336,26 @@ def test_a_model_that_takes_too_long_to_load_is_given_up(models, tmp_path):
     models.scaled(tmp_path / "net.onnx", 2.0)
     with pytest.raises(WorkerError, match=r"not loaded and warm within 0\.001 s"):
         serve(tmp_path / "net.onnx", None, load_s=0.001)
+
+
+@pytest.mark.parametrize("how", ["late", "cancelled"])
+def test_of_a_load_that_is_given_up_neither_a_process_nor_a_descriptor_is_left(models, tmp_path, how):
+    models.scaled(tmp_path / "net.onnx", 2.0)
+    given = job(tmp_path / "net.onnx")
+
+    async def run():
+        before = descriptors()
+        worker = Worker(given, 1, 2**20, 0.001 if how == "late" else 60.0, nobody, nobody)
+        loading = asyncio.ensure_future(worker.start())
+        await asyncio.sleep(0)
+        if how == "cancelled":
+            loading.cancel()
+        with pytest.raises(asyncio.CancelledError if how == "cancelled" else WorkerError):
+            await loading
+        assert worker.pid and not is_alive(worker.pid)  # which a process is that nobody has waited for
+        assert descriptors() == before
+
+    asyncio.run(run())
 
 
 def test_what_lies_where_the_server_was_started_is_not_imported(models, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import deploykit
 from deploykit.artifact import Artifact
 from deploykit.errors import OutputExistsError, PackageError
 from deploykit.runtimes import RuntimeSettings
+from deploykit.serving.loaded import Options
 from deploykit.serving.package_lock import (
     FORBIDDEN,
     check_lock,
@@ -33,7 +34,8 @@ from deploykit.serving.package_lock import (
     resolve,
 )
 from deploykit.serving.package_plan import TargetOptions
-from deploykit.serving.package_wheel import PACKAGES
+from deploykit.serving.package_wheel import find_packages
+from deploykit.serving.servers import Places
 from deploykit.serving.yaml_text import dump
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -127,6 +129,15 @@ def test_a_base_without_its_digest_is_refused(artifact: Any, tmp_path: Path, loc
             artifact().path, tmp_path / "out", target="docker", options=TargetOptions(lock=lock, base_image=base)
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_whoever_ends_the_server_waits_until_the_last_request_is_answered(bundle: Any) -> None:
+    service = yaml.safe_load((bundle.path / "compose.yaml").read_text(encoding="utf-8"))["services"]["net"]
+    deployment = next(yaml.safe_load_all((bundle.path / "kubernetes.yaml").read_text(encoding="utf-8")))
+    seconds = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert service["stop_grace_period"] == f"{seconds}s"
+    assert "--timeout" not in json.loads(dict(steps(bundle.path / "Dockerfile"))["ENTRYPOINT"])
+    assert seconds > Options().timeout_s + 2 * Places().linger_s
 
 
 def test_compose_shuts_the_service_in(bundle: Any) -> None:
@@ -290,20 +301,44 @@ def test_a_report_without_hashes_is_refused() -> None:
 
 def test_the_wheel_holds_every_package(bundle: Any) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert list(PACKAGES) == project["tool"]["setuptools"]["packages"]
+    packages = project["tool"]["setuptools"]["packages"]
     (wheel,) = (bundle.path / "wheels").iterdir()
     with zipfile.ZipFile(wheel) as archive:
         assert archive.testzip() is None
         names = set(archive.namelist())
         meta = Parser().parsestr(archive.read("deploykit_ml-0.1.0.dist-info/METADATA").decode())
     folders = project["tool"]["setuptools"]["package-dir"]
-    for package in PACKAGES:
+    for package in packages:
         folder = ROOT / folders.get(package, package.replace(".", "/"))
         for path in folder.glob("*.py"):
             assert f"{package.replace('.', '/')}/{path.name}" in names
     assert {"deploykit/py.typed", "deploykit/targets.toml"} <= names
     assert meta["Version"] == deploykit.__version__ == project["project"]["version"]
     assert not any("suite" in name for name in names)
+    held = {name.rpartition("/")[0].replace("/", ".") for name in names if name.endswith("/__init__.py")}
+    assert held == set(packages)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["installed", "a checkout"])
+def test_a_new_package_is_found_wherever_it_lies(tmp_path: Path, inside: bool) -> None:
+    home = tmp_path / "deploykit"
+    tops = {"deploykit": home} if inside else {"deploykit": home, "deploykit.runtimes": tmp_path / "runtimes"}
+    runtimes = home / "runtimes" if inside else tmp_path / "runtimes"
+    folders = {
+        "deploykit": home, "deploykit.cli": home / "cli", "deploykit.cli.deep": home / "cli" / "deep",
+        "deploykit.runtimes": runtimes, "deploykit.runtimes.new": runtimes / "new",
+    }  # fmt: skip
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+    for other in (home / "cli" / "__pycache__", runtimes / "suite", tmp_path / "tests"):
+        other.mkdir()
+        (other / "module.py").touch()
+    assert find_packages(tops) == folders
+
+
+def test_a_model_of_bfloat16_brings_what_numpy_lacks() -> None:
+    assert set(needed("ort", ".onnx", {"float32", "bfloat16"})) - set(needed("ort")) == {"ml-dtypes"}
 
 
 def test_the_same_sources_give_the_same_wheel(bundle: Any, artifact: Any, tmp_path: Path, lock: Path) -> None:

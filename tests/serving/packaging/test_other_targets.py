@@ -344,6 +344,12 @@ def test_the_service_is_python_without_faults(artifact: Any, tmp_path: Path) -> 
     assert bento["service"] == "service:Model"
 
 
+def test_bentoml_takes_threads_by_the_name_that_they_were_tuned_by(artifact: Any, tmp_path: Path) -> None:
+    RuntimeSettings("ort:cpu", threads=2, settings={"intra_op_num_threads": 3}).save(tmp_path / "t.json")
+    bundle = deploykit.package(artifact().path, tmp_path / "out", target="bentoml", settings=tmp_path / "t.json")
+    assert "\nTHREADS = 3\n" in (bundle.path / "service.py").read_text(encoding="utf-8")
+
+
 def test_bentoml_refuses_names_that_are_no_tags(artifact: Any, tmp_path: Path) -> None:
     with pytest.raises(PackageError, match="name of a Bento"):
         deploykit.package(artifact().path, tmp_path / "out", target="bentoml", name="Net")
