@@ -53,6 +53,8 @@ class Dataset:
         rows: Makes a reader of any rows, for one thread; None where the source can only be read from its beginning.
         scalings: How stored values become those that are given, by array.
         dtypes: Of the arrays that have a scaling, as stored.
+        column: Called with a name and the batch size: yields one array alone, as stored; None where arrays can only be
+            read together.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Dataset:
         rows: Callable[[], Rows] | None = None,
         scalings: Mapping[str, Scaling] | None = None,
         dtypes: Mapping[str, str] | None = None,
+        column: Callable[[str, int], Iterator[Array]] | None = None,
     ) -> None:
         self.source = source
         self.length = length
@@ -73,6 +76,7 @@ class Dataset:
         self._batches = batches
         self._rows = rows
         self._dtypes = dict(dtypes or {})
+        self._column = column
 
     @classmethod
     def open(cls, source: str | Path) -> Dataset:
@@ -155,6 +159,18 @@ class Dataset:
             if done == len(wanted):
                 return
         raise DataError(f"{self.source} holds {first} samples", expected=f"more than {int(wanted[-1])}")
+
+    def column(self, name: str, size: int) -> Iterator[Array]:
+        """One of `names` in batches, as stored; where it lies by itself, nothing else is read.
+
+        Raises:
+            DataError: The source fails while it is read.
+        """
+        if self._column is not None:
+            yield from self._column(name, size)
+            return
+        for batch in self._batches(size):
+            yield batch[name]
 
     def stored(self) -> Dataset:
         """The same data as they are stored, without their scalings."""
@@ -247,9 +263,14 @@ def _from_store(path: Path) -> Dataset:
         for start in range(0, length, size):
             yield read(start, min(start + size, length))
 
+    def column(name: str, size: int) -> Iterator[Array]:
+        read = store.rows((name,))
+        for start in range(0, length, size):
+            yield read(start, min(start + size, length))[name]
+
     return Dataset(
         str(path), batches, length=length, names=tuple(store.arrays), rows=store.rows, scalings=scalings,
-        dtypes={name: store.arrays[name].dtype.name for name in scalings},
+        dtypes={name: store.arrays[name].dtype.name for name in scalings}, column=column,
     )  # fmt: skip
 
 
@@ -307,8 +328,9 @@ def _from_npz(path: Path) -> Dataset:
         ) from exc
     length = _common_length(str(path), members)
     return Dataset(
-        str(path), lambda size: _npz_batches(path, members, length, size), length=length, names=tuple(members)
-    )
+        str(path), lambda size: _npz_batches(path, members, length, size), length=length, names=tuple(members),
+        column=lambda name, size: (b[name] for b in _npz_batches(path, {name: members[name]}, length, size)),
+    )  # fmt: skip
 
 
 def _npz_batches(path: Path, members: Mapping[str, _Member], length: int, size: int) -> Iterator[dict[str, Array]]:
@@ -365,11 +387,15 @@ def _from_function(text: str) -> Dataset:
 
 
 def _regroup(source: str, groups: Iterable[Any], size: int) -> Iterator[dict[str, Array]]:
-    """Cut what a function yields into pieces of at most ``size``; pieces never cross what was yielded as one."""
+    """Cut what a function yields into pieces of at most ``size``; pieces never cross what was yielded as one.
+
+    They are copies where more may come: the function may fill the same arrays again.
+    """
+    make = np.asarray if isinstance(groups, list) else np.array
     for group in groups:
         if not isinstance(group, Mapping):
             raise DataError(f"{source} yielded {type(group).__name__}", expected="dictionaries of arrays")
-        arrays = {str(k): np.asarray(v) for k, v in group.items()}
+        arrays = {str(k): make(v) for k, v in group.items()}
         yield from _slices(arrays, _common_length(source, arrays), size)
 
 

@@ -29,7 +29,7 @@ DEFAULT_SECONDS = 6.0
 SMALLEST_MS = 0.3
 _ROUNDS = 3
 # Noise hid a difference where a tie is this far from 1: then as many rounds as this decide.
-_MORE_ROUNDS, _UNCLEAR = 9, 0.05
+MORE_ROUNDS, _UNCLEAR = 9, 0.05
 # The reference, once more the reference, and the candidate.
 _RUNS = 3
 _WARMUP_SHARE = 0.25
@@ -111,39 +111,61 @@ def time_against_parent(
     Returns:
         One JSON-ready record a device: `verdict` is "faster", "slower", "tie", "failed" or "not timed".
     """
-    records: list[dict[str, Any]] = []
+    return [time_on(device, parent, model, gate, feeds, origin) for device in gate.devices]
+
+
+def time_on(
+    device: Device,
+    parent: LoadedModel,
+    model: Path,
+    gate: Gate,
+    feeds: Sequence[Feeds],
+    origin: str,
+    rounds: int = _ROUNDS,
+) -> dict[str, Any]:
+    """Time a model against its parent on one device.
+
+    Args:
+        device: One of the gate's, among which its seconds are shared out.
+        parent: As for `time_against_parent`, and so are the following.
+        model: See there.
+        gate: See there.
+        feeds: See there.
+        origin: See there.
+        rounds: `MORE_ROUNDS` where noise hid what had to be told.
+
+    Returns:
+        One record of `time_against_parent`.
+    """
     seconds = max(_SHORTEST_S, gate.seconds / max(1, len(gate.devices)) / _ROUNDS / _RUNS)
     warmup = seconds * _WARMUP_SHARE
     settings = Settings(
-        rounds=_ROUNDS, seconds=seconds - warmup, warmup_s=warmup, min_cosine=-1.0, inputs=origin, max_drop=1.0
+        rounds=rounds, seconds=seconds - warmup, warmup_s=warmup, min_cosine=-1.0, inputs=origin, max_drop=1.0
     )
-    for device in gate.devices:
-        record = {"device": str(device), "against": parent.digest}
-        records.append(record)
+    record: dict[str, Any] = {"device": str(device), "against": parent.digest}
+    try:
+        alone = quick_ms(parent.path, device, feeds) if gate.seconds > 0 else 0.0
         if gate.seconds <= 0:
             record |= {"verdict": "not timed", "reason": "--gate-seconds 0"}
-            continue
-        try:
-            alone = quick_ms(parent.path, device, feeds)
-            if alone < SMALLEST_MS:
-                reason = f"too small: the parent runs in {alone:.3f} ms, less than {SMALLEST_MS:g} ms"
-                record |= {"verdict": "not timed", "reason": reason}
-                continue
-            pair = [
+        elif alone < SMALLEST_MS:
+            reason = f"too small: the parent runs in {alone:.3f} ms, less than {SMALLEST_MS:g} ms"
+            record |= {"verdict": "not timed", "reason": reason}
+        else:
+            old, new = (
                 Candidate(name, str(path), str(device), parent.digest, size)
                 for name, path, size in (
                     ("parent", parent.path, parent.size_bytes),
                     ("quantized", model, model_bytes(model)),
                 )
-            ]
-            found = time_pair(pair[0], pair[1], feeds, settings)
+            )
+            found = time_pair(old, new, feeds, settings)
             accepted = gate.allow_slower or gate.tie_allowed
             if found["verdict"] == "tie" and abs(found["ratio"] - 1) > _UNCLEAR and not accepted:
-                found = time_pair(pair[0], pair[1], feeds, replace(settings, rounds=_MORE_ROUNDS))
+                found = time_pair(old, new, feeds, replace(settings, rounds=max(rounds, MORE_ROUNDS)))
             record |= found
-        except DeploykitError as exc:
-            record |= {"verdict": "failed", "reason": exc.what}
-    return [record | {"summary": _in_words(record)} for record in records]
+    except DeploykitError as exc:
+        record |= {"verdict": "failed", "reason": exc.what}
+    return record | {"summary": _in_words(record)}
 
 
 def time_pair(parent: Candidate, model: Candidate, feeds: Sequence[Feeds], settings: Settings) -> Mapping[str, Any]:

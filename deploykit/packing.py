@@ -21,12 +21,14 @@ import numpy as np
 
 from deploykit.data import LABELS, Dataset
 from deploykit.errors import DataError
+from deploykit.extras import require
 from deploykit.listing import CHECKED, SELECTION, DataSummary, show_data
 from deploykit.progress import Progress
 from deploykit.scaling import Scaling
 from deploykit.specs import Array
 from deploykit.staging import check_free, staged, staged_file
-from deploykit.zarr_writer import Layout, StoreWriter
+from deploykit.zarr_format import EXTRA
+from deploykit.zarr_writer import Layout, StoreWriter, check_alike, storable
 
 # What is read at once; the writer cuts it as it needs.
 _BATCH_BYTES = 2**22
@@ -116,8 +118,7 @@ def pack_data(
         MissingDependencyError: The extra "data" is not installed.
     """
     told = progress or Progress()
-    check_suffix(output, ".zarr")
-    check_free(Path(output))
+    check_output(output, ".zarr")
     if normalization is not None:
         normalization.check()
     layout = layout or Layout()
@@ -209,14 +210,32 @@ class _Half:
 # --- samples of a dataset --------------------------------------------------------------------------------------------
 
 
-def check_suffix(output: str | Path, *suffixes: str) -> None:
-    """Refuse an output whose name does not say what it is.
+def check_output(output: str | Path, *suffixes: str) -> None:
+    """Refuse an output that cannot be written, before the work is done.
 
     Raises:
-        DataError: It ends otherwise.
+        DataError: Its name does not say what it is.
+        OutputExistsError: Something is there.
+        MissingDependencyError: It is a store, and the extra "data" is not installed.
     """
     if Path(output).suffix not in suffixes:
         raise DataError(f"cannot write {output}", expected=f"a name that ends in {' or '.join(suffixes)}")
+    check_free(Path(output))
+    if Path(output).suffix == ".zarr":
+        require("zarr", extra=EXTRA)
+
+
+def check_samples(first: Mapping[str, Array], output: str | Path) -> None:
+    """Refuse samples that cannot be written to an output.
+
+    Raises:
+        DataError: An array is of a type that cannot be stored there.
+    """
+    for name, array in first.items():
+        if Path(output).suffix == ".zarr":
+            storable(name, array.dtype)
+        elif array.dtype.hasobject:
+            raise DataError(f"array {name!r} holds Python objects", hint="convert it: .astype('U32') for text")
 
 
 def write_samples(
@@ -235,7 +254,7 @@ def write_samples(
         DataError: The source fails, or cannot be stored.
         OutputExistsError: Something is at the output.
     """
-    check_suffix(output, ".zarr", ".npz")
+    check_output(output, ".zarr", ".npz")
     if Path(output).suffix == ".zarr":
         stored = dataset.stored()
         with staged(output) as folder:
@@ -268,15 +287,15 @@ def _mapped(batches: Iterable[Mapping[str, Array]], count: int, folder: Path) ->
     paths: dict[str, Path] = {}
     for start, batch in _numbered(batches):
         if not maps:
+            check_samples(batch, "samples.npz")
             for number, (name, array) in enumerate(batch.items()):
-                if array.dtype.hasobject:
-                    raise DataError(f"array {name!r} holds Python objects", hint="convert it: .astype('U32') for text")
                 paths[name] = folder / f"{number}.npy"
                 shape = (count, *array.shape[1:])
                 maps[name] = np.lib.format.open_memmap(paths[name], mode="w+", dtype=array.dtype, shape=shape)
-        if batch.keys() != maps.keys() or any(a.shape[1:] != maps[n].shape[1:] for n, a in batch.items()):
-            raise DataError("samples do not fit together", expected="the same names and shapes in every batch")
+        if batch.keys() != maps.keys():
+            raise DataError("samples do not fit together", expected="the same names in every batch")
         for name, array in batch.items():
+            check_alike(name, array, maps[name].dtype, maps[name].shape[1:])
             maps[name][start : start + len(array)] = array
     for array in maps.values():
         array.flush()

@@ -11,7 +11,7 @@ from deploykit.artifact import TORCH, Artifact
 from deploykit.errors import ExportError, OptimizationError
 from deploykit.exporters.pytorch import TorchSource
 from deploykit.extras import require, version_of
-from deploykit.optimizers.pruning import Masks, Pruned, changed_attributes, restore_structure
+from deploykit.optimizers.pruning import Masks, Pruned, changed_attributes, count_zeros, restore_structure
 from deploykit.progress import Progress, quiet
 
 WEIGHTS, STRUCTURE, PROGRAM = "model.safetensors", "structure.json", "program.pt2"
@@ -30,12 +30,14 @@ def write_torch(source: TorchSource, folder: Path, before: Mapping[str, Any], lo
     torch = require("torch", extra="prune")
     folder.mkdir()
     module = source.module
-    saved: dict[int, str] = {}
-    kept = {}
-    for name, tensor in module.state_dict().items():
-        # safetensors holds no tensor twice; `restore` finds tied ones in the module that it is given.
-        if saved.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), name) == name:
-            kept[name] = tensor.detach().contiguous()
+    state = module.state_dict()
+    kept = {
+        # safetensors holds no tensor twice, and none that shares memory; `restore` ties again what is tied.
+        name: tensor.detach().clone().contiguous()
+        for named in (module.named_parameters(), module.named_buffers())
+        for name, tensor in named
+        if name in state
+    }
     require("safetensors.torch", extra="prune").save_file(kept, str(folder / WEIGHTS))
     text = {"class": type(module).__qualname__, "changed": changed_attributes(before, module)}
     (folder / STRUCTURE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
@@ -90,11 +92,15 @@ def structured_params(done: Pruned) -> dict[str, Any]:
     }
 
 
-def sparse_params(masks: Masks) -> dict[str, Any]:
-    """What the lineage keeps of weights that were set to zero."""
+def sparse_params(masks: Masks, module: Any) -> dict[str, Any]:
+    """What the lineage keeps of weights that were set to zero, counted in the module as it is now."""
+    found = count_zeros(module, masks)
     return {
-        "sparsity": round(masks.sparsity, 4),
-        "layers": {name: round(share, 4) for name, share in masks.layers().items()},
+        "sparsity": round(found.count / found.weights, 6),
+        "zeros": found.count,
+        "weights": found.weights,
+        "parameters": found.parameters,
+        "layers": {name: round(zeros / total, 4) for name, (zeros, total) in found.layers.items()},
         "kept": dict(masks.left),
     }
 

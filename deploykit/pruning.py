@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,34 +9,42 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deploykit.artifact import TORCH, Artifact, Evidence, StepRecord
-from deploykit.benchmarks.metrics import check_metric
 from deploykit.comparing import find_targets
 from deploykit.data import LABELS, Dataset
-from deploykit.errors import AccuracyError, DataError, OptimizationError, SpeedError
+from deploykit.errors import AccuracyError, OptimizationError, SpeedError
 from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
 from deploykit.extras import require
-from deploykit.gating import DEFAULT_SECONDS, Gate, check_speed, time_against_parent
+from deploykit.finetuning import work_folder
+from deploykit.gating import DEFAULT_SECONDS, MORE_ROUNDS, Gate, check_speed, time_against_parent, time_on
 from deploykit.goals import Goal, Judge, Score, read_drop
 from deploykit.graph_exporting import MODEL, export_graph
 from deploykit.latency import Stopwatch
 from deploykit.optimizers.pruning import (
     Aim,
+    Masks,
+    Probe,
+    Progressed,
     PruneConfig,
     Subject,
     attributes_of,
-    check_prune_config,
+    check_keep,
     make_sparse,
     prune_structured,
+    refuse_recurrent,
 )
 from deploykit.optimizers.pruning.sparse import NOTE
-from deploykit.optimizers.training import Supervised, TrainConfig, check_train_config, first_output, train
+from deploykit.optimizers.training import Supervised, TrainConfig, first_output, train
 from deploykit.optimizers.training.config import LOSS
 from deploykit.optimizers.training.losses import CLASSIFIERS, are_probabilities
 from deploykit.optimizers.training.outputs import tensors_of
 from deploykit.progress import Progress, quiet
+from deploykit.prune_folder import PruneFolder
+from deploykit.prune_request import TOLERANCE, SpeedTarget, check_request
 from deploykit.pruned import restore, sparse_params, structured_params, tools_used, write_torch
 from deploykit.runtimes import Device
 from deploykit.staging import ArtifactWriter, check_free
@@ -48,35 +55,12 @@ __all__ = ["prune", "restore"]
 
 _LOG = "export.log"
 _WORK = ".work"
-_TOLERANCE = 0.05
 # Rows that the sensitivity of the groups, and the gradient, are measured on.
 _ROWS, _BATCH = 128, 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """How fast the result has to be; neither where a ratio is asked for.
-
-    Attributes:
-        speedup: Times as fast as the module as it is.
-        latency_ms: Milliseconds a request.
-    """
-
-    speedup: float | None
-    latency_ms: float | None
-
-    @property
-    def asked(self) -> bool:
-        return self.speedup is not None or self.latency_ms is not None
-
-    def describe(self) -> str:
-        return f"{self.speedup:g}x" if self.speedup is not None else f"{self.latency_ms:g} ms"
-
-    def reached(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record of the gate is within 5 % of it, or faster."""
-        if self.speedup is not None:
-            return bool(record["ratio"] >= self.speedup * (1 - _TOLERANCE))
-        return bool(record["ms"] <= (self.latency_ms or 0.0) * (1 + _TOLERANCE))
+# Rows that are read at once, to find those.
+_READ = 256
+# What of a step is kept as it is.
+_KEPT = ("ratio", "changed", "weights", "sensitivity")
 
 
 def prune(
@@ -95,6 +79,7 @@ def prune(
     devices: Sequence[str | Device] = (),
     allow_slower: bool = False,
     gate_seconds: float = DEFAULT_SECONDS,
+    resume: bool = False,
     dynamic: Sequence[str] = (),
     inputs: Sequence[str] = (),
     dims: Mapping[str, int] | None = None,
@@ -115,6 +100,10 @@ def prune(
     against the module as it was. What it can be trained on from stands beside it in the artifact's `torch/`: weights,
     structure (see `restore`), and a program of `torch.export`.
 
+    Where it trains, a folder beside the output, `OUTPUT.training`, holds how far it is. After a crash, an interrupt, or
+    an error behind the training (a target that was missed on a busy machine), ``resume`` goes on with it; it goes when
+    the artifact stands.
+
     Args:
         source: `file.py:factory`, `package.module:factory` or a Hugging Face model directory; or a torch module of this
             process, of which a copy is taken.
@@ -132,6 +121,7 @@ def prune(
             decides about a speed-up or a latency.
         allow_slower: Keep a result that is not faster, or that misses its target; the evidence says so.
         gate_seconds: Timed seconds of the proof; 0 for none.
+        resume: Go on with the pruning beside the output, where there is one.
         dynamic: See `export`.
         inputs: See `export`.
         dims: See `export`.
@@ -152,13 +142,20 @@ def prune(
         DataError: The data do not fit.
         ExportError: No way leads to ONNX.
         ParityError: The exported graph gave other numbers than the pruned module.
-        OutputExistsError: The output is taken.
+        OutputExistsError: The output is taken, or a pruning is beside it and ``resume`` is not given.
+        KeyboardInterrupt: Interrupted; how far it was is kept.
     """
-    asked, target = config or PruneConfig(), _Target(speedup, latency_ms)
-    _check_request(asked, target, data, eval_data, training, metric, max_drop, gate_seconds)
+    asked, target = config or PruneConfig(), SpeedTarget(speedup, latency_ms)
+    check_request(asked, target, data, eval_data, training, metric, max_drop, gate_seconds)
     check_free(Path(output))
+    folder = PruneFolder(work_folder(Path(output))) if training is not None else None
+    if folder is not None:
+        folder.check(resume=resume)
+    elif resume:
+        raise OptimizationError("nothing to go on with: there is no training", hint="leave --resume out")
     targets, held = find_targets(devices), parse_targets(contract)
-    choose_opset(held, opset, DEFAULT_OPSET)
+    # What is timed on the way is written for the contracts, like the result.
+    opset = choose_opset(held, opset, DEFAULT_OPSET)
     require("torch", extra="prune")
     if asked.method == "structured":
         require("torch_pruning", extra="prune")
@@ -166,59 +163,20 @@ def prune(
         tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), None, task, part, timeout_s
     )
     gate = Gate(targets[0], targets[1], target.asked, allow_slower, seconds=gate_seconds)
-    job = _Job(asked, target, training, metric or "accuracy", max_drop, gate, options, held, progress or Progress())
-    with undisturbed():
-        return job.run(source, example_inputs, Path(output), targets, data, eval_data, unverified=allow_unverified)
-
-
-def _check_request(
-    config: PruneConfig,
-    target: _Target,
-    data: Any,
-    eval_data: Any,
-    training: TrainConfig | None,
-    metric: str | None,
-    max_drop: float | str | None,
-    gate_seconds: float,
-) -> None:
-    """Refuse what contradicts itself, before anything is loaded.
-
-    Raises:
-        OptimizationError: It does.
-        DataError: A metric is unknown, or has no data.
-    """
-    check_prune_config(config)
-    goals = [config.ratio is not None, target.speedup is not None, target.latency_ms is not None]
-    if config.method == "structured" and sum(goals) != 1:
-        raise OptimizationError(
-            "one goal is needed, and "
-            + (" and ".join(n for n, g in zip(_GOALS, goals, strict=True) if g) or "none is given"),
-            expected=f"one of {', '.join(_GOALS)}",
-        )
-    if config.method != "structured" and target.asked:
-        raise OptimizationError(
-            f"{config.method} cannot be aimed at a latency: {NOTE}", hint="use --method structured for speed"
-        )
-    if config.method == "magnitude" and config.ratio is None:
-        raise OptimizationError("magnitude pruning needs a share of zeros", hint="add --ratio 0.8")
-    for name, value, least in (("speed-up", target.speedup, 1.0), ("latency", target.latency_ms, 0.0)):
-        if value is not None and not least < value < math.inf:
-            raise OptimizationError(f"a {name} of {value:g}", expected=f"more than {least:g}")
-    if target.asked and gate_seconds <= 0:
-        raise OptimizationError("a speed that is not measured", hint="leave --gate-seconds out")
-    if training is not None:
-        check_train_config(training)
-        if data is None:
-            raise OptimizationError("a recovery needs training data", hint="add --data DATA")
-    if metric is not None:
-        check_metric(metric)
-    if eval_data is None and (metric is not None or max_drop is not None):
-        raise DataError("a metric needs evaluation data", expected="inputs and labels", hint="add --eval DATA")
-    if max_drop is not None:
-        read_drop(max_drop)
-
-
-_GOALS = ("--ratio", "--speedup", "--latency-ms")
+    told = progress or Progress()
+    job = _Job(asked, target, training, metric or "accuracy", max_drop, gate, options, held, folder, told)
+    try:
+        with undisturbed():
+            artifact = job.run(
+                source, example_inputs, Path(output), targets, data, eval_data, unverified=allow_unverified
+            )
+    except BaseException:
+        if folder is not None:
+            folder.leave(told)
+        raise
+    if folder is not None:
+        folder.discard()
+    return artifact
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,13 +184,14 @@ class _Job:
     """What is asked for, and the steps that do it."""
 
     config: PruneConfig
-    target: _Target
+    target: SpeedTarget
     training: TrainConfig | None
     metric: str
     max_drop: float | str | None
     gate: Gate
     options: ExportOptions
     held: Sequence[Target]
+    folder: PruneFolder | None
     told: Progress
 
     def run(
@@ -253,14 +212,17 @@ class _Job:
             work.mkdir()
             with told.step(f"load {given}" if isinstance(given, str | Path) else "load the module"), quiet(log):
                 model = open_trainable(given, examples, self.options)
+            check_keep(model.module, self.config.keep)
+            if self.config.method == "structured":
+                refuse_recurrent(model.module, self.config.keep)
             source = model.source
             rows = None if data is None else model.fit(Dataset.open(data))
             held_out = None if eval_data is None else model.fit(Dataset.open(eval_data))
             timed = self.gate.seconds > 0 or held_out is not None
-            watch = Stopwatch(source, work, log, rows, told) if timed else None
+            watch = Stopwatch(source, work, log, rows, told, self.held) if timed else None
             judge = self._judge(watch, targets[0][0], held_out, work)
             before = attributes_of(model.module)
-            done = self._prune(model, rows, held_out, watch, work)
+            done = self._prune(model, rows, held_out, watch, self._params(data, eval_data))
             source.observe()
             exported = export_graph(
                 source, writer.dir, model.label, self.options, targets, self.held, time.monotonic(), told,
@@ -300,59 +262,100 @@ class _Job:
             return Judge(watch.original.path, watch.original.signature, device, data, goal, folder)
 
     def _prune(
-        self, model: Trainable, rows: Dataset | None, held_out: Dataset | None, watch: Stopwatch | None, work: Path
+        self,
+        model: Trainable,
+        rows: Dataset | None,
+        held_out: Dataset | None,
+        watch: Stopwatch | None,
+        plan: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Prune the source's module in place; what the lineage keeps of it."""
-        metrics: list[float | None] = []
+        folder = self.folder
+        begun = None if folder is None else folder.begin({"source": model.label, **plan}, model.module)
+        metrics: list[float | None] = [] if begun is None else list(begun["recovered"])
+        if begun is not None:
+            self.told.note(f"the pruning goes on with the training of step {begun['step']} of {self.config.steps}")
 
         def recover(module: Any, step: int, hold: Callable[..., None] | None = None) -> None:
-            assert rows is not None and self.training is not None
+            assert rows is not None and self.training is not None and folder is not None
             config = replace(self.training, metric=LOSS if held_out is None else self.metric)
-            try:
-                trained = train(
-                    module, rows, config, work / f"recovery-{step}", eval_data=held_out,
-                    score=None if held_out is None else find_score(self.metric), feed=model.feed, after_step=hold,
-                    progress=self.told,
-                )  # fmt: skip
-            except KeyboardInterrupt:
-                self.told.note("a pruning that was interrupted begins anew: nothing of it was kept")
-                raise
+            trained = train(
+                module, rows, config, folder.recovery(step), eval_data=held_out,
+                score=None if held_out is None else find_score(self.metric), feed=model.feed, after_step=hold,
+                resume=True, progress=self.told,
+            )  # fmt: skip
             metrics.append(trained.metric)
 
         if self.training is None:
             self.told.note("the weights are not trained again after the pruning; accuracy is likely to be lost")
         again = recover if self.training is not None else None
         if self.config.method != "structured":
-            masks = make_sparse(model.module, self.config, again)
+            masks = make_sparse(model.module, self.config, again, **self._steps_of_zeros(model.module, begun, metrics))
             self.told.note(NOTE)
-            return {**sparse_params(masks), "recovered": metrics}
+            return {**sparse_params(masks, model.module), "recovered": metrics}
         examples = tensors_of(model.source.examples, "cpu")
-        subject = Subject(model.module, examples, model.feed, self.config.keep)
+        # The smallest of those that the export is compared on.
+        cases = [case.feeds for case in model.source.cases[1:]]
+        others = [tensors_of(min(cases, key=lambda feeds: sum(a.size for a in feeds.values())), "cpu")] if cases else []
+        subject = Subject(model.module, examples, model.feed, self.config.keep, tuple(others))
+        sample = [] if rows is None else _sample(rows)
         done = prune_structured(
-            subject, self.config, aim=self._aim(watch), losses=self._losses(rows, model.feed),
-            batches=_batches(rows, model.names), recover=again, told=self.told,
+            subject, self.config, aim=self._aim(watch), losses=self._losses(sample, model.feed),
+            batches=[{name: batch[name] for name in model.names} for batch in sample], recover=again, told=self.told,
+            **self._steps_of_channels(begun, metrics),
         )  # fmt: skip
         return {**structured_params(done), "recovered": metrics}
+
+    def _steps_of_zeros(self, module: Any, begun: Mapping[str, Any] | None, metrics: list[Any]) -> dict[str, Any]:
+        """What `make_sparse` goes on from, and what keeps its steps."""
+        folder = self.folder
+        if folder is None:
+            return {}
+        if begun is not None:
+            module.load_state_dict(begun["weights"])
+
+        def keep(step: int, masks: Masks) -> None:
+            state = {"weights": module.state_dict(), "masks": dict(masks.kept), "recovered": list(metrics)}
+            folder.keep(step, state)
+
+        return {"keep": keep, "begun": None if begun is None else (begun["step"], begun["masks"])}
+
+    def _steps_of_channels(self, begun: Mapping[str, Any] | None, metrics: list[Any]) -> dict[str, Any]:
+        """What `prune_structured` goes on from, and what keeps its steps."""
+        folder = self.folder
+        if folder is None:
+            return {}
+
+        def keep(now: Progressed) -> None:
+            state = {name: getattr(now, name) for name in _KEPT}
+            probes = [(probe.ratio, probe.ms) for probe in now.probes]
+            folder.keep(now.step, {**state, "probes": probes, "recovered": list(metrics)})
+
+        if begun is None:
+            return {"keep": keep}
+        told = {name: begun[name] for name in _KEPT}
+        probes = tuple(Probe(ratio, ms) for ratio, ms in begun["probes"])
+        return {"keep": keep, "begun": Progressed(step=begun["step"], probes=probes, **told)}
 
     def _aim(self, watch: Stopwatch | None) -> Aim | None:
         if not self.target.asked or watch is None:
             return None
         absolute = self.target.latency_ms is not None
         with self.told.step("time the module as it is"):
-            start = watch.begin(self.gate.devices[0], self.gate.seconds, absolute=absolute)
+            start = watch.begin(self.gate, absolute=absolute)
         wanted = self.target.latency_ms if self.target.latency_ms is not None else start / (self.target.speedup or 1.0)
-        return Aim(wanted, start, watch.measure, watch.confirm, _TOLERANCE, required=not self.gate.allow_slower)
+        return Aim(wanted, start, watch.measure, watch.confirm, TOLERANCE, required=not self.gate.allow_slower)
 
-    def _losses(self, rows: Dataset | None, feed: Any) -> Any:
+    def _losses(self, sample: Sequence[Mapping[str, Any]], feed: Any) -> Any:
         """Losses on some labelled batches, for importance by Taylor expansion; None without labels."""
-        labels = None if rows is None else rows.head(1).get(LABELS)
-        if rows is None or labels is None or (self.training is None and labels.dtype.kind not in "iub"):
+        labels = sample[0].get(LABELS) if sample else None
+        if labels is None or (self.training is None and labels.is_floating_point()):
             return None
         config = replace(self.training or TrainConfig(), mixup=0.0)
 
         def losses(module: Any) -> Iterator[Any]:
             objective = Supervised(config, feed)
-            for batch in _batches(rows, ()):
+            for batch in sample:
                 if config.loss in CLASSIFIERS:
                     objective.probabilities = are_probabilities(first_output(feed(module, batch)).detach())
                 yield objective(module, batch)["loss"]
@@ -374,10 +377,19 @@ class _Job:
             # Nobody said that zeros are faster.
             return records
         if self.target.asked:
+            if "ratio" in records[0] and self.target.unclear(records[0]):
+                with self.told.step("time it again, in more rounds, because noise may hide the target"):
+                    records[0] = time_on(
+                        self.gate.devices[0], watch.original, model, self.gate, watch.feeds, watch.origin, MORE_ROUNDS
+                    )
             first = records[0]
             met = "ratio" in first and self.target.reached(first)
             word = "met" if met else "missed"
             first |= {"target": self.target.describe(), "target_met": met}
+            if "ratio" in first:
+                off = self.target.off(first)
+                first["target_off"] = round(off, 4)
+                word += f", {abs(off):.1%} {'faster' if off >= 0 else 'slower'} than asked for"
             first["summary"] += f"; target {self.target.describe()} {word}"
             if not met and not self.gate.allow_slower:
                 raise SpeedError(
@@ -424,13 +436,15 @@ class _Job:
         }  # fmt: skip
 
 
-def _batches(rows: Dataset | None, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Some rows as tensors, in batches; of the named inputs, or of all with the labels."""
-    if rows is None:
-        return []
-    head = {name: array for name, array in rows.head(_ROWS).items() if not names or name in names}
-    count = len(next(iter(head.values())))
+def _sample(rows: Dataset) -> list[dict[str, Any]]:
+    """Some rows as tensors, in batches, from all over the data: their first rows are often of one class alone."""
+    if rows.length is None or rows.length <= _ROWS:
+        found = rows.head(_ROWS)
+    else:
+        parts = list(rows.take([rows.length * i // _ROWS for i in range(_ROWS)], _READ))
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    count = len(next(iter(found.values())))
     return [
-        tensors_of({name: a[start : start + _BATCH] for name, a in head.items()}, "cpu")
+        tensors_of({name: array[start : start + _BATCH] for name, array in found.items()}, "cpu")
         for start in range(0, count, _BATCH)
     ]

@@ -206,7 +206,7 @@ def _run_step(
     if isinstance(step, DistillStep):
         return _distill(target, resume=resume, progress=progress, **params)
     if isinstance(step, PruneStep):
-        return _prune(target, progress=progress, **params)
+        return _prune(target, resume=resume, progress=progress, **params)
     if isinstance(step, QatStep):
         return _qat(target, resume=resume, progress=progress, **params)
     model = params.pop("model") or str(output / str(previous))
@@ -239,11 +239,12 @@ def _distill(
     return pipeline.distill(teacher, target, config=config, metric=metric, training=_training(params), **params)
 
 
-def _prune(target: Path, *, source: str, recovery: bool, metric: str | None, **params: Any) -> Artifact:
-    training = _training(params)
+def _prune(target: Path, *, source: str, recovery: bool, metric: str | None, resume: bool, **params: Any) -> Artifact:
+    training = _training(params) if recovery and params["data"] else None
+    params = {key: value for key, value in params.items() if key not in _TRAIN}
     config = PruneConfig(**{key: params.pop(key) for key in _PRUNE} | {"keep": tuple(params.pop("keep"))})
     return pipeline.prune(
-        source, target, config=config, metric=metric, training=training if recovery and params["data"] else None,
+        source, target, config=config, metric=metric, training=training, resume=resume and training is not None,
         **params,
     )  # fmt: skip
 

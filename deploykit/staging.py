@@ -192,14 +192,11 @@ def staged(output: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_file(output: str | Path) -> Iterator[Path]:
-    """A file that is written, flushed and named; on every error, and where the process is killed, there is none.
-
-    Args:
-        output: Where it will stand; nothing may be there.
+    """As `staged`, a file: written, flushed and named; on every error, and where the process is killed, there is none.
 
     Raises:
-        OutputExistsError: Something is there.
-        StorageError: The place cannot be written.
+        OutputExistsError: As there, and so is the next.
+        StorageError: See there.
     """
     with ArtifactWriter(output) as writer:
         made = writer.dir / writer.output.name

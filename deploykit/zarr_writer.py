@@ -110,10 +110,8 @@ class _ArrayWriter:
     """Collects the rows of an array until they fill a file."""
 
     def __init__(self, group: Any, name: str, first: Array, layout: Layout, notes: Mapping[str, Any]) -> None:
-        if not _NAME.fullmatch(name) or name == METADATA:
-            raise DataError(f"array {name!r} cannot be stored under its name", hint="name it without slashes")
         self.name, self._group, self._layout, self._notes = name, group, layout, notes
-        self.dtype, self.shape = _storable(name, first.dtype), first.shape[1:]
+        self.dtype, self.shape = storable(name, first.dtype), first.shape[1:]
         row = max(1, math.prod(self.shape) * self.dtype.itemsize)
         if row > BLOCK_LIMIT:
             raise DataError(f"a row of {name!r} takes {row} bytes", expected=f"{BLOCK_LIMIT} at most")
@@ -130,13 +128,7 @@ class _ArrayWriter:
         Raises:
             DataError: They are of another type or shape than the first.
         """
-        kind = values.dtype.kind
-        same = kind == self.dtype.kind and values.dtype.itemsize == self.dtype.itemsize
-        shorter = kind == self.dtype.kind and kind in "US" and values.dtype.itemsize < self.dtype.itemsize
-        if values.shape[1:] != self.shape or not (same or shorter):
-            raise _misfit(
-                f"{self.name!r} is {values.dtype}{list(values.shape[1:])} in one, {self.dtype}{list(self.shape)} before"
-            )
+        check_alike(self.name, values, self.dtype, self.shape)
         self._waiting.append(values.astype(self.dtype, copy=False))
         self._count += len(values)
         if self._count >= self._file_rows:
@@ -205,13 +197,39 @@ class _ArrayWriter:
         return names[sizes.index(min(sizes))]
 
 
-def _storable(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+def storable(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type that an array is stored in.
+
+    Raises:
+        DataError: It cannot be stored, or not under its name.
+    """
+    if not _NAME.fullmatch(name) or name == METADATA:
+        raise DataError(f"array {name!r} cannot be stored under its name", hint="name it without slashes")
     if dtype.name in PLAIN or (dtype.kind in "US" and 0 < dtype.itemsize <= _TEXT_BYTES):
         return dtype.newbyteorder("=")
     raise DataError(
         f"array {name!r} is {dtype}", expected="numbers, bool, or text of a fixed length",
         hint="convert it: .astype(numpy.float32), or .astype('U32') for text",
     )  # fmt: skip
+
+
+def check_alike(name: str, values: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Refuse a batch of an array that does not go on as the first began; text may be shorter.
+
+    Args:
+        name: Of the array.
+        values: The batch.
+        dtype: Of the first one.
+        shape: Of a sample in the first one.
+
+    Raises:
+        DataError: It is of another type or shape: it would be cut off or rounded without a word.
+    """
+    kind = values.dtype.kind
+    same = kind == dtype.kind and values.dtype.itemsize == dtype.itemsize
+    shorter = kind == dtype.kind and kind in "US" and values.dtype.itemsize < dtype.itemsize
+    if values.shape[1:] != shape or not (same or shorter):
+        raise _misfit(f"{name!r} is {values.dtype}{list(values.shape[1:])} in one, {dtype}{list(shape)} before")
 
 
 def _misfit(why: str) -> DataError:

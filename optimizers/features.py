@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,10 @@ def find_tensor(model: onnx.ModelProto, name: str | None = None) -> Tensor:
     if name is not None:
         makers = {out: node for node in graph.node for out in node.output}
         if name not in makers and name not in {v.name for v in graph.input}:
-            known = [out for node in graph.node if node.op_type in _PRODUCTS for out in node.output]
+            products = [out for node in graph.node if node.op_type in _PRODUCTS for out in node.output]
+            near = get_close_matches(name, list(makers), 3) or products[-3:] or list(makers)[-3:]
             raise OptimizationError(
-                f"the model has no tensor {name!r}", expected=f"one of its tensors, like {', '.join(known[-3:])}"
+                f"the model has no tensor {name!r}", expected=f"one of its tensors, like {', '.join(near)}"
             )
         users = {node.op_type for node in graph.node if name in node.input}
         convolutional = users & _CONVS or (name in makers and makers[name].op_type in _CONVS)
@@ -102,6 +104,15 @@ def model_features(
         values = outputs[tensor.name]
         rows = len(next(iter(given.values())))
         yield pool(values, rows, tensor, real_positions(given, values))[:count], labels
+
+
+def check_inputs(light: LightModel, data: Dataset, batch_size: int) -> None:
+    """Refuse data whose first samples a model does not take, before it is run over all of them.
+
+    Raises:
+        DataError: They do not fit.
+    """
+    next(_feeds(signature_of(light.proto), data, batch_size, deque()))
 
 
 def _feeds(
@@ -168,12 +179,19 @@ def raw_features(data: Dataset, batch_size: int) -> Iterator[tuple[Array, Array 
         inputs = {n: a for n, a in batch.items() if n != LABELS and a.dtype.kind in "fiub" and a.size}
         if not inputs:
             raise DataError(f"{data.source} holds no numbers to choose by", hint="choose by a model: -m MODEL")
-        flat = {n: a.reshape(len(a), -1).astype(np.float32) for n, a in inputs.items()}
+        with np.errstate(over="ignore"):
+            flat = {n: a.reshape(len(a), -1).astype(np.float32) for n, a in inputs.items()}
         if not scales:
-            scales = {n: math.sqrt(float(np.square(a, dtype=np.float64).mean())) or 1.0 for n, a in flat.items()}
+            scales = {n: _size_of(a) for n, a in flat.items()}
         if flat.keys() != scales.keys():
             raise DataError(f"{data.source}: batches do not fit together", expected="the same names in every batch")
         yield np.concatenate([flat[n] / scales[n] for n in sorted(flat)], axis=1), batch.get(LABELS)
+
+
+def _size_of(values: Array) -> float:
+    """The root mean square of what is finite; 1 where nothing is, or all are 0."""
+    finite = values[np.isfinite(values)]
+    return math.sqrt(float(np.square(finite, dtype=np.float64).mean())) or 1.0 if finite.size else 1.0
 
 
 class Sketch:

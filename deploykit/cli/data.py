@@ -49,9 +49,7 @@ def command() -> None:
 @click.option(
     "--rescale", type=click.FloatRange(0, min_open=True), help="Factor of the bytes before --mean; 1/255 by default."
 )
-@click.option(
-    "--channel-axis", type=int, default=1, show_default=True, help="Of the images; -1 where channels come last."
-)
+@click.option("--channel-axis", type=int, help="Of the images; -1 where channels come last; 1 by default.")
 @click.option(
     "--normalize", "names", multiple=True, metavar="NAME",
     help="Which arrays; all of uint8 but the labels by default. Repeatable.",
@@ -66,7 +64,7 @@ def pack(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     rescale: float | None,
-    channel_axis: int,
+    channel_axis: int | None,
     names: tuple[str, ...],
     float16: bool,
     chunk: str,
@@ -77,14 +75,18 @@ def pack(
     chunk_bytes = common.size_bytes(chunk)
     if chunk_bytes < 1:
         raise click.BadParameter("a chunk holds 1 byte at least.", param_hint="--chunk")
+    normalized = bool(mean or std or names or rescale is not None)
+    if channel_axis is not None and not normalized:
+        raise click.UsageError("--channel-axis goes with --mean, --std, --rescale or --normalize.")
     from deploykit.packing import Normalization, pack_data
     from deploykit.zarr_writer import Layout
 
     normalization = None
-    if mean or std or names or rescale is not None:
+    if normalized:
         normalization = Normalization(
-            mean or (), std or (), 1 / 255 if rescale is None else rescale, channel_axis, names
-        )
+            mean or (), std or (), 1 / 255 if rescale is None else rescale,
+            1 if channel_axis is None else channel_axis, names,
+        )  # fmt: skip
     layout = Layout(chunk_bytes=chunk_bytes, level=level)
     summary = pack_data(
         source, output, normalization=normalization, float16=float16, layout=layout, progress=common.progress()
@@ -165,6 +167,9 @@ def _show(summary: DataSummary, *, as_json: bool) -> None:
             f"selected: {len(chosen.get('indices', ()))} of {chosen.get('samples')} samples of {chosen.get('source')}, "
             f"{chosen.get('method')} on {chosen.get('features')}, seed {chosen.get('seed')}"
         )
+        for noun, key in (("source", "sha256"), ("model", "model_sha256")):
+            if chosen.get(key):
+                click.echo(f"  {noun}: sha256 {chosen[key]}")
 
 
 def _mb(count: int | None) -> str:

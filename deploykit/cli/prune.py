@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ import click
 from deploykit.cli import common
 from deploykit.cli.quantize_options import metric_option, speed_options
 from deploykit.cli.source_options import part_option, source_options, source_settings
-from deploykit.cli.training_options import training_config, training_options, training_settings
+from deploykit.cli.training_options import resume_option, training_config, training_options, training_settings
 
 
 @click.command()
@@ -45,7 +46,8 @@ from deploykit.cli.training_options import training_config, training_options, tr
 )  # fmt: skip
 @click.option(
     "--allocation", type=click.Choice(["sensitivity", "uniform"]), default="sensitivity", show_default=True,
-    help="sensitivity: more where the outputs mind it less for what it saves; uniform: the same share everywhere.",
+    help="sensitivity: more where the outputs mind it less for what it saves (magnitude: the smallest weights over "
+    "all layers); uniform: the same share everywhere.",
 )  # fmt: skip
 @click.option(
     "--max-ratio", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.9, show_default=True,
@@ -53,7 +55,8 @@ from deploykit.cli.training_options import training_config, training_options, tr
 )  # fmt: skip
 @click.option(
     "--keep", multiple=True, metavar="NAME",
-    help="A part of the module that stays as it is, such as 'encoder.layer.0' or '*.head'. Repeatable.",
+    help="A part of the module that stays as it is, such as 'encoder.layer.0' or '*.head'; refused where there is "
+    "none of this name. Repeatable.",
 )  # fmt: skip
 @common.data_option("Training data with 'labels', for the recovery and for the importance:")
 @click.option("--no-recovery", is_flag=True, help="Do not train after pruning; --data serves the importance alone.")
@@ -61,6 +64,7 @@ from deploykit.cli.training_options import training_config, training_options, tr
 @metric_option("What is measured on --eval; NAME: a plugin's. accuracy by default.")
 @click.option("--max-drop", metavar="DROP", help="What of the metric may be lost: 0.01 in its units, or 1%.")
 @training_options
+@resume_option
 @speed_options
 @source_options
 @part_option
@@ -85,6 +89,7 @@ def command(
     eval_data: str | None,
     metric: str | None,
     max_drop: str | None,
+    resume: bool,
     devices: tuple[str, ...],
     allow_slower: bool,
     gate_seconds: float,
@@ -98,12 +103,13 @@ def command(
 
     SOURCE is file.py:factory, package.module:factory, or a Hugging Face model directory. Give one goal: --ratio,
     --speedup or --latency-ms. The result is an artifact as export makes it, timed against the module as it was; its
-    torch/ holds the weights, the structure and a .pt2 program, to be trained on.
+    torch/ holds the weights, the structure and a .pt2 program, to be trained on. While it trains, DIR.training holds
+    how far it is; after a crash, Ctrl-C, or a target missed on a busy machine, --resume goes on with it.
     """
     training = training_settings(given)
     trained = data is not None and not no_recovery
     if not trained:
-        _refuse_settings(click.get_current_context(), training)
+        _refuse_settings(click.get_current_context(), [*training, "resume"])
     options = {
         "method": method, "ratio": ratio, "speedup": speedup, "latency_ms": latency_ms, "steps": steps,
         "round_to": round_to, "importance": importance, "allocation": allocation, "max_ratio": max_ratio,
@@ -124,7 +130,7 @@ def command(
     config = PruneConfig(method, ratio, steps, round_to, importance, allocation, max_ratio, keep)
     artifact = prune(
         source, output, config=config, speedup=speedup, latency_ms=latency_ms,
-        training=training_config(training) if trained else None, progress=common.progress(),
+        training=training_config(training) if trained else None, resume=resume, progress=common.progress(),
         **shared,
     )  # fmt: skip
     common.show_artifact(artifact, as_json=as_json)
@@ -133,7 +139,7 @@ def command(
             click.echo(line)
 
 
-def _refuse_settings(context: click.Context, settings: dict[str, Any]) -> None:
+def _refuse_settings(context: click.Context, settings: Sequence[str]) -> None:
     """Refuse settings of a training that is not done.
 
     Raises:
@@ -150,7 +156,13 @@ def _refuse_settings(context: click.Context, settings: dict[str, Any]) -> None:
 def _lines(params: dict[str, Any]) -> list[str]:
     """What went, in words."""
     if "sparsity" in params:
-        return [f"  zeros   {params['sparsity']:.1%} of the weights of {len(params['layers'])} layers"]
+        where = {"2:4": "two of every four", "magnitude": "the smallest over all of them"}[params["method"]]
+        if params["allocation"] == "uniform":
+            where = "the smallest of each"
+        return [
+            f"  zeros   {params['sparsity']:.2%} of {params['weights']:,} weights in {len(params['layers'])} tensors, "
+            f"{where}; {params['zeros'] / params['parameters']:.2%} of all {params['parameters']:,} parameters"
+        ]
     (before, after), (macs, fewer) = params["parameters"], params["macs"]
     return [
         f"  pruned  {params['ratio']:.1%} of the channels in {len(params['channels'])} groups: "

@@ -9,11 +9,11 @@ that; so does everything that the graph has understood wrongly, such as a reshap
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,7 +54,7 @@ def find_structure(subject: Subject, known_groups: Collection[str] | None = None
     Raises:
         OptimizationError: There is a recurrent layer, the module cannot be followed, or nothing of it can go.
     """
-    _refuse_recurrent(subject)
+    refuse_recurrent(subject.module, subject.keep)
     graph = trace(subject)
     known = names_of_parts(subject)
     attention = find_attention(subject.module)
@@ -89,11 +89,16 @@ def find_structure(subject: Subject, known_groups: Collection[str] | None = None
 # --- what the dependency graph is asked -------------------------------------------------------------------------------
 
 
-def _refuse_recurrent(subject: Subject) -> None:
+def refuse_recurrent(module: Any, keep: Sequence[str]) -> None:
+    """Refuse recurrent layers, unless they stay as they are.
+
+    Raises:
+        OptimizationError: There is one.
+    """
     torch = require("torch", extra="prune")
     kinds = (torch.nn.RNNBase, torch.nn.RNNCellBase)
-    for part, name in names_of_parts(subject).items():
-        if isinstance(part, kinds) and not matches(name, subject.keep):
+    for name, part in module.named_modules():
+        if isinstance(part, kinds) and not matches(name, keep):
             raise OptimizationError(
                 f"{name or 'the module itself'} is a {type(part).__name__}, whose state cannot lose channels",
                 expected="convolutions, linear layers and attention",
@@ -106,6 +111,22 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     pieces = name.split(".")
     whole = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
     return any(fnmatchcase(above, pattern) for pattern in patterns for above in whole)
+
+
+def check_keep(module: Any, keep: Sequence[str]) -> None:
+    """Refuse a pattern that names no part of a module: what it was to protect would be pruned.
+
+    Raises:
+        OptimizationError: One does.
+    """
+    names = [name for name, _ in module.named_modules()]
+    for pattern in keep:
+        if not any(matches(name, (pattern,)) for name in names):
+            near = get_close_matches(pattern, names, 3) or [n for n, _ in module.named_children()][:6]
+            raise OptimizationError(
+                f"--keep {pattern} names no part of the module",
+                expected=f"a part of it, like {', '.join(near)}" if near else None,
+            )
 
 
 def _shared(subject: Subject) -> set[Any]:
@@ -240,7 +261,7 @@ def _why_wrong(subject: Subject, groups: Mapping[str, Group], names: Sequence[st
         count = min(max(1, int(units * _TRIED)), units - 1)
         if count:
             chosen[name] = sorted(torch.randperm(units, generator=draw)[:count].tolist())
-    trial = subject.of(copy.deepcopy(subject.module))
+    trial = subject.copied()
     try:
         take_out_checked(trial, groups, chosen)
     except OptimizationError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.optimizers.pruning.counting import Layer
-from deploykit.optimizers.pruning.subject import Group, Member, Subject
+from deploykit.optimizers.pruning.subject import Group, Member, Subject, untouched
 from deploykit.optimizers.pruning.surgery import silence, unsilence
 from deploykit.specs import Array
 
@@ -55,25 +55,23 @@ def taylor(subject: Subject, groups: Mapping[str, Group], losses: Losses) -> dic
     """
     module = subject.module
     parts = dict(module.named_modules())
-    flags = [(p, p.requires_grad) for p in module.parameters()]
     found = {name: np.zeros(group.units) for name, group in groups.items()}
     batches = 0
     try:
-        for p, _ in flags:
-            p.requires_grad_(p.is_floating_point())
-        for loss in losses(module):
-            module.zero_grad(set_to_none=True)
-            loss.backward()
-            batches += 1
-            for name, group in groups.items():
-                change = np.zeros(group.channels)
-                for member in group.readers:
-                    np.add.at(change, list(member.roots), _first_order(parts[member.name], member))
-                found[name] += np.square(_by_unit(group, change))
+        with untouched(module):
+            for p in module.parameters():
+                p.requires_grad_(p.is_floating_point())
+            for loss in losses(module):
+                module.zero_grad(set_to_none=True)
+                loss.backward()
+                batches += 1
+                for name, group in groups.items():
+                    change = np.zeros(group.channels)
+                    for member in group.readers:
+                        np.add.at(change, list(member.roots), _first_order(parts[member.name], member))
+                    found[name] += np.square(_by_unit(group, change))
     finally:
         module.zero_grad(set_to_none=True)
-        for p, flag in flags:
-            p.requires_grad_(flag)
     return {name: values / max(batches, 1) for name, values in found.items()}
 
 
@@ -86,20 +84,16 @@ def sensitivities(
         subject: The module, which is as it was afterwards.
         groups: Its groups.
         order: Importance of the units, by group.
-        batches: Inputs by name; none for the example alone.
+        batches: Inputs by name; none for what the subject is compared on.
     """
-    feeds = list(batches) or [subject.example]
-    expected = [_outputs(subject, feed) for feed in feeds]
-    power = sum(float(t.square().sum()) for outputs in expected for t in outputs) or 1.0
+    feeds = list(batches) or None
+    expected = subject.outputs(feeds)
+    power = _power(expected) or 1.0
     found = {}
     for name, group in groups.items():
         before = silence(subject, groups, {name: half_of(order[name])})
         try:
-            error = sum(
-                float((want - have).square().sum())
-                for outputs, feed in zip(expected, feeds, strict=True)
-                for want, have in zip(outputs, _outputs(subject, feed), strict=True)
-            )
+            error = _power([want - have for want, have in zip(expected, subject.outputs(feeds), strict=True)])
         finally:
             unsilence(subject, before)
         found[name] = error / power if group.units > 1 else 0.0
@@ -172,5 +166,6 @@ def _per_channel(part: Any, values: Any, member: Member) -> Array:
     return np.asarray(sums[list(member.channels)].cpu().numpy(), np.float64)
 
 
-def _outputs(subject: Subject, feed: Mapping[str, Any]) -> list[Any]:
-    return Subject(subject.module, feed, subject.feed).outputs()
+def _power(outputs: Sequence[Any]) -> float:
+    """The sum of squares; masked scores, which are infinite, tell nothing."""
+    return sum(float(t.double().nan_to_num(0, 0, 0).square().sum()) for t in outputs)

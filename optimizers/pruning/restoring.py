@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,38 +45,38 @@ def restore_structure(module: Any, changed: Mapping[str, Mapping[str, Any]], wei
     """
     torch = require("torch", extra="prune")
     parts = dict(module.named_modules())
-    unknown = [name for name in changed if name not in parts]
-    unknown += [name for name in weights if name.rpartition(".")[0] not in parts]
+    # A tensor that stands in several places is among the weights once.
+    slots = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    unknown = [name for name in changed if name not in parts] + [name for name in weights if name not in slots]
     if unknown:
         raise OptimizationError(
             f"{type(module).__name__} has no {unknown[0]!r}", expected="a module of the class that was pruned"
         )
-    for name, values in changed.items():
-        for key, value in values.items():
-            setattr(parts[name], key, tuple(value) if isinstance(value, list) else value)
-    for name, tensor in weights.items():
-        holder, _, leaf = name.rpartition(".")
-        part = parts[holder]
-        if leaf in part._parameters:
-            old = part._parameters[leaf]
-            part._parameters[leaf] = torch.nn.Parameter(
-                tensor.clone(), requires_grad=old is None or bool(old.requires_grad)
-            )
-        elif leaf in part._buffers:
-            part._buffers[leaf] = tensor.clone()
-    own = set(module.state_dict())
-    missing = sorted(own - set(weights))
-    if missing and math.isfinite(len(missing)) and not _tied(module, missing, weights):
+    present = {id(slots[name]) for name in weights}
+    missing = sorted(name for name in module.state_dict() if name in slots and id(slots[name]) not in present)
+    if missing:
         raise OptimizationError(
             f"the weights lack {missing[0]!r}", expected="the weights of the module that was pruned"
         )
-
-
-def _tied(module: Any, missing: list[str], weights: Mapping[str, Any]) -> bool:
-    """Whether what is missing is the same tensor as something that is there, under another name."""
-    state = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    present = {id(state[name]) for name in weights if name in state}
-    return all(name in state and id(state[name]) in present for name in missing)
+    for name, values in changed.items():
+        for key, value in values.items():
+            setattr(parts[name], key, tuple(value) if isinstance(value, list) else value)
+    given: dict[int, Any] = {}
+    for name, tensor in weights.items():
+        old, holder = slots[name], name.rpartition(".")[0]
+        if old is not None and old.shape != tensor.shape and holder not in changed:
+            raise OptimizationError(
+                f"{name} has the shape {list(old.shape)}, and had {list(tensor.shape)} when the module was pruned",
+                expected="the module as it was built then",
+            )
+        new = tensor.clone()
+        if isinstance(old, torch.nn.Parameter):
+            new = torch.nn.Parameter(new, requires_grad=bool(old.requires_grad))
+        # The old one is kept, so that no other tensor comes to lie at its place.
+        given[id(old)] = (old, new)
+    for part in parts.values():
+        for own in (part._parameters, part._buffers):
+            own.update({leaf: given[id(old)][1] for leaf, old in own.items() if id(old) in given and old is not None})
 
 
 def _is_size(value: Any) -> bool:

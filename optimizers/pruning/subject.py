@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,22 +26,40 @@ class Subject:
         example: Inputs by name.
         feed: Calls a module with them.
         keep: Patterns of the names of parts that stay as they are.
+        others: More inputs, of other values: what is compared is compared on these too, because an example is often
+            all zeros, of which every module makes the same.
     """
 
     module: Any
     example: Mapping[str, Any]
     feed: Feed
     keep: tuple[str, ...] = ()
+    others: tuple[Mapping[str, Any], ...] = ()
 
     def of(self, module: Any) -> Subject:
         """Another module that is run in the same way."""
-        return Subject(module, self.example, self.feed, self.keep)
+        return Subject(module, self.example, self.feed, self.keep, self.others)
 
-    def outputs(self, module: Any | None = None) -> list[Any]:
-        """The floating-point tensors among what the module gives for the example."""
+    def outputs(self, batches: Sequence[Mapping[str, Any]] | None = None) -> list[Any]:
+        """The floating-point tensors among what the module gives for batches; by default the example and the others."""
         torch = require("torch", extra="prune")
-        with torch.no_grad():
-            return tensors_in(self.feed(self.module if module is None else module, self.example))
+        wanted = (self.example, *self.others) if batches is None else batches
+        with untouched(self.module), torch.no_grad():
+            return [tensor for batch in wanted for tensor in tensors_in(self.feed(self.module, batch))]
+
+    def copied(self) -> Subject:
+        """The same with a copy of the module.
+
+        Raises:
+            OptimizationError: It cannot be copied.
+        """
+        try:
+            return self.of(copy.deepcopy(self.module))
+        except Exception as exc:
+            raise OptimizationError(
+                f"the module cannot be copied, to be tried out ({first_line(exc)})",
+                expected="a module without open files, locks or generators among its attributes",
+            ) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +121,12 @@ def trace(subject: Subject) -> Any:
     """Torch-Pruning's graph of a module; it follows autograd, so that every weight has to take part."""
     torch = require("torch", extra="prune")
     pruning = require("torch_pruning", extra="prune")
-    flags = [(p, p.requires_grad) for p in subject.module.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(p.is_floating_point())
     graph = pruning.DependencyGraph()
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with untouched(subject.module), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for p in subject.module.parameters():
+                p.requires_grad_(p.is_floating_point())
             graph.build_dependency(
                 subject.module,
                 example_inputs=dict(subject.example),
@@ -123,10 +142,44 @@ def trace(subject: Subject) -> Any:
             expected="a forward through which gradients flow, without torch.no_grad()",
             hint="set weights to zero instead: --method magnitude",
         ) from exc
+    return graph
+
+
+@contextmanager
+def untouched(module: Any) -> Iterator[None]:
+    """Leave a module as it was after a run, also one that fails: modes, hooks, buffers, and which weights learn.
+
+    Torch-Pruning leaves its hooks where the forward fails, and switches to evaluation mode. What forward keeps in plain
+    attributes, such as an attention map, loses its history, with which no module could be copied.
+    """
+    torch = require("torch", extra="prune")
+    parts = list(module.modules())
+    modes = [(part, part.training) for part in parts]
+    hooks = [(part, set(part._forward_hooks)) for part in parts]
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    buffers = [
+        (part, name, value, value.detach().clone())
+        for part in parts
+        for name, value in part._buffers.items()
+        if value is not None
+    ]
+    try:
+        yield
     finally:
+        for part, mode in modes:
+            part.training = mode
+        for part, known in hooks:
+            for key in set(part._forward_hooks) - known:
+                del part._forward_hooks[key]
         for p, flag in flags:
             p.requires_grad_(flag)
-    return graph
+        with torch.no_grad():
+            for part, name, tensor, value in buffers:
+                part._buffers[name] = tensor
+                tensor.copy_(value)
+        for part in parts:
+            held = {k: v for k, v in vars(part).items() if isinstance(v, torch.Tensor) and v.grad_fn is not None}
+            vars(part).update({name: value.detach() for name, value in held.items()})
 
 
 def tensors_in(value: Any) -> list[Any]:

@@ -30,6 +30,7 @@ def test_pack_show_select(images, cli):
     assert "4 classes" in done.stdout
     shown = cli("data", "show", "part.zarr")
     assert "selected: 8 of 40 samples of d.zarr, k-center on inputs, seed 0" in shown.stdout
+    assert f"source: sha256 {told['digest']}" in shown.stdout
     done = cli("data", "select", "images.npz", "-o", "part.npz", "--fraction", "0.1", "--method", "herding", "--json")
     assert len(json.loads(done.stdout)["indices"]) == 4
     assert "? " not in cli("data", "show", "part.npz", "--no-verify").stdout
@@ -44,9 +45,11 @@ def test_pack_show_select(images, cli):
         (["pack", "images.npz", "-o", "d.zarr", "--mean", "half"], 2, "between commas"),
         (["pack", "images.npz", "-o", "d.zarr", "--chunk", "0"], 2, "--chunk"),
         (["pack", "images.npz", "-o", "d.zarr", "--float16"], 1, "float32"),
+        (["pack", "images.npz", "-o", "d.zarr", "--channel-axis", "-1"], 2, "--channel-axis goes with --mean"),
         (["select", "images.npz", "-o", "d.npz"], 2, "--fraction"),
         (["select", "images.npz", "-o", "d.npz", "-n", "3", "--fraction", "0.5"], 2, "--fraction"),
         (["select", "images.npz", "-o", "d.npz", "-n", "41"], 1, "40 samples"),
+        (["select", "images.npz", "-o", "d.npz", "-n", "3"], 1, "--no-stratify"),
         (["show", "none.zarr"], 1, "does not exist"),
     ],
 )
@@ -63,7 +66,7 @@ def test_every_verb_takes_it(images, cli, tmp_path):
     assert cli("data", "pack", "images.npz", "-o", "d.zarr").returncode == 0
     (chunk,) = (tmp_path / "d.zarr" / "image" / "c").rglob("0/0/0/0")
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"\0")
-    done = cli("data", "select", "d.zarr", "-o", "part.npz", "-n", "3")
+    done = cli("data", "select", "d.zarr", "-o", "part.npz", "-n", "4")
     assert done.returncode == 1
     assert "chunk c/0/0/0/0 of 'image'" in done.stderr
     assert not (tmp_path / "part.npz").exists()

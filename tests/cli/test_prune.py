@@ -17,10 +17,14 @@ def test_a_dry_run_prints_a_recipe_that_can_be_read(cli):
 
 
 def test_settings_of_a_training_that_is_not_done_are_wrong_usage(cli):
-    for args in (["--epochs", "3"], ["--data", "d.npz", "--no-recovery", "--learning-rate", "0.1"]):
+    for option, *args in (
+        ["--epochs", "--epochs", "3"],
+        ["--learning-rate", "--data", "d.npz", "--no-recovery", "--learning-rate", "0.1"],
+        ["--resume", "--resume"],
+    ):
         done = cli("prune", "net.py:make", "-o", "small", "--ratio", "0.5", *args)
         assert done.returncode == 2
-        assert f"{args[-2]} is for the training after pruning" in done.stderr
+        assert f"{option} is for the training after pruning" in done.stderr
 
 
 def test_errors_are_one_line(cli):

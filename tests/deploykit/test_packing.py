@@ -70,6 +70,12 @@ def dates():
 def slashes():
     return {"a/b": np.zeros(2)}
 
+def refilled():
+    rows = np.zeros((2, 3))
+    for n in range(4):
+        rows[:] = n
+        yield {"x": rows}
+
 def killed():
     yield {"x": np.zeros((60, 100), np.int64)}
     os.kill(os.getpid(), signal.SIGKILL)
@@ -103,6 +109,13 @@ def test_every_source(folder: Path) -> None:
     expected = [3, 3, 3, 1, 4, 4, 4, 4]
     assert Dataset.open("function.zarr").head(9)["x"][:, 0].tolist() == expected
     pack_data("source.py:one", "one.zarr")
+
+
+def test_a_function_may_fill_the_same_array_again(folder: Path) -> None:
+    pack_data("source.py:refilled", "d.zarr")
+    expected = [0, 0, 1, 1, 2, 2, 3, 3]
+    assert Dataset.open("d.zarr").head(9)["x"][:, 0].tolist() == expected
+    assert Dataset.open("source.py:refilled").head(9)["x"][:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -310,6 +323,28 @@ def test_samples_as_npz_and_as_zarr(folder: Path) -> None:
         write_samples(Dataset.open("images.npz"), [50], "e.npz", record, {})
     assert not list(folder.glob(".*"))
     json.dumps(show_data("c.zarr").as_dict())
+
+
+@pytest.mark.parametrize("function", ["types", "longer", "shapes", "names"])
+def test_samples_that_would_be_rounded_or_cut_off_are_refused(folder: Path, function: str) -> None:
+    dataset = Dataset.open(f"source.py:{function}")
+    last = 1 if function == "longer" else 3
+    for name in ("a.npz", "a.zarr"):
+        with pytest.raises(DataError, match="do not fit together"):
+            write_samples(dataset, [0, last], name, {}, {})
+        assert not Path(name).exists()
+
+
+def test_a_column_is_read_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "dir").mkdir()
+    np.save(folder / "dir" / "image.npy", IMAGES)
+    np.save(folder / "dir" / "labels.npy", LABELS)
+    pack_data("images.npz", "d.zarr")
+    for source in ("images.npz", "d.zarr", "dir"):
+        assert np.concatenate(list(Dataset.open(source).column("labels", 7))).tolist() == LABELS.tolist()
+    (chunk,) = (folder / "d.zarr" / "image" / "c").rglob("0/0/0/0")
+    chunk.write_bytes(b"")
+    assert next(Dataset.open("d.zarr").column("labels", 50)).tolist() == LABELS.tolist()
 
 
 def test_take_reads_any_source(folder: Path) -> None:

@@ -56,6 +56,7 @@ def test_the_least_important_units_go():
         (PruneConfig(steps=0), "0 pruning steps"),
         (PruneConfig(round_to=0), "multiples of 0"),
         (PruneConfig(method="2:4", ratio=0.5), "one half"),
+        (PruneConfig(method="magnitude", ratio=0.95), r"at most 0\.9 of each.*--max-ratio 0\.975"),
         (PruneConfig(method="2:4", allocation="uniform"), "allocation does nothing with the method 2:4"),
         (PruneConfig(method="magnitude", ratio=0.5, importance="taylor"), "importance does nothing"),
     ],

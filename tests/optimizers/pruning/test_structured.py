@@ -233,3 +233,149 @@ def test_groups_without_end_are_left_alone():
     structure = find_structure(subject)
     assert set(structure.groups) == {"last", "plain"}
     assert structure.kept["turned"] == "its channels cannot be followed"
+
+
+class Plain(nn.Module):
+    """Convolutions in a row around what a test puts between them."""
+
+    def __init__(self, between, after):
+        super().__init__()
+        self.first, self.between, self.last = nn.Conv2d(3, 16, 3, padding=1), between, nn.Conv2d(after, 16, 1)
+        self.inner, self.head = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = self.last(self.between(self.first(x)).relu()).relu()
+        return self.head(self.inner(x.mean((2, 3))).relu())
+
+
+class Concat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        return torch.cat([self.one(x), x, self.two(x)], 1)
+
+
+class Chunks(nn.Module):
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        return first * second.sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("between", "after", "free"),
+    [
+        (Concat(), 40, {"first", "between.one", "between.two"}),
+        (nn.ConvTranspose2d(16, 24, 2, stride=2), 24, {"first", "between"}),
+        (nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)), 16, {"between.0"}),
+        (nn.InstanceNorm2d(16, affine=True), 16, {"first"}),
+        (nn.PReLU(16), 16, {"first"}),
+        (nn.GroupNorm(4, 16), 16, set()),
+        (nn.PixelShuffle(2), 4, set()),
+        (Chunks(), 8, set()),
+    ],
+    ids=["concat", "transposed", "depthwise", "instance norm", "prelu", "group norm", "pixel shuffle", "chunk"],
+)
+def test_what_may_go_between_layers_of_every_kind(between, after, free):
+    """What cannot be followed stays; what goes leaves the outputs of zeros, and the last layer's outputs stay."""
+    torch.manual_seed(0)
+    net = Plain(copy.deepcopy(between), after).eval()
+    subject = Subject(net, {"x": torch.randn(2, 3, 6, 6)}, run)
+    structure = find_structure(subject)
+    assert set(structure.groups) - {"last", "inner"} == free
+    assert "output of the module" in structure.kept["head"]
+    prune_structured(subject, PruneConfig(ratio=0.4, round_to=2, allocation="uniform"))
+    assert net.first.out_channels == (10 if free else 16)
+    assert net.head.out_features == 4
+    assert net(torch.randn(5, 3, 7, 7)).shape == (5, 4)
+
+
+def test_an_example_of_zeros_proves_nothing_and_others_do():
+    """Without biases every module gives zeros for zeros, so that a wrong group would not show."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixed, self.last = nn.Conv2d(3, 16, 1, bias=False), nn.Conv2d(16, 16, 1, bias=False)
+            self.head = nn.Linear(16, 2, bias=False)
+
+        def forward(self, x):
+            x = self.mixed(x)
+            x = x.reshape(len(x), 2, 8, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+            return self.head(self.last(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Mixed().eval()
+    zeros, others = {"x": torch.zeros(2, 3, 4, 4)}, ({"x": torch.randn(2, 3, 4, 4)},)
+    assert set(find_structure(Subject(net, zeros, run, (), others)).groups) == {"last"}
+    subject = Subject(net, zeros, run, (), others)
+    done = prune_structured(subject, PruneConfig(ratio=0.5, round_to=4))
+    assert done.sensitivity["last"] > 0
+
+
+def test_masked_scores_are_compared_where_they_are_finite():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.head(self.first(x).relu()).masked_fill(torch.tensor([False, True, False, False]), -torch.inf)
+
+    torch.manual_seed(0)
+    done = prune_structured(Subject(Scores().eval(), {"x": torch.randn(3, 8)}, run), PruneConfig(ratio=0.5, round_to=8))
+    assert done.channels == {"first": (32, 16)}
+    assert 0 < done.sensitivity["first"] < 10
+
+
+def test_channels_that_multiples_do_not_let_go(residual):
+    """The squeezing layer has 8 channels: in multiples of 16 it loses none, and that is said."""
+    done = prune_structured(residual, PruneConfig(ratio=0.3, round_to=16))
+    assert done.channels["block.squeeze.0"] == (8, 8)
+    assert "nothing of its 8 channels can go in multiples of 16" in done.kept["block.squeeze.0"]
+    measure = macs_of(residual)
+    start = measure(residual.module)
+    with pytest.raises(OptimizationError, match=r"in multiples of 512.*--round-to 256"):
+        prune_structured(residual, PruneConfig(round_to=512), aim=Aim(start / 2, start, measure))
+
+
+def test_a_forward_that_minds_how_many_are_left_is_an_error():
+    class Halves(nn.Module):
+        """Runs with all channels and with a quarter gone, as in the trial."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.head(x.reshape(len(x), 8, x.shape[1] // 8).reshape(len(x), -1))
+
+    torch.manual_seed(0)
+    subject = Subject(Halves().eval(), {"x": torch.randn(3, 8)}, run)
+    with pytest.raises(OptimizationError, match=r"does not run with fewer channels in first.*--keep first"):
+        prune_structured(subject, PruneConfig(ratio=0.4, round_to=1))
+
+
+@pytest.mark.parametrize("round_to", [1, 64])
+def test_the_search_aims_at_the_target_and_measures_no_module_twice(round_to):
+    """A careful measurement at the edge of what is allowed would leave no room for noise in the proof."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
+    subject = Subject(net, {"input": torch.randn(4, 8)}, run)
+    quick, seen = macs_of(subject), []
+    start = quick(net)
+
+    def careful(module):
+        seen.append(quick(module))
+        return 1.045 * seen[-1]
+
+    # In multiples of 64, 192 are left, or 256: the quick measurement would take the latter.
+    prune_structured(subject, PruneConfig(round_to=round_to), aim=Aim(start / 2, start, quick, careful))
+    assert len(seen) == len(set(seen))
+    if round_to == 1:
+        assert 1.045 * quick(net) == pytest.approx(start / 2, rel=0.025)
+        assert len(seen) == 2
+    else:
+        assert net[0].out_features == 256
