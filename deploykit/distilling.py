@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,18 +26,17 @@ from deploykit.optimizers.distillation.distiller import Distillation, make_disti
 from deploykit.optimizers.distillation.networks import Network, move
 from deploykit.optimizers.distillation.plan import Plan, make_plan
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
-from deploykit.optimizers.training.folder import TrainingFolder, save_tensors, weights_of
+from deploykit.optimizers.training.folder import TrainingFolder, save_tensors, settings_of, weights_of
 from deploykit.optimizers.training.losses import CLASSIFIERS
 from deploykit.optimizers.training.outputs import tensors_of
 from deploykit.pairing import Pair, networks_of, open_pair, rows_for
 from deploykit.progress import Progress, quiet
 from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array
-from deploykit.staging import check_free, write_file
+from deploykit.staging import check_free
 from deploykit.targets import choose_opset, parse_targets
-from deploykit.trainable import Trainable, find_score
+from deploykit.trainable import Trainable, find_score, known_as, opened, work_folder
 
-_PLAN = "distill.json"
 _STUDENT = "student"
 _LOG = "train.log"
 _PROBED_ROWS = 32
@@ -121,18 +119,20 @@ def distill(
     choose_opset(parse_targets(contract), opset, DEFAULT_OPSET)
     place = Path(output)
     check_free(place)
-    work = place.with_name(f"{place.name}.training")
+    work = work_folder(place)
+    about = _about(teacher, student, place, asked)
+    _check_begun(work, settings, about, resume=resume)
     options = ExportOptions(tuple(inputs), tuple(dynamic), opset, dims=dict(dims or {}), task=task)
     with undisturbed():
         pair = open_pair(teacher, student, (teacher_inputs, student_inputs), options, settings.seed, told)
-        judged = None if eval_data is None else _opened(eval_data)
-        lesson = _prepare(pair, _opened(data), judged, metric, asked, told)
+        judged = None if eval_data is None else opened(eval_data)
+        lesson = _prepare(pair, opened(data), judged, metric, asked, told)
         if drop is not None and lesson.score is None:
             raise OptimizationError(
                 "a largest drop, and no metric to hold to it", hint="give labelled data: --eval DATA"
             )
         settings = replace(settings, metric="loss" if lesson.score is None else lesson.score.name)
-        trained = _train(lesson, asked, settings, work, told, resume=resume)
+        trained = _train(lesson, asked, settings, work, about, told, resume=resume)
         source = pair.student.renewed()
         assert isinstance(source, TorchSource)
         source.assets = _save(pair.student, work / _STUDENT, work / _LOG)
@@ -173,8 +173,22 @@ class _Lesson:
     score: Score | None
 
 
-def _opened(data: str | Path | Dataset) -> Dataset:
-    return data if isinstance(data, Dataset) else Dataset.open(data)
+def _about(teacher: Any, student: Any, place: Path, asked: DistillConfig) -> dict[str, Any]:
+    """What a training to go on with has to be the same in, beside its settings and data."""
+    loss = {name: value for name, value in asdict(asked).items() if name != "cache"}
+    return {"verb": "distill", "teacher": known_as(teacher, place), "student": known_as(student, place), **loss}
+
+
+def _check_begun(work: Path, settings: TrainConfig, about: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuse a folder that is taken, or another training, before anything is loaded; which metric, is not known yet.
+
+    Raises:
+        OutputExistsError: A training is there and `resume` is not given, or something else is.
+        OptimizationError: It was another one.
+    """
+    plan = settings_of(settings, about)
+    del plan["config"]["metric"]
+    TrainingFolder(work).check(plan, resume=resume)
 
 
 def _prepare(
@@ -219,7 +233,14 @@ def _score(asked: str | None, data: Dataset | None, head: Mapping[str, Array] | 
 
 
 def _train(
-    lesson: _Lesson, asked: DistillConfig, settings: TrainConfig, work: Path, told: Progress, *, resume: bool
+    lesson: _Lesson,
+    asked: DistillConfig,
+    settings: TrainConfig,
+    work: Path,
+    about: Mapping[str, Any],
+    told: Progress,
+    *,
+    resume: bool,
 ) -> Trained:
     """Train the student in place."""
     teacher, student = lesson.networks
@@ -241,10 +262,9 @@ def _train(
     try:
         with objective.looking():
             objective.check(distiller, few)
-            _begin(work, lesson, asked, resume=resume)
             return train(
                 distiller, data, settings, work, objective=objective, eval_data=held_out, score=lesson.score,
-                feed=objective.feed, resume=resume, progress=told,
+                feed=objective.feed, resume=resume, about=about, progress=told,
             )  # fmt: skip
     finally:
         move(teacher.module, "cpu")
@@ -268,26 +288,6 @@ def _with_known_labels(data: Dataset, plan: Plan) -> Dataset:
             yield batch
 
     return Dataset(data.source, batches, length=data.length, names=data.names)
-
-
-def _begin(work: Path, lesson: _Lesson, asked: DistillConfig, *, resume: bool) -> None:
-    """Note what is distilled, or see that the training to go on with was the same.
-
-    Raises:
-        OutputExistsError: A training is there, and `resume` is not given.
-        OptimizationError: It was another one.
-    """
-    pair = lesson.pair
-    plan = json.dumps({"teacher": pair.teacher.label, "student": pair.student.label, **asdict(asked)}, indent=1) + "\n"
-    folder, file = TrainingFolder(work), work / _PLAN
-    folder.check(resume=resume)
-    if resume and folder.last.exists() and file.exists() and file.read_text(encoding="utf-8") != plan:
-        raise OptimizationError(
-            f"{work} was begun with another teacher, student or loss",
-            expected=f"what {file} says",
-            hint=f"give it again, or train anew: rm -r {work}",
-        )
-    write_file(file, plan.encode(), replace=True)
 
 
 def _save(student: Trainable, folder: Path, log: Path) -> tuple[Path, ...]:
@@ -375,6 +375,7 @@ def _params(lesson: _Lesson, asked: DistillConfig, settings: TrainConfig, traine
         "config": asdict(settings),
         "epochs": trained.epochs,
         "stopped": trained.stopped,
+        "before": trained.before,
         "after": trained.metric,
         "history": [dict(entry) for entry in trained.history],
     }

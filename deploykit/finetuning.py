@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,20 +11,20 @@ from typing import Any
 from deploykit.artifact import Artifact, StepRecord, sha256_of
 from deploykit.comparing import find_targets
 from deploykit.data import Dataset
-from deploykit.errors import OptimizationError, OutputExistsError, first_line
 from deploykit.exporters import ExportOptions
+from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
 from deploykit.exporting import export_source
 from deploykit.extras import version_of
-from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, evaluate, train
+from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
 from deploykit.optimizers.training.config import LOSS
-from deploykit.optimizers.training.folder import TrainingFolder
+from deploykit.optimizers.training.folder import TrainingFolder, settings_of
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
-from deploykit.staging import check_free, write_file
-from deploykit.trainable import Trainable, find_score, measure_artifact, open_trainable
+from deploykit.staging import check_free
+from deploykit.targets import choose_opset, parse_targets
+from deploykit.trainable import find_score, known_as, measure_artifact, open_trainable, opened, work_folder
 
-_BEFORE = "before.json"
 TOOLS = ("torch", "pytorch-lightning", "tensorboardX")
 
 
@@ -95,32 +93,29 @@ def finetune(
     targets, _ = find_targets(devices)
     check_free(place)
     work = work_folder(place)
-    if not resume:
-        _check_work(work)
+    choose_opset(parse_targets(contract), opset, DEFAULT_OPSET)
+    about = {"verb": "finetune", "source": known_as(source, place)}
+    TrainingFolder(work).check(settings_of(asked, about), resume=resume)
     options = ExportOptions(
         tuple(inputs), tuple(dynamic), opset, exporter, dict(dims or {}), None, task, part, timeout_s
     )  # fmt: skip
     with undisturbed():
         with told.step(f"load {source}" if isinstance(source, str | Path) else "load the module"):
             model = open_trainable(source, example_inputs, options)
-        rows = model.fit(_opened(data))
-        held_out = None if eval_data is None else model.fit(_opened(eval_data))
-        first = _measure_before(work, model, held_out, score, told)
-        try:
-            trained = train(
-                model.module, rows, asked, work, eval_data=held_out, score=score, feed=model.feed, resume=resume,
-                progress=told,
-            )  # fmt: skip
-        except BaseException:
-            _forget(work)
-            raise
+        rows = model.fit(opened(data))
+        held_out = None if eval_data is None else model.fit(opened(eval_data))
+        trained = train(
+            model.module, rows, asked, work, eval_data=held_out, score=score, feed=model.feed, resume=resume,
+            about=about, progress=told,
+        )  # fmt: skip
+        first = trained.before
         if score is not None and first is not None and trained.metric is not None:
             _warn_if_worse(score, first, trained.metric, told)
         step = StepRecord(
             step="finetune",
             params={
                 "source": model.label, "data": rows.source, "eval_data": None if held_out is None else held_out.source,
-                "config": asdict(asked), **summary(trained, asked, score, first),
+                "config": asdict(asked), **summary(trained, score),
             },
             tools={name: found for name in TOOLS if (found := version_of(name))},
             parent=None,
@@ -131,29 +126,6 @@ def finetune(
             model.renewed(), place, options=options, devices=devices, contract=contract, steps=[step],
             judge=judge_of(targets[0], held_out, score, first), progress=told,
         )  # fmt: skip
-
-
-def work_folder(output: Path) -> Path:
-    """Where the training of an output stands."""
-    return output.with_name(f"{output.name}.training")
-
-
-def _check_work(work: Path) -> None:
-    """Refuse a folder that is taken; one of a training without a checkpoint gives way.
-
-    Raises:
-        OutputExistsError: A training that can go on is there, or something that is not ours.
-    """
-    found = TrainingFolder(work)
-    if found.begun:
-        raise OutputExistsError(
-            f"{work} holds an earlier training for this output",
-            hint=f"go on with it: --resume (resume=True); or remove it: rm -r {work}",
-        )
-    if found.ours:
-        (work / _BEFORE).unlink(missing_ok=True)
-    else:
-        check_free(work)
 
 
 def judge_of(
@@ -177,50 +149,18 @@ def judge_of(
     return judge
 
 
-def summary(trained: Trained, config: TrainConfig, score: Score | None, before: float | None) -> dict[str, Any]:
+def summary(trained: Trained, score: Score | None) -> dict[str, Any]:
     """What the lineage keeps of a training: how it went, what came out, and where the weights are."""
     return {
         "epochs": trained.epochs,
         "stopped": trained.stopped,
         "metric": score.name if score is not None else LOSS,
-        "before": before,
+        "before": trained.before,
         "after": trained.metric,
         "weights": trained.weights.name,
         "weights_sha256": sha256_of(trained.weights),
         "history": [dict(entry) for entry in trained.history],
     }
-
-
-def _opened(data: str | Path | Dataset) -> Dataset:
-    return data if isinstance(data, Dataset) else Dataset.open(data)
-
-
-def _measure_before(
-    work: Path, model: Trainable, data: Dataset | None, score: Score | None, told: Progress
-) -> float | None:
-    """The metric before the training, or what an interrupted run found."""
-    if data is None or score is None:
-        return None
-    file = work / _BEFORE
-    if file.exists():
-        try:
-            return float(json.loads(file.read_bytes())["value"])
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise OptimizationError(f"cannot read {file} ({first_line(exc)})", hint=f"remove it: rm {file}") from exc
-    with told.step(f"{score.name} before the training"):
-        found = evaluate(model.module, data, feed=model.feed, score=score)
-    TrainingFolder(work).check(resume=True)
-    # A factory may draw new weights when the training goes on.
-    write_file(file, json.dumps({"metric": score.name, "value": found.metric}).encode())
-    return found.metric
-
-
-def _forget(work: Path) -> None:
-    """Remove what was measured for a training that did not begin."""
-    if not TrainingFolder(work).begun:
-        with contextlib.suppress(OSError):
-            (work / _BEFORE).unlink()
-            work.rmdir()
 
 
 def _warn_if_worse(score: Score, before: float, after: float, told: Progress) -> None:

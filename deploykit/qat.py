@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifact import Artifact, StepRecord
-from deploykit.comparing import MIN_COSINE
+from deploykit.comparing import MIN_COSINE, find_targets
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OptimizationError
 from deploykit.exporters import ExportOptions
+from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
 from deploykit.exporting import export_source
 from deploykit.extras import version_of
 from deploykit.gating import DEFAULT_SECONDS
+from deploykit.goals import read_drop
 from deploykit.nesting import flatten_outputs
 from deploykit.optimizers import StaticConfig
 from deploykit.optimizers.fake_quantize import fake_quantize, fold_batch_norms
@@ -26,12 +28,14 @@ from deploykit.optimizers.quantize_config import weight_bits
 from deploykit.optimizers.scheme import Scheme
 from deploykit.optimizers.training import Score, TrainConfig, check_train_config, evaluate, train
 from deploykit.optimizers.training.config import LOSS
+from deploykit.optimizers.training.folder import TrainingFolder, settings_of
 from deploykit.optimizers.training.outputs import tensors_of
 from deploykit.progress import Progress
 from deploykit.quantizing import quantize_static
 from deploykit.runtimes import Device
 from deploykit.staging import check_free
-from deploykit.trainable import Trainable, find_score, open_trainable
+from deploykit.targets import choose_opset, parse_targets
+from deploykit.trainable import Trainable, find_score, known_as, open_trainable, work_folder
 
 _FLOAT = "float"
 _OBSERVED_ROWS, _OBSERVED_BATCH = 512, 64
@@ -106,16 +110,29 @@ def quantize_qat(
     score = find_score(asked.metric) if eval_data is not None and asked.metric != LOSS else None
     if max_drop is not None and score is None:
         raise DataError("a largest drop needs a metric on evaluation data", hint="give labelled data: --eval DATA")
+    if max_drop is not None:
+        read_drop(max_drop)
+    find_targets(devices)
+    choose_opset(parse_targets(contract), opset, DEFAULT_OPSET)
     place = Path(output)
     check_free(place)
-    work = place.with_name(f"{place.name}.training")
+    work = work_folder(place)
+    bits, why = weight_bits(settings.weight_bits)
+    about = {
+        "verb": "quantize qat", "source": known_as(source, place), "weight_bits": bits,
+        "per_channel": settings.per_channel,
+    }  # fmt: skip
+    TrainingFolder(work).check(settings_of(asked, about), resume=resume)
+    for note in why:
+        told.note(note)
     options = ExportOptions(tuple(inputs), tuple(dynamic), opset, dims=dict(dims or {}), task=task)
     with undisturbed():
         with told.step(f"load {source}" if isinstance(source, str | Path) else "load the module"):
             model = open_trainable(source, example_inputs, options)
         rows = model.fit(Dataset.open(data))
         held_out = None if eval_data is None else model.fit(Dataset.open(eval_data))
-        record = _train(model, rows, held_out, asked, score, settings, work, told, resume=resume)
+        scheme = Scheme(bits, settings.per_channel)
+        record = _train(model, rows, held_out, asked, score, scheme, work, about, told, resume=resume)
         step = StepRecord(
             step="qat",
             params={"source": model.label, "data": rows.source, "config": asdict(asked), **record},
@@ -163,8 +180,9 @@ def _train(
     held_out: Dataset | None,
     asked: TrainConfig,
     score: Score | None,
-    settings: StaticConfig,
+    scheme: Scheme,
     work: Path,
+    about: Mapping[str, Any],
     told: Progress,
     *,
     resume: bool,
@@ -175,30 +193,26 @@ def _train(
         What the lineage keeps of it.
     """
     module = model.module
-    bits, notes = weight_bits(settings.weight_bits)
     found = None
     if held_out is not None and score is not None:
         with told.step(f"{score.name} in floating point"):
             found = evaluate(module, held_out, feed=model.feed, score=score).metric
-    with told.step("fold and observe"):
+    with told.step("fold batch normalizations"):
         folded = _fold(model, rows)
-        rounding = fake_quantize(module, Scheme(bits, settings.per_channel))
-        rounding.observe(_runs(model, rows))
-    for note in notes:
-        told.note(note)
-    first = None
-    if held_out is not None and score is not None:
-        with told.step(f"{score.name} with rounding"):
-            first = evaluate(module, held_out, feed=model.feed, score=score).metric
+        few = tensors_of(rows.head(_OBSERVED_BATCH), "cpu")
+        rounding = fake_quantize(module, scheme, lambda: model.feed(module, few))
     try:
+        with told.step("observe"):
+            rounding.observe(_runs(model, rows))
         trained = train(
-            module, rows, asked, work, eval_data=held_out, score=score, feed=model.feed, resume=resume, progress=told
-        )
+            module, rows, asked, work, eval_data=held_out, score=score, feed=model.feed, resume=resume, about=about,
+            progress=told,
+        )  # fmt: skip
     finally:
         rounding.remove()
     return {
-        "weight_bits": bits, "layers": len(rounding.layers), "folded": folded, "metric": asked.metric,
-        "before": found, "rounded_before": first, "rounded_after": trained.metric, "epochs": trained.epochs,
+        "weight_bits": scheme.bits, "layers": len(rounding.layers), "folded": folded, "metric": asked.metric,
+        "before": found, "rounded_before": trained.before, "rounded_after": trained.metric, "epochs": trained.epochs,
         "stopped": trained.stopped, "history": [dict(entry) for entry in trained.history],
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ is run anew for the reference outputs that the export is held to.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -133,6 +134,27 @@ def _no_module(path: Path) -> NoReturn:
 
 def _refuse(label: str, why: str) -> NoReturn:
     raise SourceError(f"{label} cannot be trained: {why}", expected=_KINDS)
+
+
+def opened(data: str | Path | Dataset) -> Dataset:
+    """A dataset, as it is or by where it stands."""
+    return data if isinstance(data, Dataset) else Dataset.open(data)
+
+
+def work_folder(output: Path) -> Path:
+    """Where the training of an output stands."""
+    return output.with_name(f"{output.name}.training")
+
+
+def known_as(source: str | Path | Any, output: Path) -> str:
+    """By what a training knows its source again: a path as seen from its output, so that both can be moved."""
+    if not isinstance(source, str | Path):
+        return name_of(source)
+    whole = str(source)
+    file, colon, factory = whole.rpartition(":")
+    path, rest = (file, colon + factory) if colon and Path(file).is_file() else (whole, "")
+    # Of two drives there is no way from one to the other; nor from a folder that is not there yet to anything else.
+    return os.path.relpath(path, output.parent) + rest if Path(path).exists() else whole
 
 
 def find_score(metric: str) -> Score:

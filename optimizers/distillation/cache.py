@@ -58,9 +58,11 @@ def with_answers(
         advance: Told how many rows were answered.
     """
     torch = require("torch", extra="train")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def answers(rows: dict[str, Array], start: int) -> Array:
-        tensors = {key: torch.from_numpy(np.array(rows[key][start : start + batch])) for key in teacher.keys.values()}
+        keys = teacher.keys.values()
+        tensors = {key: torch.from_numpy(np.array(rows[key][start : start + batch])).to(device) for key in keys}
         found = teacher.run(tensors)[plan.teacher_output].float().cpu().numpy()
         return np.asarray(found, np.float32)
 

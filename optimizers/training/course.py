@@ -70,7 +70,9 @@ class Course:
         self.steps = config.epochs * len(self.batches)
         self.epoch = self.batch = self.step = 0
         self.history: list[dict[str, float]] = []
+        self.before: float | None = None
         self.best: float | None = None
+        self.best_epoch: int | None = None
         self.stopped = ""
         self._worse_epochs = 0
         self._sums: dict[str, Any] = {}
@@ -223,11 +225,11 @@ class Course:
         """After the checkpoint of an epoch.
 
         Raises:
-            Stopped: Somebody asked for it, and there is more to do.
+            Stopped: Somebody asked for it.
         """
         self._folder.write_history(self.history)
         self._saved = time.monotonic()
-        if self._asked_to_stop() and not self.stopped:
+        if self._asked_to_stop():
             raise Stopped
 
     @property
@@ -240,7 +242,8 @@ class Course:
         elapsed = self._seconds + time.monotonic() - self._since
         return {
             "epoch": self.epoch, "batch": self.batch, "step": self.step, "history": copy.deepcopy(self.history),
-            "best": self.best, "worse_epochs": self._worse_epochs, "stopped": self.stopped, "seconds": elapsed,
+            "before": self.before, "best": self.best, "best_epoch": self.best_epoch,
+            "worse_epochs": self._worse_epochs, "stopped": self.stopped, "seconds": elapsed,
             "sums": {name: float(value) for name, value in self._sums.items()}, "seen": self._seen,
         }  # fmt: skip
 
@@ -249,7 +252,8 @@ class Course:
         torch = require("torch", extra="train")
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.history = [dict(entry) for entry in state["history"]]
-        self.best, self._worse_epochs, self.stopped = state["best"], state["worse_epochs"], state["stopped"]
+        self.before, self.best, self.best_epoch = state["before"], state["best"], state["best_epoch"]
+        self._worse_epochs, self.stopped = state["worse_epochs"], state["stopped"]
         self._sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
         self._seen, self._seconds = state["seen"], state["seconds"]
 
@@ -258,8 +262,8 @@ class Course:
         better = self.best is None or (watched > self.best if self.higher_is_better else watched < self.best)
         self._worse_epochs = 0 if better else self._worse_epochs + 1
         if better:
-            self.best = watched
-            save_tensors(weights_of(self.judged), self._folder.best)
+            self.best, self.best_epoch = watched, self.epoch
+            save_tensors(weights_of(self.judged), self._folder.best(self.epoch))
 
     def _means(self) -> dict[str, float]:
         return {name: float(value) / max(1, self._seen) for name, value in self._sums.items()}

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploykit.data import Dataset, user_frame
-from deploykit.errors import DeploykitError, OptimizationError, first_line
+from deploykit.errors import DeploykitError, OptimizationError, first_line, storage_error
 from deploykit.extras import require
 from deploykit.optimizers.training.config import LOSS, TrainConfig, check_train_config
 from deploykit.optimizers.training.course import Course, Stopped
 from deploykit.optimizers.training.evaluating import Evaluation
-from deploykit.optimizers.training.folder import LOG, WEIGHTS, TrainingFolder, load_tensors, save_tensors
+from deploykit.optimizers.training.folder import (
+    LOG,
+    WEIGHTS,
+    TrainingFolder,
+    load_tensors,
+    save_tensors,
+    settings_of,
+)
 from deploykit.optimizers.training.losses import Objective, Supervised
 from deploykit.optimizers.training.outputs import Feed, feed_by_name
-from deploykit.optimizers.training.probing import probe, set_dropout
-from deploykit.optimizers.training.rows import Rows, discard, gather
+from deploykit.optimizers.training.probing import dropout_of, probe, try_evaluation
+from deploykit.optimizers.training.rows import Rows, Survey, discard, gather, survey
 from deploykit.optimizers.training.scoring import Score
 from deploykit.optimizers.training.surroundings import (
     load_libraries,
@@ -37,7 +45,8 @@ class Trained:
         module: The same module, with the best weights, or their average; in evaluation mode, on the CPU.
         history: One entry an epoch: epoch, step, learning_rate, loss and the other parts of the objective, and, with
             evaluation data, eval_loss and the metric by its name; seconds since the start.
-        metric: The metric of the weights that were kept, or their loss; None without evaluation data.
+        before: The metric, or the loss, before the first step; None without evaluation data.
+        metric: The same of the weights that were kept.
         epochs: Epochs that were run, in this process and before.
         stopped: "epochs" or "patience".
         weights: The file that holds the weights.
@@ -45,6 +54,7 @@ class Trained:
 
     module: Any
     history: tuple[dict[str, float], ...]
+    before: float | None
     metric: float | None
     epochs: int
     stopped: str
@@ -63,6 +73,7 @@ def train(
     feed: Feed | None = None,
     after_step: Callable[[Any, int], None] | None = None,
     resume: bool = False,
+    about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Train a module in place, on a GPU where there is one.
@@ -83,34 +94,49 @@ def train(
         score: The metric that `config.metric` names; not for "loss".
         feed: How a batch is given to the module; by name or position by default.
         after_step: Called with the module and the number of steps after each, such as to keep pruned weights at zero.
-        resume: Go on with the training in ``folder``, where there is one.
+        resume: Go on with the training in ``folder``, where there is one; it has to be the same one: settings, data,
+            evaluation data, and names and shapes of the weights.
+        about: What else has to be the same, by name: numbers and strings, such as the module's source.
         progress: Told how far it is.
 
     Raises:
-        OptimizationError: A setting is wrong, nothing can be trained, or the loss is not finite any more.
+        OptimizationError: A setting is wrong, nothing can be trained, the loss is not finite any more, or the training
+            in ``folder`` is another one.
         DataError: The data do not fit the module, the loss or the metric.
-        OutputExistsError: A training is in ``folder``, and ``resume`` is not given.
+        OutputExistsError: A training is in ``folder`` and ``resume`` is not given, or something else is.
+        StorageError: The folder cannot be written, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt: SIGINT or SIGTERM came; the checkpoint is written.
     """
     check_train_config(config)
     _check_request(config, objective, eval_data, score)
-    load_libraries()
     told = progress or Progress()
     place = TrainingFolder(Path(folder))
-    if config.dropout is not None:
-        told.note(f"dropout {config.dropout:g} in {set_dropout(module, config.dropout)} layers")
-    with untouched_randomness():
-        rows, found = _open(place, config, data, told, resume=resume)
+    settings = settings_of(config, about)
+    place.check(settings, resume=resume)
+    load_libraries()
+    with dropout_of(module, config.dropout) as changed, untouched_randomness():
+        if config.dropout is not None:
+            told.note(f"dropout {config.dropout:g} in {changed} layers")
+        rows, judged, found = _open(place, settings, module, data, eval_data, told)
         try:
             if found is None or not found[STATE]["stopped"]:
                 fed = feed or feed_by_name
                 supervised = Supervised(config, fed)
-                _probe(place, module, rows, config, objective, supervised, fed, told)
                 evaluation = _evaluation(config, objective, supervised, eval_data, score, fed)
+                try:
+                    probe(
+                        module, rows, config, objective, supervised, fed, told,
+                        None if eval_data is None or judged is None else (eval_data, judged),
+                    )  # fmt: skip
+                    before = found[STATE]["before"] if found else _judge_first(evaluation, module, objective, told)
+                except BaseException:
+                    place.forget()
+                    raise
                 with stop_on_signals() as stop:
                     course = Course(
                         module, rows, config, objective or supervised, evaluation, place, after_step, told, stop.is_set
                     )
+                    course.before = before
                     found = _run(course, place, found, told)
         finally:
             discard(place.rows)
@@ -137,31 +163,62 @@ def _check_request(
 
 
 def _open(
-    place: TrainingFolder, config: TrainConfig, data: Dataset, told: Progress, *, resume: bool
-) -> tuple[Rows, dict[str, Any] | None]:
-    """The rows, and the checkpoint to go on from where there is one."""
-    place.check(resume=resume)
-    discard(place.rows)
+    place: TrainingFolder,
+    settings: Mapping[str, Any],
+    module: Any,
+    data: Dataset,
+    eval_data: Dataset | None,
+    told: Progress,
+) -> tuple[Rows, Survey | None, dict[str, Any] | None]:
+    """The rows, what was seen of the evaluation data, and the checkpoint to go on from where there is one."""
+    place.begin()
     try:
+        discard(place.rows)
         with told.step(f"read {data.source}"):
             rows = gather(data, place.rows)
-        begun = place.open(config, {"rows": rows.length, "arrays": ", ".join(sorted(rows.arrays))})
-        found = load_tensors(place.last) if begun else None
+            judged = None if eval_data is None else survey(eval_data)
+        plan = {
+            **settings, "data": rows.seen.plan(), "eval_data": {"rows": 0} if judged is None else judged.plan(),
+            "module": _form_of(module),
+        }  # fmt: skip
+        found = load_tensors(place.last) if place.open(plan) else None
         if found is not None and STATE not in found:
             raise OptimizationError(f"{place.last} is no checkpoint of ours", hint=f"remove it: rm -r {place.path}")
     except BaseException:
         discard(place.rows)
-        place.abandon()
-        raise
-    return rows, found
-
-
-def _probe(place: TrainingFolder, *args: Any) -> None:
-    try:
-        probe(*args)
-    except DeploykitError:
         place.forget()
         raise
+    return rows, judged, found
+
+
+def _form_of(module: Any) -> str:
+    """A digest of the names, types and shapes of a module's weights."""
+    torch = require("torch", extra="train")
+    forms = [(n, str(v.dtype), tuple(v.shape)) for n, v in module.state_dict().items() if torch.is_tensor(v)]
+    return hashlib.sha256(repr(forms).encode()).hexdigest()
+
+
+def _judge_first(
+    evaluation: Evaluation | None, module: Any, objective: Objective | None, told: Progress
+) -> float | None:
+    """What is watched, before the training, on the device that it will be measured on."""
+    if evaluation is None:
+        return None
+    torch = require("torch", extra="train")
+    moved = [part for part in (module, objective) if isinstance(part, torch.nn.Module)]
+    with told.step(f"{evaluation.name} before the training"):
+        try:
+            if torch.cuda.is_available():
+                for part in moved:
+                    part.cuda()
+            return try_evaluation(evaluation, module)
+        except torch.OutOfMemoryError as exc:
+            raise OptimizationError(
+                "the GPU has no memory for the evaluation", hint="take a smaller batch size"
+            ) from exc
+        finally:
+            for part in moved:
+                part.cpu()
 
 
 def _evaluation(
@@ -220,6 +277,8 @@ def _run(course: Course, place: TrainingFolder, found: Mapping[str, Any] | None,
             raise KeyboardInterrupt from None
         except DeploykitError:
             raise
+        except OSError as exc:
+            raise storage_error(exc, place.path) or exc from exc
         except RuntimeError as exc:
             raise _explained(exc, course) from exc
         finally:
@@ -247,18 +306,19 @@ def _finish(module: Any, state: Mapping[str, Any], place: TrainingFolder, config
     """Load the weights that are kept, and write them."""
     kept = place.path / WEIGHTS
     if not kept.exists():
-        source = place.best if place.best.exists() else None
-        weights = load_tensors(source) if source else _last_weights(place, averaged=config.ema is not None)
-        save_tensors(weights, kept)
+        epoch = state["best_epoch"]
+        last = epoch is None
+        save_tensors(_last_weights(place, config) if last else load_tensors(place.best(epoch)), kept)
     _load(module, load_tensors(kept))
-    place.discard()
+    place.write_history(state["history"])  # a kill may have come between it and the last checkpoint
+    place.keep_best(None)
     module.eval()
     history = tuple(dict(entry) for entry in state["history"])
-    return Trained(module, history, state["best"], state["epoch"], state["stopped"], kept)
+    return Trained(module, history, state["before"], state["best"], state["epoch"], state["stopped"], kept)
 
 
-def _last_weights(place: TrainingFolder, *, averaged: bool) -> dict[str, Any]:
-    prefix = "average.module." if averaged else "module."
+def _last_weights(place: TrainingFolder, config: TrainConfig) -> dict[str, Any]:
+    prefix = "module." if config.ema is None else "average.module."
     whole = load_tensors(place.last)["state_dict"]
     return {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
 

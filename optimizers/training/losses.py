@@ -1,7 +1,8 @@
 """Losses between a module's first output and the labels, and mixup.
 
-Labels below 0 are padding and count nowhere, as in the metrics. A single score a row, [n] or [n, 1], is the logit of
-class 1 against class 0. Outputs that are probabilities already are taken by their logarithm.
+Labels below 0 are padding and count nowhere, as in the metrics; the loss of a batch of nothing else is 0. A single
+score a row, [n] or [n, 1], is the logit of class 1 against class 0. Outputs that are probabilities already are taken by
+their logarithm.
 
 Sources: label smoothing, Szegedy et al. 2016 (arXiv:1512.00567); focal loss, Lin et al. 2017 (arXiv:1708.02002);
 mixup, Zhang et al. 2018 (arXiv:1710.09412); CTC, Graves et al. 2006.
@@ -94,7 +95,10 @@ def cross_entropy(output: Any, labels: Any, smoothing: float = 0.0) -> Any:
     """
     functional = require("torch.nn.functional", extra="train")
     logits, target = _classes(output, labels)
-    return functional.cross_entropy(logits, target, ignore_index=_IGNORED, label_smoothing=smoothing)
+    total = functional.cross_entropy(
+        logits, target, ignore_index=_IGNORED, label_smoothing=smoothing, reduction="sum"
+    )  # fmt: skip
+    return total / (target != _IGNORED).sum().clamp_min(1)
 
 
 def focal(output: Any, labels: Any, gamma: float) -> Any:
@@ -109,7 +113,7 @@ def focal(output: Any, labels: Any, gamma: float) -> Any:
     real = target != _IGNORED
     likely = logits.log_softmax(-1).gather(-1, target.clamp_min(0)[:, None])[:, 0][real]
     # Never 0, where a root has no gradient.
-    return ((-likely.expm1()).clamp_min(_TINY) ** gamma * -likely).mean()
+    return ((-likely.expm1()).clamp_min(_TINY) ** gamma * -likely).sum() / real.sum().clamp_min(1)
 
 
 def squared_error(output: Any, labels: Any) -> Any:

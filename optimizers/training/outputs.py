@@ -57,7 +57,11 @@ def tensors_of(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     for name, array in batch.items():
         if array.dtype.kind not in "iufb":
             raise DataError(f"{name!r} is {array.dtype}", expected="numbers", hint="tokenize texts before the training")
-        tensor = torch.from_numpy(array.copy() if not array.flags.writeable or not array.flags.c_contiguous else array)
+        own = array.astype(array.dtype.newbyteorder("="), copy=False)
+        try:
+            tensor = torch.from_numpy(own.copy() if not own.flags.writeable or not own.flags.c_contiguous else own)
+        except TypeError as exc:
+            raise DataError(f"{name!r} is {own.dtype}, which torch lacks", expected="float64 or smaller") from exc
         if name == LABELS and array.dtype.kind in "iub":
             tensor = tensor.to(torch.int64)
         made[name] = tensor.to(device)

@@ -70,6 +70,7 @@ def make_trainee(course: Course, folder: TrainingFolder) -> Any:
             """Write the checkpoint."""
             course.check_weights()
             self.trainer.save_checkpoint(folder.last)
+            folder.keep_best(course.best_epoch)
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             checkpoint[STATE] = course.state()

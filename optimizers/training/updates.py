@@ -17,6 +17,8 @@ from deploykit.optimizers.training.config import TrainConfig
 
 _STEPS = ((0.75, 0.01), (0.5, 0.1))
 _PLATEAU_FACTOR, _PLATEAU_PATIENCE = 0.5, 2
+# Of one-cycle: where it begins, and where it ends, as shares of the highest rate.
+_FIRST, _FINAL = 1 / 25, 1 / 25e4
 
 
 def make_optimizer(config: TrainConfig, modules: Iterable[Any]) -> Any:
@@ -64,23 +66,19 @@ def make_schedule(config: TrainConfig, optimizer: Any, steps: int, *, higher_is_
         return schedulers.ReduceLROnPlateau(
             optimizer, "max" if higher_is_better else "min", _PLATEAU_FACTOR, _PLATEAU_PATIENCE
         )
-    if config.schedule == "one-cycle":
-        # The momentum stays what the user asked for.
-        return schedulers.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=max(2, steps), pct_start=config.warmup_share,
-            cycle_momentum=False,
-        )  # fmt: skip
     return schedulers.LambdaLR(optimizer, lambda step: rate_factor(config, step, steps))
 
 
 def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """Share of the highest learning rate in a step, for "cosine", "step" and "constant".
+    """Share of the highest learning rate in a step, for all schedules but "plateau".
 
     Args:
         config: Schedule and warm-up.
         step: From 0 on.
         steps: Of the whole training.
     """
+    if config.schedule == "one-cycle":
+        return _one_cycle(config.warmup_share, step, steps)
     rising = round(config.warmup_share * steps)
     if step < rising:
         return (step + 1) / (rising + 1)
@@ -89,3 +87,18 @@ def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
     if config.schedule == "step":
         return next((factor for share, factor in _STEPS if step >= share * steps), 1.0)
     return 1.0
+
+
+def _one_cycle(share: float, step: int, steps: int) -> float:
+    """Up along half a cosine, and down along another; the momentum stays what the user asked for.
+
+    One step has the highest rate: where there are too few to rise in, the first one.
+    """
+    top, end = max(0, round(share * steps) - 1), steps - 1
+    if step < top:
+        return _between(_FIRST, 1.0, step / top)
+    return _between(1.0, _FINAL, min(1.0, (step - top) / (end - top))) if end > top else 1.0
+
+
+def _between(first: float, last: float, way: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * way)) / 2

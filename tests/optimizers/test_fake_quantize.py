@@ -126,3 +126,106 @@ def test_a_copy_rounds_by_itself() -> None:
     other.train()(torch.full((1, 2), 101.0))
     assert float(other.deploykit_input.high) == 101
     assert float(layer.deploykit_input.high) == 1
+
+
+class Positions(nn.Module):
+    """[batch, positions, features], normalized position by position."""
+
+    def __init__(self, positions: int, features: int) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, features), nn.BatchNorm1d(positions)
+
+    def forward(self, x: Any) -> Any:
+        return self.norm(self.layer(x))
+
+
+@pytest.mark.parametrize(("positions", "features"), [(5, 4), (4, 4), (1, 4)])
+def test_a_normalization_over_positions_is_not_folded(positions: int, features: int) -> None:
+    """Its factors are those of positions, and the layer before it has none for them, even where there are as many."""
+    torch.manual_seed(0)
+    x = torch.randn(6, positions, 3)
+    net = trained(Positions(positions, features), x)
+    with torch.no_grad():
+        before = net(x)
+        assert fold_batch_norms(net, lambda: {"y": net(x)}) == 0
+        assert torch.equal(net(x), before)
+
+
+def test_a_transposed_convolution_has_its_outputs_on_axis_1() -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(3, 4, 2, bias=False)
+    with torch.no_grad():
+        layer.weight *= torch.tensor([0.01, 1, 3, 100.0])[:, None, None]
+    scheme = Scheme(8, per_channel=True)
+    before = layer.weight.detach().clone()
+    fake_quantize(layer, scheme)
+    columns = before.permute(0, 2, 3, 1).reshape(1, 12, 4).numpy()
+    want = torch.tensor(scheme.rounded(columns)).reshape(3, 2, 2, 4).permute(0, 3, 1, 2)
+    torch.testing.assert_close(layer.weight.detach(), want)
+
+
+def test_a_layer_may_be_called_by_name() -> None:
+    layer = nn.Linear(2, 2)
+    rounding = fake_quantize(layer, Scheme(8, per_channel=True))
+    rounding.observe(layer(input=torch.full((1, 2), 3.0)) for _ in range(1))
+    assert float(layer.deploykit_input.high) == 3
+    layer.eval()
+    assert torch.equal(layer(input=torch.ones(1, 2)), layer(torch.ones(1, 2)))
+
+
+def test_dropout_does_not_widen_the_ranges() -> None:
+    """In training it doubles what it leaves; the deployed model never sees that."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4, bias=False))
+    rows = torch.rand(64, 4)
+    rows[:, 0] = 1  # of the largest ones some are always left
+    rounding = fake_quantize(net, Scheme(8, per_channel=True))
+    rounding.observe(net.eval()(rows) for _ in range(1))
+    part = net[1].deploykit_input
+    range_of = float(part.low), float(part.high)
+    seen: list[torch.Tensor] = []
+    net[1].deploykit_input.register_forward_hook(lambda layer, given, output: seen.append(output.detach()))
+    net.train()(rows)
+    assert (float(part.low), float(part.high)) == range_of
+    # Rounded on the same grid as without the dropout, and doubled.
+    step = range_of[1] / 255
+    (rounded,) = seen
+    torch.testing.assert_close(rounded / (2 * step), (rounded / (2 * step)).round(), atol=1e-3, rtol=0)
+    assert float(rounded.max()) > range_of[1]
+
+
+class Readers(nn.Module):
+    """Convolutions whose outputs are read in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("relu", "inplace", "clip", "chained", "dropped", "silu", "added", "both", "returned")
+        for name in names:
+            setattr(self, name, nn.Conv2d(2, 2, 1))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Any) -> Any:
+        y = nn.functional.relu(self.relu(x))
+        y = nn.functional.max_pool2d(self.inplace(y).relu_(), 1)
+        y = nn.functional.relu6(self.clip(y))
+        y = self.drop(self.dropped(self.chained(y))).relu()
+        y = nn.functional.silu(self.silu(y))
+        y = y + self.added(y)
+        z = self.both(y)
+        y = z.relu() + z.shape[0] * z.mean()
+        return self.returned(y)
+
+
+def test_what_a_convolution_gives_is_rounded_where_the_quantizer_rounds_it() -> None:
+    """Not before an activation that becomes a part of the rounding, nor where the next layer rounds it anyway."""
+    net = Readers().eval()
+    x = torch.rand(2, 2, 3, 3)
+    rounding = fake_quantize(net, Scheme(8, per_channel=True), lambda: net(x))
+    rounded = [name for name, layer in rounding.layers.items() if hasattr(layer, "deploykit_output")]
+    assert rounded == ["silu", "added", "both", "returned"]
+    rounding.observe(net(x) for _ in range(1))
+    with torch.no_grad():
+        steps = net(x) / ((net.returned.deploykit_output.high - net.returned.deploykit_output.low) / 255)
+    torch.testing.assert_close(steps, steps.round(), atol=1e-2, rtol=0)
+    rounding.remove()
+    assert not [name for name in net.state_dict() if "deploykit" in name or "parametrizations" in name]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 import deploykit
-from deploykit import distilling, runner
+from deploykit import distilling
 from deploykit.errors import AccuracyError, DataError, OptimizationError, OutputExistsError, SourceError
 from deploykit.optimizers.distillation import DistillConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
-from deploykit.recipe import Recipe
 
 
 class Net(nn.Sequential):
@@ -33,30 +32,15 @@ class Net(nn.Sequential):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(digit_files: Callable[..., Path]) -> Path:
     """Training rows without labels, and labelled ones that nobody learns from."""
-    folder = tmp_path_factory.mktemp("digits")
-    rows, labels = load_digits(return_X_y=True)
-    rows = (rows / 16).astype(np.float32)
-    np.savez(folder / "unlabelled.npz", pixels=rows[:1200])
-    np.savez(folder / "train.npz", pixels=rows[:1200], labels=labels[:1200])
-    np.savez(folder / "eval.npz", pixels=rows[1200:], labels=labels[1200:])
-    return folder
+    return digit_files("pixels", 64)
 
 
 @pytest.fixture(scope="module")
-def teacher(digits: Path) -> Net:
+def teacher(digits: Path, taught: Callable[[Any, Path, int], Any]) -> Net:
     torch.manual_seed(0)
-    net = Net(256)
-    with np.load(digits / "train.npz") as data:
-        rows, labels = torch.tensor(data["pixels"]), torch.tensor(data["labels"])
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(8):
-        for index in torch.randperm(len(rows)).split(100):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(rows[index]), labels[index]).backward()
-            optimizer.step()
-    return net.eval()
+    return taught(Net(256), digits, 8)
 
 
 def accuracy(net: nn.Module, digits: Path) -> float:
@@ -169,16 +153,27 @@ def test_a_training_is_gone_on_with_only_if_it_is_the_same(
     with pytest.raises(AccuracyError, match="the student's accuracy"):
         deploykit.distill(f"{factories}:large", tmp_path / "out", **asked, metric="accuracy", max_drop=0.0)
     assert not (tmp_path / "out").exists()
+    # Before anything is loaded.
     with pytest.raises(OutputExistsError, match="--resume"):
-        deploykit.distill(f"{factories}:large", tmp_path / "out", **asked)
-    with pytest.raises(OptimizationError, match="another teacher, student or loss"):
-        deploykit.distill(
-            f"{factories}:large", tmp_path / "out", **asked, resume=True, config=DistillConfig(temperature=9.0)
-        )
-    # The same again is judged the same, without being trained again.
+        deploykit.distill("nosuch.py:large", tmp_path / "out", **asked)
+    for teacher, changes, said in (
+        ("large", {"config": DistillConfig(temperature=9.0)}, "temperature 4.0, not 9.0"),
+        ("nosuch", {}, "teacher 'nets.py:large', not 'nets.py:nosuch'"),
+        ("large", {"student": f"{factories}:nosuch"}, "student 'nets.py:small', not 'nets.py:nosuch'"),
+        ("large", {"training": TrainConfig(epochs=2)}, "epochs 1, not 2"),
+        ("large", {"metric": "f1"}, "metric 'accuracy', not 'f1'"),
+        ("large", {"data": digits / "eval.npz"}, "data rows 1200, not 597"),
+        ("large", {"eval_data": digits / "train.npz"}, "eval data rows 597, not 1200"),
+    ):
+        with pytest.raises(OptimizationError) as caught:
+            deploykit.distill(f"{factories}:{teacher}", tmp_path / "out", **{**asked, **changes}, resume=True)
+        assert said in str(caught.value)
+    # The same again is judged the same, without being trained again; where the answers are kept makes no difference.
     weights = (tmp_path / "out.training" / "weights.pt").stat().st_mtime_ns
     monkeypatch.setattr(distilling, "export_source", lambda source, place, **told: told["steps"])
-    (step,) = deploykit.distill(f"{factories}:large", tmp_path / "out", **asked, resume=True)
+    (step,) = deploykit.distill(
+        f"{factories}:large", tmp_path / "out", **asked, resume=True, config=DistillConfig(cache="off")
+    )
     assert (step.params["weights"], step.params["epochs"]) == ({"logits": 0.9, "task": 0.1}, 1)
     assert (tmp_path / "out.training" / "weights.pt").stat().st_mtime_ns == weights
 
@@ -254,6 +249,11 @@ def test_a_derived_student_of_a_transformer(bert_dir: Path, tmp_path: Path) -> N
         ("large", {"config": DistillConfig(kind="classification", task=1.0)}, OptimizationError, "the data have none"),
         ("large", {"training": TrainConfig(mixup=0.3)}, OptimizationError, "mixup"),
         ("large", {"eval_data": {"pixels": np.zeros((4, 64))}, "metric": "f1"}, DataError, "has no 'labels'"),
+        ("large", {"eval_data": {"pixels": np.zeros((4, 60))}}, DataError, "does not fit"),
+        (
+            "large", {"eval_data": {"pixels": np.zeros((4, 64)), "labels": np.zeros((4, 2), int)}, "metric": "f1"},
+            DataError, "labels of shape [4, 2]",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_distilled(
@@ -285,29 +285,15 @@ def test_weights_that_are_shared_are_refused(tmp_path: Path) -> None:
         deploykit.distill(source, tmp_path / "out", student=source, data=data)
 
 
-def test_the_command_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from click.testing import CliRunner
-
-    from deploykit.cli import cli
-
-    told = ["distill", "nets.py:large", "--student", "derive:layers=2", "--data", "train.npz", "-o", "out",
-            "--weight", "features=2", "--weight", "task=0", "--features", "body.1=body.0", "--temperature", "2",
-            "--epochs", "3", "--max-drop", "1%", "--dry-run"]  # fmt: skip
-    printed = CliRunner().invoke(cli, told)
-    assert printed.exit_code == 0, printed.output
-    (tmp_path / "r.toml").write_text(printed.output)
-    seen: dict[str, Any] = {}
-
-    def distill(teacher: str, output: Path, **options: Any) -> Any:
-        seen.update(options, teacher=teacher, output=output)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner.pipeline, "distill", distill)
-    with pytest.raises(KeyboardInterrupt):
-        deploykit.run(Recipe.load(tmp_path / "r.toml"), tmp_path / "out")
+def test_the_command_is_a_recipe(tmp_path: Path, asked_by_recipe: Callable[[Sequence[str]], dict[str, Any]]) -> None:
+    seen = asked_by_recipe(
+        ["distill", "nets.py:large", "--student", "derive:layers=2", "--data", "train.npz", "-o", "out",
+         "--weight", "features=2", "--weight", "task=0", "--features", "body.1=body.0", "--temperature", "2",
+         "--epochs", "3", "--max-drop", "1%"]
+    )  # fmt: skip
     assert seen["config"] == DistillConfig(temperature=2.0, features=2.0, task=0.0, pairs=(("body.1", "body.0"),))
     assert seen["training"].epochs == 3
-    assert (seen["teacher"], seen["student"]) == (f"{tmp_path / 'nets.py'}:large", "derive:layers=2")
+    assert (seen["source"], seen["student"]) == (f"{tmp_path / 'nets.py'}:large", "derive:layers=2")
     assert (seen["data"], seen["max_drop"]) == (str(tmp_path / "train.npz"), "1%")
     assert seen["output"] == tmp_path / "out" / "distill"
 

@@ -13,12 +13,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import deploykit
-from deploykit import runner
-from deploykit.errors import DataError, ExportError, OptimizationError, OutputExistsError, SourceError
+from deploykit.errors import ContractError, DataError, ExportError, OptimizationError, OutputExistsError, SourceError
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
-from deploykit.recipe import Recipe
-from deploykit.trainable import find_score, open_trainable
+from deploykit.trainable import find_score, known_as, open_trainable
 
 SOURCE = """
 import torch
@@ -116,6 +114,14 @@ def test_nothing_is_overwritten(folder, tuned):
     (folder / "tuned").rename(folder / "moved")
     with pytest.raises(OutputExistsError, match="--resume"):
         deploykit.finetune(source, folder / "tuned", **options)
+    # Another training is told from this one before anything is loaded.
+    with pytest.raises(OptimizationError, match=r"begun with source 'net\.py:make', not 'other\.py:make'"):
+        (folder / "other.py").write_text("raise SystemExit")
+        deploykit.finetune(f"{folder / 'other.py'}:make", folder / "tuned", resume=True, **options)
+    with pytest.raises(OptimizationError, match="begun with epochs 5, not 6"):
+        deploykit.finetune(
+            source, folder / "tuned", resume=True, data=folder / "nosuch.npz", config=TrainConfig(epochs=6)
+        )
     (folder / "moved").rename(folder / "tuned")
     assert [p.name for p in (folder / "other.training").iterdir()] == ["mine"]
 
@@ -147,6 +153,18 @@ def test_a_training_outlives_a_failed_export(folder, monkeypatch):
     assert torch.equal(opened.module.out.weight, state["out.weight"])
 
 
+def test_a_source_is_known_from_where_its_output_stands(folder, tmp_path, monkeypatch):
+    """So that a project may be moved as a whole, and be called from anywhere in it."""
+    file = folder / "net.py"
+    assert known_as(f"{file}:make", folder / "tuned") == "net.py:make"
+    monkeypatch.chdir(folder)
+    assert known_as("net.py:make", folder / "tuned") == "net.py:make"
+    assert known_as(folder, folder / "tuned") == "."
+    assert known_as("package.module:make", folder / "tuned") == "package.module:make"
+    assert known_as("derive:layers=2", folder / "tuned") == "derive:layers=2"
+    assert known_as(nn.Linear(2, 2), folder / "tuned").startswith("module Linear of")
+
+
 def test_a_training_that_does_not_begin_leaves_nothing(folder):
     with pytest.raises(DataError, match="no data for input 'image'"):
         np.savez(folder / "bare.npz", scale=np.ones((4, 1), np.float32), labels=np.zeros(4, np.int64))
@@ -174,10 +192,17 @@ def test_a_training_without_a_checkpoint_gives_way(folder, monkeypatch):
         ({"config": TrainConfig(learning_rate=-1.0)}, OptimizationError, "learning rate"),
         ({"data": "nosuch.npz"}, DataError, "does not exist"),
         ({"source": "nosuch.py:make"}, SourceError, "does not exist"),
+        ({"source": "nosuch.py:make", "contract": ["ort:0.1"]}, ContractError, "ort"),
+        ({"eval_data": "wide.npz"}, DataError, "has label 12"),
+        ({"eval_data": "bare.npz"}, DataError, "no data for input 'image'"),
     ],
 )
 def test_errors_come_before_the_work(folder, monkeypatch, options, kind, word):
     monkeypatch.chdir(folder)
+    ones = np.ones((13, 1), np.float32)
+    np.savez("bare.npz", scale=ones, labels=np.zeros(13, np.int64))
+    np.savez("wide.npz", image=np.zeros((13, 8, 8), np.float32), scale=ones, labels=np.arange(13))
+    monkeypatch.setattr("pytorch_lightning.Trainer.fit", None)  # nothing is trained
     with pytest.raises(kind) as caught:
         deploykit.finetune(**{"source": "net.py:make", "output": "x", "data": "train.npz", **options})
     assert word in str(caught.value)
@@ -214,25 +239,11 @@ def test_scores_are_those_of_the_benchmarks():
     assert find_score("f1").of(pairs) == pytest.approx(f1_score(labels, outputs.argmax(1), average="macro"))
 
 
-def test_a_recipe_says_the_same(tmp_path, monkeypatch, capsys):
-    from click.testing import CliRunner
-
-    from deploykit.cli import cli
-
-    told = ["finetune", "net.py:make", "-o", "out", "--data", "train.npz", "--eval", "eval.npz", "--metric", "f1",
-            "--epochs", "3", "--clip-norm", "0", "--schedule", "one-cycle", "--dry-run"]  # fmt: skip
-    printed = CliRunner().invoke(cli, told)
-    assert printed.exit_code == 0, printed.output
-    (tmp_path / "r.toml").write_text(printed.output)
-    seen: dict[str, Any] = {}
-
-    def finetune(source: str, output: Path, **options: Any) -> Any:
-        seen.update(options, source=source, output=output)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner.pipeline, "finetune", finetune)
-    with pytest.raises(KeyboardInterrupt):
-        deploykit.run(Recipe.load(tmp_path / "r.toml"), tmp_path / "out")
+def test_a_recipe_says_the_same(tmp_path, asked_by_recipe):
+    seen = asked_by_recipe(
+        ["finetune", "net.py:make", "-o", "out", "--data", "train.npz", "--eval", "eval.npz", "--metric", "f1",
+         "--epochs", "3", "--clip-norm", "0", "--schedule", "one-cycle"]
+    )  # fmt: skip
     assert seen["config"] == TrainConfig(epochs=3, clip_norm=None, schedule="one-cycle", metric="f1")
     assert seen["source"] == f"{tmp_path / 'net.py'}:make"
     assert (seen["data"], seen["eval_data"]) == (str(tmp_path / "train.npz"), str(tmp_path / "eval.npz"))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 import deploykit
-from deploykit.errors import DataError, OptimizationError
+from deploykit.errors import ContractError, DataError, OptimizationError, OutputExistsError
 from deploykit.optimizers import StaticConfig
+from deploykit.optimizers.fake_quantize import fake_quantize
+from deploykit.optimizers.scheme import Scheme
 from deploykit.optimizers.training import TrainConfig
 
 
@@ -32,27 +35,14 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
-    np.savez(folder / "train.npz", image=images[:1200], labels=labels[:1200])
-    np.savez(folder / "eval.npz", image=images[1200:], labels=labels[1200:])
-    return folder
+def digits(digit_files: Callable[..., Path]) -> Path:
+    return digit_files("image", 1, 8, 8)
 
 
 @pytest.fixture(scope="module")
-def net(digits: Path) -> Net:
+def net(digits: Path, taught: Callable[[Any, Path, int], Any]) -> Net:
     torch.manual_seed(0)
-    made = Net()
-    with np.load(digits / "train.npz") as data:
-        images, labels = torch.tensor(data["image"]), torch.tensor(data["labels"])
-    optimizer = torch.optim.Adam(made.parameters(), 3e-3)
-    for _ in range(10):
-        for index in torch.randperm(len(images)).split(100):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(made(images[index]), labels[index]).backward()
-            optimizer.step()
+    made: Net = taught(Net(), digits, 10)
     factors = torch.logspace(-2, 2, 16)[torch.randperm(16)]
     with torch.no_grad():
         made.norm.weight *= factors
@@ -90,6 +80,20 @@ def test_training_gives_back_what_rounding_took(net: Net, digits: Path, tmp_path
     assert quantized.params["smooth"] == "off"
     assert json.loads((tmp_path / "out.training" / "history.json").read_bytes())[-1]["accuracy"] > 0.8
 
+    # What stands in out.training goes on with the same only; that is said before anything is run.
+    shutil.rmtree(tmp_path / "out")
+    asked: dict[str, Any] = {
+        "data": digits / "train.npz", "eval_data": digits / "eval.npz",
+        "training": TrainConfig(epochs=6, learning_rate=1e-2), "devices": ["ort:cpu"],
+    }  # fmt: skip
+    with pytest.raises(OutputExistsError, match="--resume"):
+        deploykit.quantize_qat("nosuch.py:make", tmp_path / "out", **asked)
+    other = StaticConfig(weight_bits="7" if trained.params["weight_bits"] == 8 else "8")
+    with pytest.raises(OptimizationError, match="begun with weight bits"):
+        deploykit.quantize_qat(net, tmp_path / "out", example, **asked, config=other, resume=True)
+    with pytest.raises(OptimizationError, match="begun with source 'module Net of"):
+        deploykit.quantize_qat(nn.Sequential(nn.Linear(64, 10)), tmp_path / "out", example, **asked, resume=True)
+
 
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
@@ -97,6 +101,8 @@ def test_training_gives_back_what_rounding_took(net: Net, digits: Path, tmp_path
         ({"config": StaticConfig(rounding="adaround")}, OptimizationError, "rounding adaround would change weights"),
         ({"config": StaticConfig(equalize=True)}, OptimizationError, "equalize True would change weights"),
         ({"max_drop": 0.1}, DataError, "--eval DATA"),
+        ({"max_drop": "much", "eval_data": "eval.npz"}, DataError, "max drop"),
+        ({"contract": ["ort:0.1"]}, ContractError, "ort"),
         ({"training": TrainConfig(metric="loss"), "max_drop": 0.1, "eval_data": "eval.npz"}, DataError, "--eval DATA"),
     ],
 )
@@ -105,3 +111,41 @@ def test_what_is_refused(digits: Path, tmp_path: Path, changes: dict[str, Any], 
         deploykit.quantize_qat("net.py:make", tmp_path / "out", data=digits / "train.npz", **changes)
     assert said in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Smooth(nn.Module):
+    """Behind an activation that no rounding contains: what the convolutions give is rounded itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(n, 8, 3, padding=1) for n in (1, 8, 8))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, image: Any) -> Any:
+        y = nn.functional.silu(self.two(self.one(image).relu()))
+        return self.head(nn.functional.silu(self.three(y)).mean((2, 3)))
+
+
+def test_the_training_rounds_what_the_quantizer_rounds(digits: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Smooth().eval()
+    with torch.no_grad():
+        for layer in (net.one, net.two, net.three, net.head):
+            layer.weight *= 3  # outputs with something to lose
+    with np.load(digits / "train.npz") as data:
+        images = torch.tensor(data["image"][:64])
+    np.savez(tmp_path / "few.npz", image=images.numpy())
+    deploykit.export(net, tmp_path / "float", images[:4], devices=["ort:cpu"])
+    deploykit.quantize_static(
+        tmp_path / "float", tmp_path / "int8", data=tmp_path / "few.npz", min_cosine=-1.0, devices=["ort:cpu"],
+        config=StaticConfig(weight_bits="7", smooth="off", bias_correction="off"), allow_slower=True, gate_seconds=0,
+        escalate=False,
+    )  # fmt: skip
+    with deploykit.open_session(tmp_path / "int8", "ort:cpu") as session:
+        (real,) = session.run({"image": images.numpy()}).values()
+    with torch.no_grad():
+        exact = net(images).numpy()
+        rounding = fake_quantize(net, Scheme(7, per_channel=True), lambda: net(images))
+        rounding.observe(net(images) for _ in range(1))
+        seen = net(images).numpy()
+    assert np.abs(seen - real).mean() < 0.25 * np.abs(exact - real).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import struct
@@ -19,6 +20,7 @@ from torch import nn
 from deploykit.data import Dataset
 from deploykit.errors import DataError, OptimizationError, OutputExistsError
 from deploykit.optimizers.training import Score, TrainConfig, evaluate, train
+from deploykit.optimizers.training.course import Course
 from deploykit.optimizers.training.probing import set_dropout
 from deploykit.progress import Progress
 
@@ -102,6 +104,8 @@ def test_digits_are_learned(learned):
     result, folder = learned
     assert result.metric > 0.9
     assert result.metric == max(entry["accuracy"] for entry in result.history)
+    assert result.before == evaluate(make_net(), EVAL, score=ACCURACY).metric < 0.3
+    assert not list(folder.glob("best-*"))
     assert evaluate(result.module, EVAL, score=ACCURACY).metric == pytest.approx(result.metric, abs=1e-3)
     assert not result.module.training
     assert (result.epochs, result.stopped, len(result.history)) == (6, "epochs", 6)
@@ -126,13 +130,13 @@ def test_a_training_is_not_overwritten(learned):
         train(make_net(), DATA, TrainConfig(), folder)
 
 
+def never(module: Any, step: int) -> None:
+    raise AssertionError(step)
+
+
 def test_a_finished_training_is_taken_as_it_is(learned):
     result, folder = learned
     config = TrainConfig(epochs=6, learning_rate=1e-2)
-
-    def never(module: Any, step: int) -> None:
-        raise AssertionError(step)
-
     again = train(
         make_net(), DATA, config, folder, eval_data=EVAL, score=ACCURACY, resume=True, after_step=never
     )  # fmt: skip
@@ -145,6 +149,38 @@ def test_a_finished_training_is_taken_as_it_is(learned):
         )
     with pytest.raises(OptimizationError, match="data rows 640, not 160"):
         train(make_net(), SMALL, config, folder, eval_data=EVAL, score=ACCURACY, resume=True)
+    # A kill between the last checkpoint and the history loses none of it.
+    (folder / "history.json").unlink()
+    train(make_net(), DATA, config, folder, eval_data=EVAL, score=ACCURACY, resume=True)
+    assert json.loads((folder / "history.json").read_text()) == list(result.history)
+
+
+def never_read(size: int) -> Any:
+    raise AssertionError("read")
+
+
+def test_another_training_is_refused(learned):
+    """Everything that makes it another one; its settings before the data are read."""
+    _, folder = learned
+    config = TrainConfig(epochs=6, learning_rate=1e-2)
+    unread = Dataset("unread", never_read)
+    with pytest.raises(OptimizationError, match="begun with seed 0, not 1"):
+        train(make_net(), unread, replace(config, seed=1), folder, eval_data=unread, score=ACCURACY, resume=True)
+    about = {"source": "other.py:make"}
+    with pytest.raises(OptimizationError, match=r"source None, not .other\.py:make"):
+        train(make_net(), unread, config, folder, eval_data=unread, score=ACCURACY, resume=True, about=about)
+    with pytest.raises(OutputExistsError, match="--resume"):
+        train(make_net(), unread, config, folder)
+    turned = Dataset.from_arrays({"x": ROWS[ORDER[:640]], "labels": 9 - LABELS[ORDER[:640]]})
+    for data, judged, net, said in (
+        (turned, EVAL, make_net(), "other values in the data"),
+        (DATA, SMALL, make_net(), "eval data rows 1157, not 160"),
+        (DATA, None, make_net(), "eval data"),
+        (DATA, EVAL, nn.Linear(64, 10), "a module whose weights have other names or shapes"),
+    ):
+        with pytest.raises(OptimizationError) as caught:
+            train(net, data, config, folder, eval_data=judged, score=ACCURACY if judged else None, resume=True)
+        assert said in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +235,44 @@ def test_kill_9_loses_nothing(tmp_path, uninterrupted, step):
     check_resumed(folder, uninterrupted, step)
 
 
+def test_a_kill_between_the_best_weights_and_the_checkpoint(tmp_path, uninterrupted):
+    """The checkpoint of the epoch before goes with its own best weights, not with those of the epoch that is lost."""
+    folder = tmp_path / "training"
+    child = os.fork()
+    if child == 0:
+        try:
+            check = Course.check_weights
+
+            def die(course: Course) -> None:
+                if course.epoch == 2 and not course.batch:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                check(course)
+
+            Course.check_weights = die
+            train(make_net(), SMALL, CONFIG, folder, eval_data=EVAL)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    state = torch.load(folder / "last.ckpt", weights_only=True)["deploykit"]
+    assert (state["step"], state["best_epoch"]) == (9, 1)
+    assert {file.name for file in folder.glob("best-*")} == {"best-1.pt", "best-2.pt"}
+    check_resumed(folder, uninterrupted, 10)
+
+
+def test_an_interrupt_in_the_last_step_is_heard(tmp_path, uninterrupted):
+    """All is trained, and what the verb would do next waits for --resume."""
+
+    def interrupt(module: Any, done: int) -> None:
+        if done == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_net(), SMALL, CONFIG, tmp_path / "t", eval_data=EVAL, after_step=interrupt)
+    result = train(make_net(), SMALL, CONFIG, tmp_path / "t", eval_data=EVAL, resume=True, after_step=never)
+    assert_same_history(result, uninterrupted)
+    assert close(weights(result.module), weights(uninterrupted.module))
+
+
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 8), (signal.SIGTERM, 5)])
 def test_an_interrupt_keeps_the_checkpoint(tmp_path, uninterrupted, number, step):
     folder = tmp_path / "training"
@@ -214,9 +288,6 @@ def test_an_interrupt_keeps_the_checkpoint(tmp_path, uninterrupted, number, step
         train(make_net(), SMALL, config, folder, eval_data=EVAL, after_step=interrupt, progress=told)
     assert any("interrupted after step" in note and "--resume" in note for note in told.notes)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    plan = json.loads((folder / "training.json").read_text())
-    plan["config"]["checkpoint_minutes"] = CONFIG.checkpoint_minutes
-    (folder / "training.json").write_text(json.dumps(plan))
     check_resumed(folder, uninterrupted, step + 1)
 
 
@@ -246,7 +317,7 @@ def test_plateau_goes_on_as_well(tmp_path):
 
 
 def test_patience_keeps_the_best_weights(tmp_path):
-    values = iter([0.5, 0.7, 0.6, 0.65, 0.1, 0.9])
+    values = iter([0.8, 0.5, 0.7, 0.6, 0.65, 0.1, 0.9])  # the first is that before the training
     score = Score("listed", True, lambda pairs: next(values) if list(pairs) else 0.0)
     best: dict[str, Any] = {}
 
@@ -258,7 +329,7 @@ def test_patience_keeps_the_best_weights(tmp_path):
     result = train(
         make_net(), SMALL, config, tmp_path / "t", eval_data=EVAL, score=score, after_step=remember
     )  # fmt: skip
-    assert (result.epochs, result.stopped, result.metric) == (4, "patience", 0.7)
+    assert (result.epochs, result.stopped, result.before, result.metric) == (4, "patience", 0.8, 0.7)
     assert same(weights(result.module), best)
 
 
@@ -370,6 +441,75 @@ def test_what_does_not_fit_is_said_before(tmp_path, data, settings, options, kin
         )  # fmt: skip
     assert word in str(caught.value)
     assert "step 1" in word or not (tmp_path / "t").exists()
+
+
+def failing(pairs: Any) -> float:
+    raise ValueError("only one class")
+
+
+@pytest.mark.parametrize(
+    ("judged", "settings", "score", "kind", "word"),
+    [
+        ({"x": ROWS[:9]}, {}, ACCURACY, DataError, "has no 'labels'"),
+        ({"x": ROWS[:9], "labels": LABELS[:9] + 5}, {}, ACCURACY, DataError, "has label 13"),
+        ({"x": ROWS[:9], "labels": LABELS[:9] / 2}, {}, ACCURACY, DataError, "integer classes"),
+        ({"x": ROWS[:9], "labels": np.full(9, -1)}, {}, ACCURACY, DataError, "no label of 0 or above"),
+        ({"x": ROWS[:9], "labels": LABELS[:9, None]}, {}, ACCURACY, DataError, "labels of shape"),
+        ({"x": ROWS[:9, :50], "labels": LABELS[:9]}, {}, ACCURACY, DataError, "accuracy cannot be measured"),
+        ({"x": ROWS[:9], "labels": LABELS[:9]}, {}, Score("accuracy", True, failing), DataError, "only one class"),
+        (
+            {"x": ROWS[:9], "labels": LABELS[:9]}, {},
+            Score("accuracy", True, lambda pairs: math.nan * len(list(pairs))), OptimizationError,
+            "nan on memory before the training",
+        ),
+        ({"x": ROWS[:0], "labels": LABELS[:0]}, {}, ACCURACY, DataError, "no samples"),
+        (
+            {"x": ROWS[:9], "labels": np.zeros((9, 3), np.float32)}, {"loss": "mse", "metric": "loss"}, None, DataError,
+            "labels of shape",
+        ),
+    ],
+)  # fmt: skip
+def test_evaluation_data_are_tried_before_the_training(tmp_path, judged, settings, score, kind, word):
+    data = SMALL
+    if settings.get("loss") == "mse":
+        data = Dataset.from_arrays({"x": ROWS[:20], "labels": ROWS[:20, :10]})
+    length = len(judged["x"])
+    held_out = Dataset("memory", lambda size: iter([judged] if length else []), length=length)
+    with pytest.raises(kind) as caught:
+        train(
+            make_net(), data, TrainConfig(**settings), tmp_path / "t", eval_data=held_out, score=score,
+            after_step=never,
+        )  # fmt: skip
+    assert word in str(caught.value)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"),
+    [
+        ([[1, 2, -1], [0, 1, -1]], "the blank of ctc"),
+        ([[1, -1, 2], [1, 2, -1]], "padding before its end"),
+        ([[1, 1, 1], [1, 2, -1]], "needs 5 frames, and the output has 4"),
+    ],
+)
+def test_symbols_that_ctc_cannot_align(tmp_path, labels, word):
+    right = {"x": np.zeros((2, 4, 3), np.float32), "labels": np.array([[1, 2, -1], [2, -1, -1]])}
+    wrong = Dataset.from_arrays({**right, "labels": np.array(labels)})
+    good = Dataset.from_arrays(right)
+    config = TrainConfig(loss="ctc", metric="loss")
+    for data, judged in ((wrong, None), (good, wrong)):
+        with pytest.raises(DataError) as caught:
+            train(nn.Linear(3, 5), data, config, tmp_path / "t", eval_data=judged, after_step=never)
+        assert word in str(caught.value)
+
+
+def test_the_rate_of_dropout_is_that_of_the_training_alone(tmp_path):
+    net = make_net()
+    seen: set[float] = set()
+    net[3].register_forward_hook(lambda part, given, output: seen.add(part.p))
+    train(net, SMALL, TrainConfig(epochs=1, dropout=0.7), tmp_path / "t")
+    assert seen == {0.7}
+    assert net[3].p == 0.2
 
 
 def test_whole_numbers_cannot_be_mixed(tmp_path):

@@ -38,6 +38,16 @@ def test_cross_entropy_with_smoothing_and_padding():
     assert loss_of(LOGITS, CLASSES, label_smoothing=0.2) == pytest.approx(smooth, rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1}, {"loss": "focal"}])
+def test_a_batch_of_padding_alone_teaches_nothing(settings):
+    """A mean over nothing would be NaN, and end the training."""
+    output = torch.tensor(LOGITS, requires_grad=True)
+    loss = Supervised(TrainConfig(**settings)).loss(output, torch.full((6,), -1))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert (output.grad == 0).all()
+
+
 def test_positions_are_rows():
     whole = loss_of(LOGITS.reshape(2, 3, 4), CLASSES.reshape(2, 3))
     assert whole == pytest.approx(loss_of(LOGITS, CLASSES), rel=1e-6)

@@ -1,12 +1,15 @@
 """Rows of a training: each once an epoch, in an order that the seed and the epoch decide."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from deploykit.data import Dataset
-from deploykit.errors import DataError
-from deploykit.optimizers.training.rows import Batches, Rows, gather
+from deploykit.errors import DataError, StorageError
+from deploykit.optimizers.training.outputs import tensors_of
+from deploykit.optimizers.training.rows import Batches, Rows, gather, survey
 
 X = np.arange(23 * 3, dtype=np.float32).reshape(23, 3)
 LABELS = np.arange(23, dtype=np.int32)
@@ -79,3 +82,50 @@ def test_batches_that_do_not_fit_together(tmp_path, second, word):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(DataError, match="no samples"):
         gather(Dataset("empty", lambda size: iter(())), tmp_path / "rows")
+
+
+def test_however_it_is_cut_it_is_the_same_dataset():
+    many = {"x": np.random.default_rng(0).standard_normal((600, 4)), "labels": np.arange(600)}
+    whole = survey(Dataset.from_arrays(many))
+    assert (whole.rows, whole.arrays) == (600, ("labels", "x"))
+
+    def cut(arrays, size):
+        parts = [{n: a[i : i + size] for n, a in arrays.items()} for i in range(0, 600, size)]
+        return survey(Dataset("cut", lambda _: iter(parts)))
+
+    assert cut(many, 7) == whole
+    assert Rows(many, "memory").seen == whole
+    assert cut({**many, "deploykit.teacher": many["x"]}, 7) == whole  # what a verb adds is not the user's
+    other = many["x"].copy()
+    other[599, 3] += 1
+    for changed in ({"x": other}, {"x": many["x"].astype(np.float32)}, {"x": many["x"].reshape(600, 2, 2)}):
+        assert cut({**many, **changed}, 7).sha256 != whole.sha256
+    swapped = {"x": many["x"][::-1], "labels": many["labels"]}
+    assert cut(swapped, 7).sha256 != whole.sha256
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i8", ">i4", "u1", "u2", "u8", "i1", "?"])
+def test_integer_labels_of_any_type_are_int64(dtype):
+    labels = np.array([1, 0, 1]).astype(dtype)
+    batch = tensors_of({"x": np.arange(3).astype(">f4"), "labels": labels}, "cpu")
+    assert batch["labels"].dtype == torch.int64
+    assert batch["labels"].tolist() == [1, 0, 1]
+    assert batch["x"].tolist() == [0, 1, 2]
+    seen = survey(Dataset.from_arrays({"labels": labels})).labels
+    assert (seen.dtype, seen.top) == (str(labels.dtype), 1)
+
+
+def test_numbers_that_torch_lacks_are_named():
+    with pytest.raises(DataError, match="'x' is"):
+        tensors_of({"x": np.zeros(2, np.longdouble)}, "cpu")
+
+
+def test_a_disk_that_is_full_is_said(tmp_path):
+    many = {"x": np.zeros((900, 40)), "labels": np.arange(900)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot write"):
+            gather(Dataset.from_arrays(many), tmp_path / "rows", limit_bytes=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

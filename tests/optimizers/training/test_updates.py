@@ -53,6 +53,32 @@ def test_one_cycle_goes_up_and_far_down():
     assert (np.diff(found[top:]) < 0).all()
 
 
+def test_one_cycle_is_that_of_torch():
+    for steps, share in ((40, 0.3), (8, 0.5), (100, 0.9)):
+        net = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.parameters(), 0.5)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.5, total_steps=steps, pct_start=share, cycle_momentum=False
+        )
+        config = TrainConfig(schedule="one-cycle", warmup=share)
+        for step in range(steps):
+            assert 0.5 * rate_factor(config, step, steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+            optimizer.step()
+            if step + 1 < steps:
+                theirs.step()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle", "step", "constant"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.25, 0.3, 0.5, 0.99, 0.9999])
+def test_few_steps_divide_by_nothing(schedule, share):
+    """One-cycle of 4 steps with a share of 0.25 rises in none; a single step is the first and the last."""
+    config = TrainConfig(schedule=schedule, warmup=share)
+    for steps in (1, 2, 3, 4, 10, 100):
+        found = [rate_factor(config, step, steps) for step in range(steps + 1)]  # asked once after the last
+        assert all(0 <= factor <= 1 for factor in found)
+        assert max(found[:-1]) >= (1 if schedule == "one-cycle" else 0.1)  # some step learns
+
+
 def test_steps_and_constant():
     found = rates(schedule="step", warmup=0.0)
     np.testing.assert_allclose(found, [0.5] * 20 + [0.05] * 10 + [0.005] * 10)
