@@ -29,6 +29,7 @@ from deploykit.search.jobs import Done, Job
 from deploykit.search.machines import LOCAL, Node, machine_of
 from deploykit.search.schema import what_is_wrong
 from deploykit.search.shards import STATE
+from deploykit.search.so_far import teller
 from deploykit.search.timing import Cost, plan
 from deploykit.search.wish import Limits, Wish
 from deploykit.search.wording import ratio_text
@@ -95,6 +96,7 @@ class Scripted:
         self.unjudged: set[str] = tables.get("unjudged", set())
         self.runs_not: set[str] = tables.get("runs_not", set())
         self.interrupt: str = tables.get("interrupt", "")
+        self.hangs: set[str] = tables.get("hangs", set())
         self.hold: tuple[str, threading.Event] | None = tables.get("hold")
 
     def submit(self, job: Job, folder: Path) -> Future[Done]:
@@ -147,11 +149,17 @@ class Scripted:
     def _judge(self, job: Job, folder: Path) -> dict[str, Any]:
         fine = {"summary": "fine", "met": True, "collapsed": "", "sqnr_db": 40.0, "agreement": 1.0}
         found = {}
+        tell = teller(job.params["effort"]["so_far"])
         for name, precision in job.params["seats"]:
+            tell({"began": f"{name}/{precision}"})
+            if name in self.hangs:
+                self.clock.now += job.stall_s or 0.0
+                raise JobTimeoutError(f"{job.label} said nothing for {job.stall_s} s and was ended")
             quality = self.quality.get(f"{name} on {job.params['device']}", self.quality.get(name, fine))
             found[f"{name}/{precision}"] = {"quality": {**fine, **quality}}
             if name in self.unjudged:
                 found[f"{name}/{precision}"] = {"error": NOT_TRIED}
+            tell({"judged": f"{name}/{precision}", "entry": found[f"{name}/{precision}"]})
         return {"found": found}
 
     def _entry(self, seat: dict[str, Any]) -> dict[str, Any]:
@@ -570,6 +578,31 @@ def test_where_time_is_short_what_needs_a_judge_is_judged_first_and_each_device_
         assert job.timeout_s >= job.params["effort"]["budget_s"] + 5
     first, second = (j.params["effort"]["budget_s"] for j in judged)
     assert second == pytest.approx(2 * first - 1)  # half of the time, and then what is left after a second
+
+
+def test_one_that_hangs_while_it_is_judged_costs_nobody_else(run: Any) -> None:
+    """It takes half of its device's time; what was judged before it counts, what waits behind it has the rest."""
+    outcome, executor, search = run(
+        wish={"budget_s": 200.0}, hangs={"dynamic"}, speed={STATIC: 2.0, "weights8 on ort:cpu": 3.0},
+    )  # fmt: skip
+    for device in ("ort:cpu", "openvino:cpu"):
+        assert dropped(search, f"dynamic on {device}").startswith("judge: not finished")
+        assert not dropped(search, f"weights8 on {device}").startswith("judge")
+    assert outcome.winner.place.label == "weights8 on ort:cpu"
+    first, again, other, _ = [j for j in executor.asked if j.deed.endswith(":judge")][:4]
+    behind = [name for name, _ in again.params["seats"]]
+    assert behind == [n for n, _ in first.params["seats"]][1 + [n for n, _ in first.params["seats"]].index("dynamic") :]
+    share = first.params["effort"]["budget_s"]
+    assert first.stall_s == pytest.approx(share / 2)
+    assert again.params["effort"]["budget_s"] == pytest.approx(share / 2 - 1)
+    assert other.params["effort"]["budget_s"] >= share  # the next device has what it would have had
+
+
+def test_what_hangs_in_judging_is_not_screened_unless_it_is_the_exported_model(run: Any) -> None:
+    outcome, _, search = run(hangs={"fuse-onnxscript", "export"}, speed={STATIC: 2.0})
+    assert dropped(search, "fuse-onnxscript on ort:cpu").startswith("judge: not finished")
+    assert dropped(search, "export on ort:cpu").startswith("decide: the winner is faster")
+    assert outcome.winner.place.label == STATIC
 
 
 def test_what_is_likely_to_gain_is_screened_first(run: Any) -> None:
