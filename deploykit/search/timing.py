@@ -21,8 +21,15 @@ from deploykit.search.wish import Wish
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
 _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
-# A process of a measurement: until it can load a model, and requests that it runs before rounds, and in each.
-_START_S, _LOAD_S, _PROFILED, _WARMED, _WARM_S, _BLOCK = 1.0, 0.2, 4, 10, 1.5, 5
+# A process of a measurement: until it can load a model; requests to see its outputs and its profile.
+_START_S, _LOAD_S, _PROFILED = 1.0, 0.2, 4
+# Warming up: requests in all and in every lane, how long is long, and the most that is asked for beside them.
+_WARMED, _FEWEST_WARM, _WARM_S, _MOST_WARM_S = 10, 3, 1.5, 0.5
+# As `benchmarks.rounds` cuts a round into turns, with so many requests in each at least.
+_TURN_S, _TURNS, _BLOCK = 0.25, 4, 5
+# As `benchmarks.measurement` looks for the requests in flight: passes, and the seconds of their parts.
+_SWEEPS, _SWEPT_S = 2, (0.2, 0.5)
+_STEPS = 20
 # Of a slow model: fewer rounds and requests than these tell nothing.
 _LAST_ROUNDS, _LAST_BLOCK = 3, 3
 # Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
@@ -185,7 +192,7 @@ class Timing:
         by_wall = timed_by_wall(self.wish.objective)
         for number, seat in enumerate(chosen):
             share = (until - self._clock()) / (len(chosen) - number)
-            if share < _LEAST_TUNING_S:
+            if share < max(_LEAST_TUNING_S, self._cost(seat).tuning_s()):
                 self._told.note(f"the settings of {seat.place.label} were {NOT_TRIED}")
                 continue
             first = self.open_batch and by_wall and number == 0
@@ -234,7 +241,8 @@ class Timing:
             return
         places = [self._filled(p) for p in (reference, *(s.best_place for s in finalists[:count]))]
         effort = {
-            "rounds": rounds, "seconds": seconds, "warmup_s": min(0.5, seconds), "budget_s": until - self._clock(),
+            "rounds": rounds, "seconds": seconds, "warmup_s": min(_MOST_WARM_S, seconds),
+            "budget_s": until - self._clock(),
         }  # fmt: skip
         (outcome,) = self._crew.do([self._tasks.timed("decide", places, effort, batch=self.batch)], self._end())
         if not isinstance(outcome, Done):
@@ -247,7 +255,8 @@ class Timing:
     def _cost(self, seat: Seat) -> Cost:
         found = seat.screening or {}
         pace_ms, load_s = found.get("pace_ms"), found.get("load_s")
-        return Cost(load_s if load_s is not None else _LOAD_S, (pace_ms or 0.0) / 1e3 * self.batch)
+        lanes = seat.best_place.config.concurrency if timed_by_wall(self.wish.objective) else 1
+        return Cost(load_s if load_s is not None else _LOAD_S, (pace_ms or 0.0) / 1e3 * self.batch, lanes)
 
     def _seat_at(self, place: Place) -> Seat:
         return next(s for s in self._seats if s.place == place)
@@ -287,11 +296,47 @@ class Cost(NamedTuple):
 
     Attributes:
         load_s: Seconds to load it and run it once.
-        request_s: Seconds that a request takes.
+        request_s: Seconds that a request takes, of several at a time the share of each.
+        lanes: Requests at a time.
     """
 
     load_s: float
     request_s: float
+    lanes: int = 1
+
+    @property
+    def alone_s(self) -> float:
+        """Seconds from a request to its answer."""
+        return self.request_s * self.lanes
+
+    def warm_s(self, seconds: float) -> float:
+        """Warming up for so long: at least ten requests and three in every lane, or only these where that takes long;
+        see `benchmarks.worker`.
+        """
+        three = _FEWEST_WARM * self.alone_s
+        return max(seconds, min(max(_WARMED * self.request_s, three), max(_WARM_S, three)))
+
+    def once_s(self, seconds: float, sets: int, by_wall: bool) -> float:
+        """Before the rounds: a process for its outputs, and once more loaded for the profile; by wall time also warmed
+        up, and its requests in flight swept.
+        """
+        found = _START_S + 2 * self.load_s + (sets + _PROFILED) * self.alone_s
+        if by_wall:
+            found += self.warm_s(min(_MOST_WARM_S, seconds))
+            found += _SWEEPS * sum(max(min(part, seconds), self.alone_s) for part in _SWEPT_S)
+        return found
+
+    def round_s(self, seconds: float, slowest_s: float) -> float:
+        """In a round: a process, its warming up, and blocks, before each of which it runs once; their last requests
+        end late.
+        """
+        turn = max(min(_TURN_S, seconds / _TURNS), _BLOCK * slowest_s)
+        blocks = max(1, round(seconds / turn))
+        return _START_S + self.load_s + self.warm_s(min(_MOST_WARM_S, seconds)) + seconds + 1.5 * blocks * self.alone_s
+
+    def tuning_s(self) -> float:
+        """The least that tuning takes: two processes loaded and warmed up, and two turns of each."""
+        return 2 * (_START_S + self.load_s + self.warm_s(0.1) + 2 * max(_TURN_S, 2 * self.alone_s))
 
 
 UNKNOWN = Cost(_LOAD_S, 0.0)
@@ -300,8 +345,6 @@ UNKNOWN = Cost(_LOAD_S, 0.0)
 def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int = 16) -> tuple[int, int, float]:
     """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists, and
     before there is no measurement at all, one of the best alone in the fewest rounds that give an interval.
-
-    Every model also starts once before the rounds, for its outputs, and by wall time once more for its throughput.
 
     Args:
         left_s: Seconds.
@@ -317,13 +360,24 @@ def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int 
         tries.append((1, _LAST_ROUNDS, _LAST_BLOCK))
     for count, least, block in tries:
         chosen = costs[: count + 1]
-        starts = [_START_S + c.load_s for c in chosen]
-        left = left_s - sum(starts) * (2 if by_wall else 1) - sum((sets + _PROFILED) * c.request_s for c in chosen)
-        runs = [costs[0], *chosen]  # the reference runs twice a round
-        fixed = starts[0] + sum(starts) + sum(min(_WARMED * c.request_s, max(_WARM_S, 3 * c.request_s)) for c in runs)
-        shortest = max(block * c.request_s for c in runs)
+        shortest = max(block * c.request_s for c in chosen)
         for rounds in range(_ROUNDS, least - 1, -1):
-            seconds = (left / rounds - fixed) / len(runs)
-            if seconds >= max(shortest, _LEAST_SECONDS if rounds <= _LEAST_ROUNDS else 0.5):
-                return count, rounds, min(max(_MOST_SECONDS, shortest), seconds)
+            low = max(shortest, _LEAST_SECONDS if rounds <= _LEAST_ROUNDS else 0.5)
+            high = max(_MOST_SECONDS, low)
+            if _takes(chosen, rounds, low, by_wall, sets) > left_s:
+                continue
+            if _takes(chosen, rounds, high, by_wall, sets) <= left_s:
+                return count, rounds, high
+            for _ in range(_STEPS):  # what fits, and what does not, come together
+                middle = (low + high) / 2
+                low, high = (low, middle) if _takes(chosen, rounds, middle, by_wall, sets) > left_s else (middle, high)
+            return count, rounds, low
     return 0, 0, 0.0
+
+
+def _takes(chosen: Sequence[Cost], rounds: int, seconds: float, by_wall: bool, sets: int) -> float:
+    """Seconds of a whole measurement."""
+    slowest = max(c.alone_s for c in chosen)
+    runs = [chosen[0], *chosen]  # the reference runs twice a round
+    each = sum(c.round_s(seconds, slowest) for c in runs)
+    return sum(c.once_s(seconds, sets, by_wall) for c in chosen) + rounds * each

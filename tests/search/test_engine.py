@@ -96,6 +96,7 @@ class Scripted:
         self.unjudged: set[str] = tables.get("unjudged", set())
         self.runs_not: set[str] = tables.get("runs_not", set())
         self.interrupt: str = tables.get("interrupt", "")
+        self.load_s: float = tables.get("load_s", 0.2)
         self.hangs: set[str] = tables.get("hangs", set())
         self.hold: tuple[str, threading.Event] | None = tables.get("hold")
 
@@ -165,7 +166,7 @@ class Scripted:
     def _entry(self, seat: dict[str, Any]) -> dict[str, Any]:
         label = f"{seat['label']} on {seat['device']}"
         ratio = self.speed_on.get(self._now_on or "", self.speed).get(label, 1.0)
-        entry = {"status": "ok", "turns": 4, "peak_memory_bytes": 10**8, "outputs": None}
+        entry = {"status": "ok", "turns": 4, "peak_memory_bytes": 10**8, "outputs": None, "load_s": self.load_s}
         if label in self.wrong:
             return entry | {"status": self.wrong[label]}
         return entry | {"ratio": ratio, "low": ratio * 0.99, "high": ratio * 1.01, "pace_ms": 1 / ratio}
@@ -545,16 +546,22 @@ def test_a_latency_limit_is_refused_where_no_latency_is_measured() -> None:
 
 
 def test_the_last_measurement_fits_into_its_time() -> None:
-    for load_s, request_s in ((0.2, 0.0), (0.5, 0.04), (4.0, 0.01), (1.0, 0.5)):
-        cost = Cost(load_s, request_s)
+    for load_s, request_s, lanes in ((0.2, 0.0, 1), (0.5, 0.04, 1), (4.0, 0.01, 1), (1.0, 0.5, 1), (0.5, 0.02, 4)):
+        cost, alone = Cost(load_s, request_s, lanes), lanes * request_s
         most = 0
         for left in range(1, 400):
             for by_wall in (False, True):
                 count, rounds, seconds = plan(left, [cost] * 4, by_wall)
-                once = (count + 1) * ((1.0 + load_s) * (2 if by_wall else 1) + 20 * request_s)
-                # A process runs ten requests before it is timed, or three where that takes long.
-                warm = min(10 * request_s, max(1.5, 3 * request_s))
-                assert rounds == 0 or once + rounds * (count + 2) * (1.0 + load_s + warm + seconds) <= left + 1e-9
+                # A process runs ten requests and three in every lane before it is timed, or these where it is slow.
+                warm = min(max(10 * request_s, 3 * alone), max(1.5, 3 * alone))
+                warm = max(warm, min(0.5, seconds))
+                # For the profile it is loaded again; throughput takes a sweep: two passes, each warmed up.
+                once = 1.0 + 2 * load_s + 20 * alone
+                sweep = 2 * (max(0.2, alone) + max(min(0.5, seconds), alone))
+                once += warm + sweep if by_wall else 0
+                # A block begins with a request that does not count.
+                run = 1.0 + load_s + warm + seconds + alone
+                assert rounds == 0 or (count + 1) * once + rounds * (count + 2) * run <= left + 1e-9
                 assert rounds == 0 or seconds >= (5 if count > 1 else 3) * request_s
                 assert rounds == 0 or rounds >= 5 or (count == 1 and rounds >= 3)
                 most = max(most, count)
@@ -563,6 +570,18 @@ def test_the_last_measurement_fits_into_its_time() -> None:
     assert plan(60, [Cost(0.2, 0.0)] * 4)[0] == 3
     assert plan(60, [Cost(1.0, 0.5)] * 4) == (0, 0, 0.0)
     assert plan(80, [Cost(1.0, 0.5)] * 4)[:2] == (1, 3)
+    # What is left of the time is little.
+    count, rounds, seconds = plan(200, [Cost(0.5, 0.04)] * 4)
+    assert (count, rounds) == (3, 10)
+    assert 10 * 5 * (1.5 + 0.5 + seconds + 4 * 1.5 * 0.04) > 0.8 * 200
+
+
+def test_tuning_begins_only_where_two_settings_can_be_loaded(run: Any) -> None:
+    _, executor, search = run(wish={"budget_s": 60.0}, load_s=6.0, speed={STATIC: 2.0})
+    assert not executor.names("tune")
+    assert "the settings of static on ort:cpu were not tried: the budget is too small" in search.told.notes
+    _, executor, _ = run(wish={"budget_s": 60.0}, load_s=0.5, speed={STATIC: 2.0})
+    assert executor.names("tune")
 
 
 def test_where_time_is_short_what_needs_a_judge_is_judged_first_and_each_device_has_its_share(run: Any) -> None:
