@@ -30,6 +30,7 @@ class Stage:
         self.noise = 0.0
         self.outputs: dict[str, float] = {}
         self.breaks: dict[str, str] = {}
+        self.load_s = 1.0
         self.draw = random.Random(0)
 
     def clock(self) -> float:
@@ -44,7 +45,7 @@ def played(stage: Stage) -> type:
             stage.most_alive = max(stage.most_alive, len(stage.alive))
 
         def ready(self) -> None:
-            stage.now += 1.0
+            stage.now += stage.load_s
             if stage.breaks.get(self.name) == "load":
                 raise ChildError("no such operator")
             self.loaded = {"load_ms": 700.0, "first_ms": 300.0}
@@ -134,6 +135,17 @@ def test_the_budget_ends_it_and_what_was_not_reached_says_so(go: Any) -> None:
     assert stage.now < 8.0 * 1.4
     late = [e.status for e in found.values() if e.status.startswith("not tried")]
     assert late and len(late) < 12
+
+
+@pytest.mark.parametrize(("load_s", "pace"), [(6.0, 1.0), (1.0, 0.0005), (11.0, 1.0)])
+def test_the_budget_is_kept_also_where_all_are_slow(go: Any, load_s: float, pace: float) -> None:
+    """Of milliseconds a request, or of seconds; nothing is loaded that could not take two turns."""
+    stage = Stage({"reference": pace, **{f"m{i}": pace * (1 + i / 10) for i in range(6)}})
+    stage.load_s = load_s
+    found = go(stage, budget_s=30.0)
+    assert stage.now < 30.0 * 1.1
+    assert any(e.status == "ok" and e.gains for n, e in found.items() if n != "reference")
+    assert any(e.status.startswith("not tried") for e in found.values())
 
 
 def test_groups_are_screened_one_after_the_other_where_memory_is_short(go: Any, monkeypatch: Any) -> None:
