@@ -47,10 +47,17 @@ def ranked(seats: Sequence[Seat], variants: Mapping[str, Variant], objective: st
     """Seats that may win, the best first; equal ones in the order that does not hang on chance.
 
     What was never run may not, but for the exported model, which was compared with its source; on the first device,
-    where that was done.
+    where that was done. What was measured to the end goes before what was only screened: of many, some seem fast.
     """
     run = [s for s in seats if s.open and s.ratio is not None]
-    run.sort(key=lambda s: (badness(s, variants[s.place.model], objective, cores), preference(s, variants)))
+    decided = objective != "size" and any(s.decision is not None for s in run)
+    run.sort(
+        key=lambda s: (
+            decided and s.decision is None,
+            badness(s, variants[s.place.model], objective, cores),
+            preference(s, variants),
+        )
+    )
     return run + [s for s in seats if s.open and s.ratio is None and s.exported]
 
 

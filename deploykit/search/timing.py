@@ -220,7 +220,8 @@ class Timing:
             self._told.note(f"batch {batch}: the budget left no time for others")
             return
         found = ", ".join(f"{n} {rate / rates[1]:.2f}x" for n, rate in sorted(rates.items()) if n != 1)
-        self._told.note(f"batch {batch} chosen; samples a second against batch 1: {found}")
+        how = "chosen" if batch != self.wish.samples else "kept: no other was worth it"
+        self._told.note(f"batch {batch} {how}; samples a second against batch 1: {found}")
 
     def _filled(self, place: Place) -> Place:
         """With as many samples in a request as were found best."""
