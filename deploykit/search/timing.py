@@ -30,6 +30,8 @@ _TURN_S, _TURNS, _BLOCK = 0.25, 4, 5
 # As `benchmarks.measurement` looks for the requests in flight: passes, and the seconds of their parts.
 _SWEEPS, _SWEPT_S = 2, (0.2, 0.5)
 _STEPS = 20
+# As `benchmarks.arena` warms up what is tuned, and the turns of `benchmarks.tuner`.
+_TUNED_WARM_S, _TUNED_TURN_S = 0.1, 0.15
 # Of a slow model: fewer rounds and requests than these tell nothing.
 _LAST_ROUNDS, _LAST_BLOCK = 3, 3
 # Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
@@ -266,7 +268,10 @@ class Timing:
         assert self.report is not None
         for number, (seat, place, entry) in enumerate(zip(seats, places, self.report["candidates"], strict=True)):
             if "median_ms" not in entry:
-                seat.drop("decide", entry["status"])
+                if seat.decision is None:  # else the exported model with settings that do not work
+                    seat.drop("decide", entry["status"])
+                elif seat.tuned == place:
+                    seat.tuned = None
                 continue
             itself = {"verdict": "reference", "ratio": 1.0, "low": 1.0, "high": 1.0}
             against: dict[str, Any] = entry["against_reference"] if number else itself
@@ -276,9 +281,10 @@ class Timing:
             seat.decision = {**against, **{k: entry[k] for k in kept}}
             # What was measured is what is handed over.
             seat.tuned = place if place != seat.place else None
-            latency = None if timed_by_wall(self.wish.objective) else entry["median_ms"]
-            broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry["peak_memory_bytes"])
-            if broken and not any(s is seat for s in seats[number + 1 :]):
+        for seat in (s for s in seats if s.decision is not None):
+            latency = None if timed_by_wall(self.wish.objective) else seat.decision["median_ms"]
+            broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=seat.decision["peak_memory_bytes"])
+            if broken:
                 seat.drop("limits", broken)
 
 
@@ -337,7 +343,7 @@ class Cost(NamedTuple):
 
     def tuning_s(self) -> float:
         """The least that tuning takes: two processes loaded and warmed up, and two turns of each."""
-        return 2 * (_START_S + self.load_s + self.warm_s(0.1) + 2 * max(_TURN_S, 2 * self.alone_s))
+        return 2 * (_START_S + self.load_s + self.warm_s(_TUNED_WARM_S) + 2 * max(_TUNED_TURN_S, 2 * self.alone_s))
 
 
 UNKNOWN = Cost(_LOAD_S, 0.0)

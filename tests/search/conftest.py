@@ -73,6 +73,7 @@ def brief(monkeypatch):
     monkeypatch.setitem(engine.SHARES, "tune", 0.08)
     for name, value in {
         "_ROUNDS": MIN_ROUNDS, "_LEAST_ROUNDS": MIN_ROUNDS, "_MOST_SECONDS": 0.1, "_LEAST_SECONDS": 0.1, "_TUNED": 1,
+        "_START_S": 0.5,
     }.items():  # fmt: skip
         monkeypatch.setattr(timing, name, value)
 

@@ -37,6 +37,7 @@ from deploykit.specs import Signature, TensorSpec
 from deploykit.staging import ArtifactWriter
 
 STATIC = "static on ort:cpu"
+OTHERS = ("fuse-transformers", "fuse-onnxscript", "export-torchscript", "simplify")
 
 
 def write_artifact(place: Path, weight: float, *, quantized: bool = False) -> Artifact:
@@ -97,6 +98,8 @@ class Scripted:
         self.runs_not: set[str] = tables.get("runs_not", set())
         self.interrupt: str = tables.get("interrupt", "")
         self.decided: dict[str, float] = tables.get("decided", {})
+        self.last_memory: dict[str, int] = tables.get("last_memory", {})
+        self.fails_last: set[str] = tables.get("fails_last", set())
         self.load_s: float = tables.get("load_s", 0.2)
         self.hangs: set[str] = tables.get("hangs", set())
         self.hold: tuple[str, threading.Event] | None = tables.get("hold")
@@ -192,6 +195,9 @@ class Scripted:
     def _decide(self, job: Job, folder: Path) -> dict[str, Any]:
         labels = [f"{s['label']} on {s['device']}" for s in job.params["seats"]]
         found = [self._entry(s) for s in job.params["seats"]]
+        names, broken = list(labels), [n for n, label in enumerate(labels) if label in self.fails_last]
+        found = [e for n, e in enumerate(found) if n not in broken]
+        labels = [label for n, label in enumerate(labels) if n not in broken]
         for label, entry in zip(labels, found, strict=True):
             entry["ratio"] = ratio = self.decided.get(label, entry["ratio"])
             entry |= {"low": ratio * 0.99, "high": ratio * 1.01}
@@ -200,8 +206,11 @@ class Scripted:
             against = {"verdict": "faster", "ratio": entry["ratio"], "low": entry["low"], "high": entry["high"]}
             candidates.append({
                 "name": label, "status": "ok", "median_ms": entry["pace_ms"], "p90_ms": None, "p99_ms": None,
-                "throughput_per_s": 1.0, "peak_memory_bytes": 10**8, "against_reference": against,
+                "throughput_per_s": 1.0, "peak_memory_bytes": self.last_memory.get(label, 10**8),
+                "against_reference": against,
             })  # fmt: skip
+        for number in broken:
+            candidates.insert(number, {"name": names[number], "status": "failed: it died"})
         best = max(zip(labels, found, strict=True), key=lambda pair: pair[1]["ratio"])[0]
         return {"report": {"candidates": candidates, "winner": {"candidates": self.ties or [best]}}}
 
@@ -343,6 +352,29 @@ def test_a_tie_for_want_of_evidence_is_not_kept_where_it_seems_slower(run: Any) 
     assert outcome.winner.place.label == "export on ort:cpu"
     said = "kept: export on ort:cpu, the exported model as it is: nothing that is right was surely faster; tie with"
     assert outcome.headline.startswith(f"{said} static on ort:cpu; ")
+
+
+QUIET = {"export": {"settings": {"session.intra_op.allow_spinning": "0"}}}
+
+
+def test_settings_that_fail_at_last_do_not_take_the_exported_model_with_them(run: Any) -> None:
+    slow = {f"{n} on {d}": 0.5 for n in (*SCHEMES, *OTHERS) for d in ("ort:cpu", "openvino:cpu")}
+    slow["export on openvino:cpu"] = 0.5
+    outcome, _, _ = run(speed=slow, tuned=QUIET, fails_last={"export tuned on ort:cpu"})
+    assert outcome.winner.place.label == "export on ort:cpu"
+    assert outcome.winner.best_place.label == "export on ort:cpu"
+    assert outcome.settings_of(outcome.winner).settings == {}
+
+
+def test_a_limit_holds_for_the_exported_model_also_where_other_settings_did_not_help(run: Any) -> None:
+    slow = {f"{n} on {d}": 0.5 for n in (*SCHEMES, *OTHERS) for d in ("ort:cpu", "openvino:cpu")}
+    slow |= {"export on openvino:cpu": 0.5, STATIC: 0.7, "export tuned on ort:cpu": 0.9}
+    limits = Limits(max_memory_mb=150.0)
+    outcome, _, search = run(
+        wish={"limits": limits}, speed=slow, tuned=QUIET, last_memory={"export on ort:cpu": 2 * 10**8}
+    )  # fmt: skip
+    assert dropped(search, "export on ort:cpu") == "limits: 200 MB of memory, more than 150"
+    assert outcome.winner.place.label != "export on ort:cpu"
 
 
 def test_what_was_only_screened_does_not_go_before_what_was_measured_to_the_end(run: Any) -> None:
