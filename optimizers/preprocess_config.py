@@ -20,6 +20,8 @@ SOUND_DTYPES = ("float32", "int16")
 FEATURE_LAYOUTS = ("bmt", "btm", "b1mt", "b1tm", "bmt1", "btm1")
 # Larger ones would take gigabytes for matrices and filters.
 _MAX_PIXELS, _MAX_N_FFT, _MAX_MELS, _MAX_SAMPLES = 1 << 14, 1 << 13, 1 << 10, 1 << 26
+# Smaller ones are denormals in float32, which runtimes may take for 0.
+_LEAST_FLOOR = 1.2e-38
 # Preprocessing is computed in float32, whatever the model computes in.
 _MODEL_DTYPES = ("float32", "float16")
 
@@ -198,8 +200,10 @@ def check_audio(config: AudioConfig) -> None:
     for name, value in (("offset", config.offset), ("floor", config.floor), ("top", config.top)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise OptimizationError(f"{name} {value}", expected="0 or more")
-    if config.log != "none" and config.offset + config.floor <= 0:
-        raise OptimizationError("the logarithm of silence", expected="a --floor or an --offset above 0")
+    if config.log != "none" and max(config.offset, config.floor) < _LEAST_FLOOR:
+        raise OptimizationError(
+            "the logarithm of silence", expected=f"a --floor or an --offset of at least {_LEAST_FLOOR}, for float32"
+        )
     if config.top == 0:
         raise OptimizationError("top 0", expected="more than 0, like 8 for Whisper or 80 dB")
     _check_numbers(config.mean, config.std)

@@ -272,7 +272,7 @@ def make_image_config(preset: str | Path | None = None, **given: Any) -> ImageCo
 
     Args:
         preset: As for `read_processor`.
-        **given: Fields of `ImageConfig`; sizes as "HEIGHTxWIDTH", the resize also as "EDGE". None means not given.
+        **given: Fields of `ImageConfig`; sizes also as "HEIGHTxWIDTH", the resize as "EDGE". None means not given.
 
     Raises:
         OptimizationError: The preset is none for images, or a size cannot be read.
@@ -283,7 +283,9 @@ def make_image_config(preset: str | Path | None = None, **given: Any) -> ImageCo
     given = {key: value for key, value in given.items() if value is not None}
     for key in ("resize", "crop", "size"):
         if key in given:
-            given[key] = read_size(key, given[key], edge=key == "resize")
+            size = given[key]
+            text = "x".join(map(str, size)) if isinstance(size, list | tuple) else str(size)
+            given[key] = read_size(key, text, edge=key == "resize")
     return replace(base, **_with_tuples(given))
 
 
@@ -304,7 +306,9 @@ def make_audio_config(preset: str | Path | None = None, **given: Any) -> AudioCo
 
 
 def _with_tuples(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    """Lists as tuples, and one mean or deviation for all as such, too."""
+    one = {key: (value,) for key, value in given.items() if key in ("mean", "std") and isinstance(value, int | float)}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()} | one
 
 
 def read_size(name: str, text: str, *, edge: bool = False) -> tuple[int, int] | int:

@@ -317,6 +317,7 @@ def test_options_go_before_a_preset(tmp_path: Path) -> None:
     file.write_text(json.dumps({"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "do_normalize": False}))
     made = make_image_config(file, resize="256", crop="224", mean=[0.5], size="480x640")
     assert made == ImageConfig(resize=256, crop=(224, 224), mean=(0.5,), size=(480, 640))
+    assert make_image_config(resize=256, crop=(20, 30), std=2.0) == ImageConfig(resize=256, crop=(20, 30), std=(2.0,))
     for preset, text in ((file, "for images"), (tmp_path / "nowhere.json", "cannot read"), (tmp_path.parent, "no pre")):
         with pytest.raises(OptimizationError, match=text):
             make_audio_config(preset)
@@ -438,6 +439,7 @@ _PLAIN: list[int | str] = ["n", 3, 24, 24]
         (AudioConfig(win=500), ["n", 80, 100], "window"),
         (AudioConfig(fmax=9000), ["n", 80, 100], "half the sample rate"),
         (AudioConfig(floor=0), ["n", 80, 100], "logarithm of silence"),
+        (AudioConfig(floor=1e-50), ["n", 80, 100], "logarithm of silence"),
         (AudioConfig(samples=1 << 40), ["n", 80, 100], "samples"),
         (AudioConfig(hop=0), ["n", 80, 100], "hop"),
         (AudioConfig(power=3), ["n", 80, 100], "power"),
