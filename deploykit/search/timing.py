@@ -177,7 +177,12 @@ class Timing:
             return
         pace = None if timed_by_wall(self.wish.objective) else entry.get("pace_ms")
         latency = pace * self.batch if pace is not None else None
-        broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry.get("peak_memory_bytes"))
+        self._hold_to_limits(seat, latency, entry.get("peak_memory_bytes"))
+
+    def _hold_to_limits(self, seat: Seat, latency_ms: float | None, memory_bytes: float | None) -> None:
+        broken = self.wish.limits.broken(latency_ms=latency_ms, memory_bytes=memory_bytes)
+        if not broken and memory_bytes is None and self.wish.limits.max_memory_mb is not None:
+            broken = f"what memory it takes is not known here, and {self.wish.limits.describe()} was asked for"
         if broken:
             seat.drop("limits", broken)
 
@@ -283,9 +288,7 @@ class Timing:
             seat.tuned = place if place != seat.place else None
         for seat in (s for s in seats if s.decision is not None):
             latency = None if timed_by_wall(self.wish.objective) else seat.decision["median_ms"]
-            broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=seat.decision["peak_memory_bytes"])
-            if broken:
-                seat.drop("limits", broken)
+            self._hold_to_limits(seat, latency, seat.decision["peak_memory_bytes"])
 
 
 def _worth(entry: Mapping[str, Any]) -> tuple[bool, float]:

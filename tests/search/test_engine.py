@@ -98,6 +98,8 @@ class Scripted:
         self.runs_not: set[str] = tables.get("runs_not", set())
         self.interrupt: str = tables.get("interrupt", "")
         self.decided: dict[str, float] = tables.get("decided", {})
+        self.spends: bool = tables.get("spends", False)
+        self.memory: int | None = tables.get("memory", 10**8)
         self.last_memory: dict[str, int] = tables.get("last_memory", {})
         self.fails_last: set[str] = tables.get("fails_last", set())
         self.load_s: float = tables.get("load_s", 0.2)
@@ -114,8 +116,15 @@ class Scripted:
         self._now_on = job.node
         self.asked.append(job)
         deed = job.deed.partition(":")[2]
-        self.clock.now += self.takes.get(job.label, self.takes.get(deed, 1.0))
         future: Future[Done] = Future()
+        seconds = self.takes.get(job.label, self.takes.get(deed, 1.0))
+        if self.spends:
+            seconds = job.params.get("effort", {}).get("budget_s", seconds)
+        if job.timeout_s is not None and seconds > job.timeout_s and self.spends:
+            self.clock.now += job.timeout_s
+            future.set_exception(JobTimeoutError(f"{job.label} took longer than {job.timeout_s} s and was ended"))
+            return future
+        self.clock.now += seconds
         try:
             value = getattr(self, f"_{deed}")(job, folder)
         except (OptimizationError, BenchmarkError, JobTimeoutError, RuntimeError) as exc:
@@ -170,7 +179,7 @@ class Scripted:
     def _entry(self, seat: dict[str, Any]) -> dict[str, Any]:
         label = f"{seat['label']} on {seat['device']}"
         ratio = self.speed_on.get(self._now_on or "", self.speed).get(label, 1.0)
-        entry = {"status": "ok", "turns": 4, "peak_memory_bytes": 10**8, "outputs": None, "load_s": self.load_s}
+        entry = {"status": "ok", "turns": 4, "peak_memory_bytes": self.memory, "outputs": None, "load_s": self.load_s}
         if label in self.wrong:
             return entry | {"status": self.wrong[label]}
         return entry | {"ratio": ratio, "low": ratio * 0.99, "high": ratio * 1.01, "pace_ms": 1 / ratio}
@@ -206,7 +215,7 @@ class Scripted:
             against = {"verdict": "faster", "ratio": entry["ratio"], "low": entry["low"], "high": entry["high"]}
             candidates.append({
                 "name": label, "status": "ok", "median_ms": entry["pace_ms"], "p90_ms": None, "p99_ms": None,
-                "throughput_per_s": 1.0, "peak_memory_bytes": self.last_memory.get(label, 10**8),
+                "throughput_per_s": 1.0, "peak_memory_bytes": self.last_memory.get(label, self.memory),
                 "against_reference": against,
             })  # fmt: skip
         for number in broken:
@@ -411,6 +420,13 @@ def test_limits_exclude(run: Any) -> None:
         run(wish={"limits": Limits(max_latency_ms=0.1)}, speed={STATIC: 2.0})
 
 
+def test_a_limit_on_memory_is_not_kept_where_memory_is_not_known(run: Any) -> None:
+    with pytest.raises(SearchError, match="what memory it takes is not known here, and at most 150 MB of memory was"):
+        run(wish={"limits": Limits(max_memory_mb=150.0)}, memory=None)
+    outcome, _, _ = run(wish={"limits": Limits(max_size_mb=1.0)}, memory=None, speed={STATIC: 2.0})
+    assert outcome.winner.place.label == STATIC
+
+
 def test_the_smallest_wins_where_size_is_the_objective(run: Any) -> None:
     outcome, executor, _ = run(
         wish={"objective": "size"}, size={"static": 400, "weights4": 300}, speed={STATIC: 2.0}
@@ -477,6 +493,18 @@ def test_the_budget_ends_the_search_at_each_phase(run: Any) -> None:
         outcome, _, search = run(takes={slow: 60.0, "export": 1.0}, speed={STATIC: 2.0})
         assert outcome.winner is not None, slow
         assert search.phases[-1].name == "decide"
+
+
+@pytest.mark.parametrize("hangs", [set(), {"dynamic", "weights8"}, {"static", "fp16", "dynamic"}])
+@pytest.mark.parametrize("makes", [2.0, 1e6])
+def test_the_budget_is_kept_where_everything_takes_all_that_it_may(run: Any, hangs: set[str], makes: float) -> None:
+    missed = {"met": False, "summary": "agreement 0.5"}
+    for budget_s in (60.0, 200.0, 1000.0):
+        _, _, search = run(
+            wish={"budget_s": budget_s}, spends=True, hangs=hangs, takes={"make": makes, "export": 1.0},
+            speed={STATIC: 2.0, "weights4 on ort:cpu": 3.0}, quality={"weights4": missed},
+        )  # fmt: skip
+        assert search.spent_s() <= 1.1 * budget_s
 
 
 def test_the_recipe_holds_the_winners_steps(run: Any) -> None:
