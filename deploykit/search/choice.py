@@ -131,10 +131,12 @@ def _near(one: tuple[float, float, float], other: tuple[float, float, float]) ->
 
 
 def why_on_front(seat: Seat, front: Sequence[Seat], variants: Mapping[str, Variant]) -> str:
-    """What it is best at."""
+    """What it is best at; in speed, what was measured to the end is not compared with what was only screened."""
     axes = {id(s): a for s in front if (a := _axes(s, variants)) is not None}
     mine = axes[id(seat)]
+    timed = {id(s) for s in front if s.decision is not None} or set(axes)
     for number, word in enumerate(WHY[:3]):
-        if mine[number] == min(a[number] for a in axes.values()):
+        among = axes if number else {key: a for key, a in axes.items() if key in timed}
+        if id(seat) in among and mine[number] == min(a[number] for a in among.values()):
             return word
     return WHY[3]

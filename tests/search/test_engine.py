@@ -396,6 +396,7 @@ def test_what_was_only_screened_does_not_go_before_what_was_measured_to_the_end(
     assert "winner: static on ort:cpu, 1.80x" in outcome.headline
     reason = "slower in the screening than what was measured to the end: 2.05x the reference there"
     seat = next(s for s in search.seats if s.place.label == "fp16 on ort:cpu")
+    assert [e["name"] for e in outcome.document(search)["front"] if e["why"] == "fastest"] == ["static"]
     assert seat.status == "front" or dropped(search, "fp16 on ort:cpu") == f"screen: {reason}"
 
 
