@@ -109,9 +109,9 @@ def judge(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progres
                 entry["error"] = NOT_TRIED
                 incomplete = True
                 continue
-            path = load_model(inputs[f"model:{model}"]).path
             tell({"began": f"{model}/{precision}"})
             try:
+                path = load_model(inputs[f"model:{model}"]).path
                 if judged is not None:
                     score = judged.judge(path, precision=precision)
                     record = judged.record(score)

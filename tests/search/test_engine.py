@@ -7,6 +7,7 @@ import tempfile
 import threading
 import tomllib
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from deploykit.goals import Goal
 from deploykit.progress import Progress
 from deploykit.schemes import SCHEMES
 from deploykit.search.crew import NOT_TRIED
+from deploykit.search.deeds import judge
 from deploykit.search.document import Outcome, fleet_front, fleet_outcomes, machine_rows
 from deploykit.search.engine import Search
 from deploykit.search.fleet import stop
@@ -29,7 +31,7 @@ from deploykit.search.jobs import Done, Job
 from deploykit.search.machines import LOCAL, Node, machine_of
 from deploykit.search.schema import what_is_wrong
 from deploykit.search.shards import STATE
-from deploykit.search.so_far import teller
+from deploykit.search.so_far import read_so_far, teller
 from deploykit.search.timing import Cost, plan
 from deploykit.search.wish import Limits, Wish
 from deploykit.search.wording import ratio_text
@@ -706,6 +708,34 @@ def test_one_that_hangs_while_it_is_judged_costs_nobody_else(run: Any) -> None:
     assert first.stall_s == pytest.approx(share / 2)
     assert again.params["effort"]["budget_s"] == pytest.approx(share / 2 - 1)
     assert other.params["effort"]["budget_s"] >= share  # the next device has what it would have had
+
+
+def test_a_model_that_cannot_be_judged_costs_only_itself_and_is_not_kept(tmp_path: Path) -> None:
+    good, broken = write_artifact(tmp_path / "good", 1.0), write_artifact(tmp_path / "broken", 2.0)
+    broken.model_path.write_bytes(b"no model")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).random((8, 2), np.float32))
+    params = {
+        "device": "ort:cpu", "goal": asdict(Goal(min_sqnr_db=3.0)), "seats": [["broken", "fp32"], ["good", "fp32"]],
+        "placed": [], "effort": {"budget_s": 60.0, "so_far": str(tmp_path / "so-far")},
+    }  # fmt: skip
+    models = {"parent": good.path, "model:good": good.path, "model:broken": broken.path}
+    value = judge(params, {**models, "data": tmp_path / "data.npz"}, tmp_path, Progress())
+    assert value["incomplete"]  # what failed is no result to be found again
+    assert value["found"]["good/fp32"]["quality"]["met"]
+    assert list(value["found"]["broken/fp32"]) == ["error"]
+    assert read_so_far(tmp_path / "so-far") == (value["found"], None)
+
+
+def test_what_a_job_told_is_read_as_far_as_it_was_written(tmp_path: Path) -> None:
+    tell = teller(str(tmp_path / "so-far"))
+    for line in ({"began": "a"}, {"judged": "a", "entry": {"error": "no"}}, {"began": "b"}):
+        tell(line)
+    assert read_so_far(tmp_path / "so-far") == ({"a": {"error": "no"}}, "b")
+    with (tmp_path / "so-far").open("a") as file:
+        file.write('{"judged": "b", "ent')
+    assert read_so_far(tmp_path / "so-far") == ({"a": {"error": "no"}}, "b")
+    teller(str(tmp_path / "nowhere" / "so-far"))({"began": "a"})  # of another machine
+    assert read_so_far(tmp_path / "nowhere" / "so-far") == ({}, None)
 
 
 def test_what_hangs_in_judging_is_not_screened_unless_it_is_the_exported_model(run: Any) -> None:
