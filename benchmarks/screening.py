@@ -145,6 +145,7 @@ def screen(
                     ring.prefetch(waiting[0])  # loads while this one is compared
                 if ring.start(number):
                     group.append(number)
+            ring.settle()
             if len(waiting) == began:
                 for number in waiting:
                     found[number].status = "not tried: the budget is too small"
@@ -184,6 +185,11 @@ class _Ring:
         """Begin to load a candidate."""
         if number not in self._coming:
             self._coming[number] = self._spawn(number)
+
+    def settle(self) -> None:
+        """End what still loads: it would disturb those that take turns."""
+        while self._coming:
+            self._coming.popitem()[1].kill()
 
     def _spawn(self, number: int) -> Process:
         candidate = self.found[number].candidate

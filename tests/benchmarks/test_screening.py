@@ -25,6 +25,7 @@ class Stage:
         self.now = 0.0
         self.speeds = speeds
         self.alive: set[str] = set()
+        self.loading: set[str] = set()
         self.most_alive = 0
         self.asked: list[tuple[str, str]] = []
         self.noise = 0.0
@@ -42,10 +43,12 @@ def played(stage: Stage) -> type:
         def __init__(self, candidate: Candidate, settings: Settings, folder: Path, concurrency: int = 1, **_: Any):
             self.name = candidate.name
             stage.alive.add(self.name)
+            stage.loading.add(self.name)
             stage.most_alive = max(stage.most_alive, len(stage.alive))
 
         def ready(self) -> None:
             stage.now += stage.load_s
+            stage.loading.discard(self.name)
             if stage.breaks.get(self.name) == "load":
                 raise ChildError("no such operator")
             self.loaded = {"load_ms": 700.0, "first_ms": 300.0}
@@ -61,12 +64,14 @@ def played(stage: Stage) -> type:
             pace = 1e6 / stage.speeds[self.name] * (1 + stage.noise * stage.draw.uniform(-1, 1))
             if do == "warm":
                 return {"request_ns": pace, "peak_memory_bytes": 10**7, "warmup_runs": 10}
+            assert not stage.loading  # nothing else works beside what is timed
             stage.now += told["seconds"]
             count = max(1, int(told["seconds"] * 1e9 / pace))
             return {"samples_ns": [int(pace)] * count, "wall_ns": int(pace * count)}
 
         def kill(self) -> None:
             stage.alive.discard(self.name)
+            stage.loading.discard(self.name)
 
         def __enter__(self) -> Any:
             return self
