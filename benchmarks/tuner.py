@@ -103,11 +103,13 @@ class Tuning:
         chosen: The best configuration.
         trials: All that ran, stage by stage.
         spent_s: Seconds.
+        load_s: The longest that loading a configuration took, its process and its warming up included.
     """
 
     chosen: Config
     trials: list[Score]
     spent_s: float
+    load_s: float = 0.0
 
 
 def search(
@@ -143,7 +145,7 @@ def search(
             trials += scores
     finally:
         arena.drop([best])
-    return Tuning(best, trials, clock() - began)
+    return Tuning(best, trials, clock() - began, times.load_s)
 
 
 @dataclass(slots=True)

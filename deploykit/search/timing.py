@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from deploykit.benchmarks.budget import BLOCK, Cost, takes
 from deploykit.benchmarks.tuner_space import Config
 from deploykit.errors import BenchmarkError, SearchError
 from deploykit.progress import Progress
@@ -21,17 +22,7 @@ from deploykit.search.wish import Wish
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
 _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
-# A process of a measurement: until it can load a model; requests to see its outputs and its profile.
-_START_S, _LOAD_S, _PROFILED = 1.0, 0.2, 4
-# Warming up: requests in all and in every lane, how long is long, and the most that is asked for beside them.
-_WARMED, _FEWEST_WARM, _WARM_S, _MOST_WARM_S = 10, 3, 1.5, 0.5
-# As `benchmarks.rounds` cuts a round into turns, with so many requests in each at least.
-_TURN_S, _TURNS, _BLOCK = 0.25, 4, 5
-# As `benchmarks.measurement` looks for the requests in flight: passes, and the seconds of their parts.
-_SWEEPS, _SWEPT_S = 2, (0.2, 0.5)
-_STEPS = 20
-# As `benchmarks.arena` warms up what is tuned, and the turns of `benchmarks.tuner`.
-_TUNED_WARM_S, _TUNED_TURN_S = 0.1, 0.15
+_LOAD_S, _STEPS, _MOST_WARM_S = 0.2, 20, 0.5
 # Of a slow model: fewer rounds and requests than these tell nothing.
 _LAST_ROUNDS, _LAST_BLOCK = 3, 3
 # Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
@@ -301,54 +292,6 @@ def _config(found: Mapping[str, Any]) -> Config:
     return replace(config, settings=tuple(sorted(dict(found["settings"]).items())))
 
 
-class Cost(NamedTuple):
-    """What it takes to have a candidate run.
-
-    Attributes:
-        load_s: Seconds to load it and run it once.
-        request_s: Seconds that a request takes, of several at a time the share of each.
-        lanes: Requests at a time.
-    """
-
-    load_s: float
-    request_s: float
-    lanes: int = 1
-
-    @property
-    def alone_s(self) -> float:
-        """Seconds from a request to its answer."""
-        return self.request_s * self.lanes
-
-    def warm_s(self, seconds: float) -> float:
-        """Warming up for so long: at least ten requests and three in every lane, or only these where that takes long;
-        see `benchmarks.worker`.
-        """
-        three = _FEWEST_WARM * self.alone_s
-        return max(seconds, min(max(_WARMED * self.request_s, three), max(_WARM_S, three)))
-
-    def once_s(self, seconds: float, sets: int, by_wall: bool) -> float:
-        """Before the rounds: a process for its outputs, and once more loaded for the profile; by wall time also warmed
-        up, and its requests in flight swept.
-        """
-        found = _START_S + 2 * self.load_s + (sets + _PROFILED) * self.alone_s
-        if by_wall:
-            found += self.warm_s(min(_MOST_WARM_S, seconds))
-            found += _SWEEPS * sum(max(min(part, seconds), self.alone_s) for part in _SWEPT_S)
-        return found
-
-    def round_s(self, seconds: float, slowest_s: float) -> float:
-        """In a round: a process, its warming up, and blocks, before each of which it runs once; their last requests
-        end late.
-        """
-        turn = max(min(_TURN_S, seconds / _TURNS), _BLOCK * slowest_s)
-        blocks = max(1, round(seconds / turn))
-        return _START_S + self.load_s + self.warm_s(min(_MOST_WARM_S, seconds)) + seconds + 1.5 * blocks * self.alone_s
-
-    def tuning_s(self) -> float:
-        """The least that tuning takes: two processes loaded and warmed up, and two turns of each."""
-        return 2 * (_START_S + self.load_s + self.warm_s(_TUNED_WARM_S) + 2 * max(_TUNED_TURN_S, 2 * self.alone_s))
-
-
 UNKNOWN = Cost(_LOAD_S, 0.0)
 
 
@@ -365,7 +308,11 @@ def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int 
     Returns:
         No rounds where not even the fewest fit.
     """
-    tries = [(count, _LEAST_ROUNDS, _BLOCK) for count in range(len(costs) - 1, 0, -1)]
+
+    def need(chosen: Sequence[Cost], rounds: int, seconds: float) -> float:
+        return takes(chosen, rounds, seconds, min(_MOST_WARM_S, seconds), by_wall=by_wall, sets=sets)
+
+    tries = [(count, _LEAST_ROUNDS, BLOCK) for count in range(len(costs) - 1, 0, -1)]
     if tries:
         tries.append((1, _LAST_ROUNDS, _LAST_BLOCK))
     for count, least, block in tries:
@@ -374,20 +321,12 @@ def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int 
         for rounds in range(_ROUNDS, least - 1, -1):
             low = max(shortest, _LEAST_SECONDS if rounds <= _LEAST_ROUNDS else 0.5)
             high = max(_MOST_SECONDS, low)
-            if _takes(chosen, rounds, low, by_wall, sets) > left_s:
+            if need(chosen, rounds, low) > left_s:
                 continue
-            if _takes(chosen, rounds, high, by_wall, sets) <= left_s:
+            if need(chosen, rounds, high) <= left_s:
                 return count, rounds, high
             for _ in range(_STEPS):  # what fits, and what does not, come together
                 middle = (low + high) / 2
-                low, high = (low, middle) if _takes(chosen, rounds, middle, by_wall, sets) > left_s else (middle, high)
+                low, high = (low, middle) if need(chosen, rounds, middle) > left_s else (middle, high)
             return count, rounds, low
     return 0, 0, 0.0
-
-
-def _takes(chosen: Sequence[Cost], rounds: int, seconds: float, by_wall: bool, sets: int) -> float:
-    """Seconds of a whole measurement."""
-    slowest = max(c.alone_s for c in chosen)
-    runs = [chosen[0], *chosen]  # the reference runs twice a round
-    each = sum(c.round_s(seconds, slowest) for c in runs)
-    return sum(c.once_s(seconds, sets, by_wall) for c in chosen) + rounds * each
