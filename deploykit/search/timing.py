@@ -277,7 +277,9 @@ class Timing:
             seat.decision = {**against, **{k: entry[k] for k in kept}}
             # What was measured is what is handed over.
             seat.tuned = place if place != seat.place else None
-        for seat in (s for s in seats if s.decision is not None):
+        for seat in seats:
+            if seat.decision is None:
+                continue
             latency = None if timed_by_wall(self.wish.objective) else seat.decision["median_ms"]
             self._hold_to_limits(seat, latency, seat.decision["peak_memory_bytes"])
 
