@@ -231,7 +231,7 @@ def _find_load(child: Process, candidate: Candidate, settings: Settings) -> dict
     """How many requests in flight, and for a server the rate to begin the rounds at; "status" where there is none."""
     child.ask("warm", seconds=settings.warmup_s, within_s=settings.warmup_s)
     asked = candidate.concurrency or settings.concurrency
-    counts = [asked] if asked else _concurrencies(candidate)
+    counts = [asked] if asked else concurrencies(candidate)
     told = child.ask("sweep", concurrencies=counts, seconds=min(_SWEEP_S, settings.seconds), passes=_SWEEP_PASSES)
     points = [_point(p, settings.batch) for p in told["points"]]
     most = max(p["throughput_per_s"] for p in points)
@@ -254,7 +254,7 @@ def _find_load(child: Process, candidate: Candidate, settings: Settings) -> dict
     return found | {"rate_per_s": search.best.rate_per_s}
 
 
-def _concurrencies(candidate: Candidate) -> list[int]:
+def concurrencies(candidate: Candidate) -> list[int]:
     """1, 2, 4, ... up to twice the cores, but no fewer than there are sessions."""
     most = max(2 * allowed_cores(), candidate.sessions)
     return [n for n in (2**k for k in range(12)) if candidate.sessions <= n <= most] or [candidate.sessions]

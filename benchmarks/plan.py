@@ -99,7 +99,7 @@ class Settings:
     Attributes:
         rounds: Every candidate once a round, in shuffled order.
         seconds: Timed seconds a candidate and round.
-        warmup_s: Warm-up before them, and at least 10 runs.
+        warmup_s: Warm-up before them, and at least 10 requests, 3 of them in every lane.
         threads: Threads in one request; None for all allowed cores.
         batch: Samples in one request.
         precision: "fp32" or "native".

@@ -138,13 +138,18 @@ def screen(
                     found[number].status = "not tried: the budget is too small"
                 break
             began, group, loaded = len(waiting), list[int](), clock() + _LOADING * left
-            while waiting and (not group or ring.fits()) and clock() < loaded:
+            while waiting and (not group or ring.fits()) and clock() < loaded and ring.in_time(group, deadline):
                 told.advance(len(found) - len(waiting), len(found), "candidates loaded")
                 number = waiting.pop(0)
                 if waiting and ring.fits():
                     ring.prefetch(waiting[0])  # loads while this one is compared
                 if ring.start(number):
                     group.append(number)
+            ring.settle()
+            if len(waiting) == began:
+                for number in waiting:
+                    found[number].status = "not tried: the budget is too small"
+                break
             share = (deadline - clock()) * (began - len(waiting)) / began
             _halve(ring, group, keep, clock() + share, told)
             ring.drop(group)
@@ -173,6 +178,7 @@ class _Ring:
         self._coming: dict[int, Process] = {}
         self._expected: list[dict[str, Array]] = []
         self._request_s: dict[int, float] = {}
+        self._longest_s = 0.0  # of what one took to start
         write_feeds(folder / "feeds.npz", feeds)
 
     def prefetch(self, number: int) -> None:
@@ -180,13 +186,31 @@ class _Ring:
         if number not in self._coming:
             self._coming[number] = self._spawn(number)
 
+    def settle(self) -> None:
+        """End what still loads: it would disturb those that take turns."""
+        while self._coming:
+            self._coming.popitem()[1].kill()
+
     def _spawn(self, number: int) -> Process:
         candidate = self.found[number].candidate
         child = Process(candidate, self._settings, self._folder, candidate.concurrency or 1, wait=False)
         return self._stack.enter_context(child)
 
+    def in_time(self, group: Sequence[int], deadline: float) -> bool:
+        """Whether one more, as slow as the slowest so far, can be loaded and run the two turns that are the least."""
+        each = [_TURN_REQUESTS * self._request_s[n] for n in (0, *group)]
+        turns = 2 * (sum(max(_SHORTEST_S, s) for s in each) + max(_SHORTEST_S, *each))
+        return self.clock() + self._longest_s + turns <= deadline
+
     def start(self, number: int) -> bool:
         """Load a candidate, compare its outputs, warm it up; whether it may take part."""
+        began = self.clock()
+        try:
+            return self._start(number)
+        finally:
+            self._longest_s = max(self._longest_s, self.clock() - began)
+
+    def _start(self, number: int) -> bool:
         entry = self.found[number]
         outputs = self._folder / "outputs.npz"
         try:

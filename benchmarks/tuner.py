@@ -103,11 +103,13 @@ class Tuning:
         chosen: The best configuration.
         trials: All that ran, stage by stage.
         spent_s: Seconds.
+        load_s: The longest that loading a configuration took, its process and its warming up included.
     """
 
     chosen: Config
     trials: list[Score]
     spent_s: float
+    load_s: float = 0.0
 
 
 def search(
@@ -131,31 +133,45 @@ def search(
     """
     began = clock()
     deadline = began + budget_s
-    best, trials = base, []
+    best, trials, times = base, [], _Times(clock, deadline)
     try:
         for number, stage in enumerate(stages):
             left = deadline - clock()
-            if left <= 2 * _TURN_S:
-                break
-            share = left / (len(stages) - number)
-            scores, best = _run_stage(stage, best, arena, clock() + share, clock, told)
+            # Another one has to be loaded; one more is what outputs are compared with.
+            if left <= 2 * _TURN_S + times.load_s * (1 + stage.risky):
+                continue
+            times.stage = clock() + left / (len(stages) - number)
+            scores, best = _run_stage(stage, best, arena, times, told)
             trials += scores
     finally:
         arena.drop([best])
-    return Tuning(best, trials, clock() - began)
+    return Tuning(best, trials, clock() - began, times.load_s)
+
+
+@dataclass(slots=True)
+class _Times:
+    """What is known of the time.
+
+    Attributes:
+        clock: Seconds.
+        deadline: Of the whole search.
+        stage: Of the stage.
+        load_s: The longest that loading a configuration took.
+    """
+
+    clock: Callable[[], float]
+    deadline: float
+    stage: float = 0.0
+    load_s: float = 0.0
 
 
 def _run_stage(
-    stage: Stage,
-    base: Config,
-    arena: Arena,
-    deadline: float,
-    clock: Callable[[], float],
-    told: Callable[[str, int, int], None],
+    stage: Stage, base: Config, arena: Arena, times: _Times, told: Callable[[str, int, int], None]
 ) -> tuple[list[Score], Config]:
+    clock, deadline = times.clock, times.stage
     scores = {c: Score(c, stage.name, [], []) for c in stage.around(base)}
     told(stage.name, len(scores), len(scores))
-    _load(scores, base, arena, deadline, clock)
+    _load(scores, base, arena, times)
     if stage.risky:
         for config in [c for c, s in scores.items() if c != base and s.status == "ok"]:
             why = arena.wrong(config)
@@ -227,20 +243,29 @@ def _better(score: Score, base: Score | None) -> bool:
     return float(gains.mean()) > max(_WORTH, 2 * error)
 
 
-def _load(scores: dict[Config, Score], base: Config, arena: Arena, deadline: float, clock: Callable[[], float]) -> None:
-    """Load the base, then as many others as the time allows; the first choices of a stage come first."""
-    for config, why in arena.load([base]).items():
-        scores[config].status = why
-    others = [config for config in scores if config != base]
-    # The base may have been there already, and says nothing; how long one takes, the first of the others tells.
-    began = clock()
-    for config, why in arena.load(others[:1]).items():
-        scores[config].status = why
-    each = max(clock() - began, 1e-3)
-    count = max(1, int(_LOADING * (deadline - clock()) / each))
-    for config, why in arena.load(others[1 : 1 + count]).items():
-        scores[config].status = why
-    for config in others[1 + count :]:
+def _load(scores: dict[Config, Score], base: Config, arena: Arena, times: _Times) -> None:
+    """Load the base, then as many others as the time allows; the first choices of a stage come first.
+
+    One is loaded as long as all of the search has time for it: of a stage without any, nothing is learnt.
+    """
+    waiting = [config for config in scores if config != base]
+
+    def load(configs: Sequence[Config]) -> None:
+        began = times.clock()
+        for config, why in arena.load(configs).items():
+            scores[config].status = why
+        times.load_s = max(times.load_s, (times.clock() - began) / max(1, len(configs)))
+
+    # The base may have been there already, and says nothing; then how long one takes, the first of the others tells.
+    load([base])
+    if times.load_s < times.deadline - times.clock():
+        load(waiting[:1])
+        del waiting[:1]
+    each = max(times.load_s, 1e-3)
+    least = 1 if 2 * each < times.deadline - times.clock() else 0
+    count = max(least, int(_LOADING * (times.stage - times.clock()) / each))
+    load(waiting[:count])
+    for config in waiting[count:]:
         scores[config].status = "not tried: the budget is too small"
 
 

@@ -158,16 +158,21 @@ def _evaluate(session: Session, source: str) -> dict[str, Any]:
 
 
 def _warm(lanes: Lanes, feeds: list[dict[str, Array]], told: dict[str, Any]) -> dict[str, Any]:
-    """Run for some seconds, and at least ten times, or three times where that takes long; says how long a request takes
-    by now.
+    """Run for some seconds, and at least ten times and three times in every lane, or only the latter where that takes
+    long; says how long a request takes by now.
     """
-    runs, latest = 0, [0]
+    runs, passes, latest = 0, 0, [0]
     began = time.perf_counter_ns()
     end, slow = began + int(told["seconds"] * 1e9), began + _SLOW_NS
-    while time.perf_counter_ns() < end or runs < (_MIN_WARMUP_RUNS if time.perf_counter_ns() < slow else _FEWEST_RUNS):
-        left = max(0, end - time.perf_counter_ns()) if runs >= _MIN_WARMUP_RUNS else 0
+    while True:
+        now = time.perf_counter_ns()
+        enough = passes >= _FEWEST_RUNS and (runs >= _MIN_WARMUP_RUNS or now >= slow)
+        if enough and now >= end:
+            break
+        # Every lane runs once in a pass, whatever its length.
+        left = max(0, end - now) if enough else 0
         timed = concurrent_loop(lanes.calls, feeds, left / 1e9, start=runs)
-        runs += len(timed.samples_ns)
+        runs, passes = runs + len(timed.samples_ns), passes + 1
         latest = timed.samples_ns[-1:]
     return {"warmup_runs": runs, "request_ns": latest[0], "peak_memory_bytes": peak_memory_bytes()}
 

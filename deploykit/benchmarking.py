@@ -63,7 +63,7 @@ def benchmark(
         slo_p99_ms: Milliseconds, from a request's intended start, that 99 of 100 have to be answered in.
         rounds: At least 3; the confidence intervals are over rounds.
         seconds: Timed seconds a candidate and round.
-        warmup_s: Warm-up seconds before them (and at least 10 runs).
+        warmup_s: Warm-up seconds before them (and at least 10 requests, 3 of them in every lane).
         precision: "fp32" or "native", see `open_session`.
         dims: Sizes of dynamic dimensions where inputs are made up.
         max_drop: A candidate whose accuracy is lower than the reference's by more does not win.

@@ -32,6 +32,7 @@ from deploykit.staging import ArtifactWriter, check_free
 
 if TYPE_CHECKING:
     from deploykit.specs import Array, Feeds
+    from deploykit.targets import Target
 
 from deploykit.comparing import compare_outputs, outputs_of
 
@@ -150,13 +151,7 @@ def derive(
     feeds, expected, origin = reference.feeds, reference.outputs, reference.origin
     for note in reference.notes:
         told.note(note)
-    vacuous = check_vacuity(expected)
-    if vacuous and not parent.unverifiable:
-        raise UnverifiableError(
-            f"the result could not be verified: {vacuous}",
-            expected="a trained model, and several different inputs",
-            hint="give real inputs with --data, or accept it once: deploykit export MODEL --allow-unverified",
-        )
+    vacuous = check_verifiable(parent, expected)
     with ArtifactWriter(output) as writer:
         target = writer.dir / _MODEL
         bounded = bounded_outputs(parent.path)
@@ -181,20 +176,11 @@ def derive(
             records = compare_with_parent(
                 parent, target, targets, feeds, expected, origin, min_cosine, told, maker.cure
             )
-        if vacuous:
-            records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
-            told.note(f"unverifiable: {vacuous}")
+        records = as_verified(records, vacuous, told)
         evidence = maker.prove(work, target)
         shutil.rmtree(scratch)
         copy_companions(parent, writer.dir)
-        record = StepRecord(
-            step=step,
-            params={**done.params, "changed": done.changed, "contract": [t.name for t in held]},
-            tools=done.tools,
-            parent=parent.digest,
-            seconds=round(time.monotonic() - started, 3),
-            notes=told.notes[first_note:],
-        )
+        record = record_of(step, done, parent, held, started, told.notes[first_note:])
         return writer.commit(
             model=_MODEL,
             signature=parent.signature,
@@ -202,6 +188,58 @@ def derive(
             evidence=evidence.model_copy(update={"parity": records}),
             ranges=parent.ranges,
         )
+
+
+def check_verifiable(parent: LoadedModel, expected: Sequence[Mapping[str, Array]]) -> str:
+    """Why equal outputs would prove nothing; empty where they do.
+
+    Raises:
+        UnverifiableError: They would not, and nobody has accepted that of the parent.
+    """
+    vacuous = check_vacuity(expected)
+    if vacuous and not parent.unverifiable:
+        raise UnverifiableError(
+            f"the result could not be verified: {vacuous}",
+            expected="a trained model, and several different inputs",
+            hint="give real inputs with --data, or accept it once: deploykit export MODEL --allow-unverified",
+        )
+    return vacuous or ""
+
+
+def as_verified(records: list[dict[str, Any]], vacuous: str, told: Progress) -> list[dict[str, Any]]:
+    """Records of comparisons, which are no verdicts where equal outputs prove nothing."""
+    if not vacuous:
+        return records
+    told.note(f"unverifiable: {vacuous}")
+    return [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
+
+
+def record_of(
+    step: str,
+    done: StepResult,
+    parent: LoadedModel,
+    held: Sequence[Target],
+    started: float,
+    notes: Sequence[str],
+) -> StepRecord:
+    """A step for the lineage.
+
+    Args:
+        step: Its name.
+        done: What it did.
+        parent: What it began with.
+        held: The contract.
+        started: `time.monotonic` when it began.
+        notes: Of it.
+    """
+    return StepRecord(
+        step=step,
+        params={**done.params, "changed": done.changed, "contract": [t.name for t in held]},
+        tools=done.tools,
+        parent=parent.digest,
+        seconds=round(time.monotonic() - started, 3),
+        notes=list(notes),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ class Score:
         parts = []
         if self.value is not None and goal.metric is not None:
             parts.append(f"{goal.metric} {self.value:.4f} (parent {self.reference:.4f})")
-        parts.append(f"SQNR {self.sqnr_db:.1f} dB" if math.isfinite(self.sqnr_db) else "no error")
+        parts.append("no error" if self.sqnr_db == math.inf else f"SQNR {self.sqnr_db:.1f} dB")
         if self.agreement is not None:
             parts.append(f"agreement {self.agreement:.4f}")
         return ", ".join([*parts, *([self.collapsed] if self.collapsed else [])])
@@ -281,7 +281,7 @@ class Judge:
         error = tally.error if math.isfinite(tally.error) else math.inf
         sqnr = math.inf if error == 0 else -math.inf if error == math.inf else _decibels(tally.signal, error)
         agreement = value = reference = None
-        collapsed = "" if sqnr > -math.inf else "its outputs are not finite"
+        collapsed = "" if error < math.inf else "its outputs are not finite, or of another shape"
         if tally.guesses and self._parent.guesses:
             want, have = decide(self._parent.guesses), decide(tally.guesses)
             agreement = float(np.mean(want == have))

@@ -108,11 +108,26 @@ def _memory() -> int | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that a process may still take without swapping; None where the kernel does not say."""
+    """Bytes that a process may still take without swapping, or being killed by its cgroup; None where the kernel does
+    not say.
+    """
+    groups = [(d, "memory.max", "memory.current") for d in _cgroup_dirs()]
+    groups.append((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    found = [room for group in groups if (room := _room(*group)) is not None]
     for line in (_read("/proc/meminfo") or "").splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+            found.append(int(line.split()[1]) * 1024)
+    return max(0, min(found)) if found else None
+
+
+def _room(folder: Path, most: str, now: str) -> int | None:
+    """Bytes below a cgroup's limit, files that are only cached counted as free; None without a limit."""
+    limit, used = _read(str(folder / most)), _read(str(folder / now))
+    if not limit or not used or limit == "max":
+        return None
+    lines = (line.split() for line in (_read(str(folder / "memory.stat")) or "").splitlines())
+    told = {line[0]: line[1] for line in lines if len(line) == 2}
+    return int(limit) - int(used) + int(told.get("total_inactive_file", told.get("inactive_file", 0)))
 
 
 def _affinity() -> int:

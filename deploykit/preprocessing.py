@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.artifact import GOLDEN, Artifact, Evidence, StepRecord, write_golden
-from deploykit.benchmarks.parity import Verdict, check_vacuity, compare
+from deploykit.artifact import GOLDEN, Artifact, Evidence, write_golden
+from deploykit.benchmarks.parity import Verdict, compare
 from deploykit.comparing import outputs_of
 from deploykit.contract import conform, contract_of
 from deploykit.data import Dataset, ValueRange, generate
-from deploykit.deriving import compare_with_parent, copy_companions
-from deploykit.errors import DataError, DeploykitError, OptimizationError, ParityError, UnverifiableError
+from deploykit.deriving import as_verified, check_verifiable, compare_with_parent, copy_companions, record_of
+from deploykit.errors import DataError, DeploykitError, OptimizationError, ParityError
 from deploykit.modelfile import read_model
 from deploykit.models import LoadedModel, load_model, probe_feeds
 from deploykit.nodes import quantized_ops
@@ -100,13 +100,7 @@ def preprocess(
     feeds, origin = _feeds(parent, plan, signature, dataset, dims or {})
     wanted = [{plan.given.name: plan.reference(case[plan.given.name])} for case in feeds]
     expected = outputs_of(parent.path, targets[0], [{**case, **own} for case, own in zip(feeds, wanted, strict=True)])
-    vacuous = check_vacuity(expected)
-    if vacuous and not parent.unverifiable:
-        raise UnverifiableError(
-            f"the result could not be verified: {vacuous}",
-            expected="a trained model, and several different inputs",
-            hint="give real inputs with --data, or accept it once: deploykit export MODEL --allow-unverified",
-        )
+    vacuous = check_verifiable(parent, expected)
     if min_cosine is None and (parent.quantized or quantized_ops(read_model(parent.path, weights=False))):
         min_cosine = _QUANTIZED_COSINE
     with ArtifactWriter(output) as writer:
@@ -122,20 +116,11 @@ def preprocess(
                 parent, target, targets, feeds, expected, origin, min_cosine, told,
                 "give real inputs with --data; or, where outputs hang on the last digits of inputs: --min-cosine X",
             )  # fmt: skip
-        if vacuous:
-            records = [r | {"verdict": str(Verdict.UNVERIFIABLE), "reason": vacuous} for r in records]
-            told.note(f"unverifiable: {vacuous}")
+        records = as_verified(records, vacuous, told)
         shutil.rmtree(scratch)
         copy_companions(parent, writer.dir, golden=False)
         write_golden(writer.dir / GOLDEN, zip(feeds, expected, strict=True))
-        record = StepRecord(
-            step=plan.step,
-            params={**done.params, "changed": done.changed, "contract": [t.name for t in held]},
-            tools=done.tools,
-            parent=parent.digest,
-            seconds=round(time.monotonic() - started, 3),
-            notes=told.notes[first_note:],
-        )
+        record = record_of(plan.step, done, parent, held, started, told.notes[first_note:])
         return writer.commit(
             model=_MODEL,
             signature=signature,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from deploykit.data import Dataset
 from deploykit.errors import BenchmarkError, DeploykitError
@@ -19,15 +21,16 @@ from deploykit.specs import Feeds
 
 if TYPE_CHECKING:
     from deploykit.benchmarks import Candidate, Report, Settings
+    from deploykit.benchmarks.budget import Cost
     from deploykit.benchmarks.tuner import Tuning
     from deploykit.benchmarks.tuner_space import Config
 
 TUNED, ANEW = " tuned", " tuned anew"
-# Of the budget, what the final measurement takes; and what a process takes besides its timed seconds.
-_FINAL_SHARE, _START_S = 0.4, 1.5
-# What comparing a candidate's outputs takes before that; "offline" finds out the requests in flight as well.
-_CHECK_S = {"latency": 2.0, "offline": 5.0}
-_SHORTEST_S, _LEAST_ROUNDS = 0.25, 3
+# Of the budget, what the final measurement takes.
+_FINAL_SHARE = 0.4
+_SHORTEST_S, _LEAST_WARMUP_S, _LEAST_ROUNDS, _STEPS = 0.25, 0.1, 3, 20
+# Of a candidate that was not tuned here: seconds until it is loaded.
+_LOAD_S = 0.5
 
 
 def tuned_candidates(
@@ -114,13 +117,19 @@ class Tuner:
                 "the scenario server cannot be tuned", hint="tune for throughput: --scenario offline --tune"
             )
         tunings = self._search(budget_s, batches)
-        settings = self._cut(tunings, budget_s)
+        settings = self._cut(tunings, budget_s, data)
         chosen = [self._with(c, t.chosen) for c, t in tunings.items() if t.chosen != self._base(c)]
         for candidate, tuning in tunings.items():
-            if tuning.chosen == self._base(candidate):
-                self._told.note(f"{candidate.label}: nothing is faster than the settings it has")
+            base = self._base(candidate)
+            if tuning.chosen == base and any(t.paces and t.config != base for t in tuning.trials):
+                self._told.note(f"{candidate.label}: nothing that was tried is faster than the settings it has")
+            elif tuning.chosen == base:
+                self._told.note(f"{candidate.label} keeps the settings it has: the budget reached no others")
         candidates = [*self._candidates, *chosen]
-        report = measure(candidates, self._feeds_for(settings.batch), settings, data=data, progress=self._told)
+        report = measure(
+            candidates, self._feeds_for(settings.batch), settings, data=data, progress=self._told,
+            within_s=self._left(budget_s),
+        )  # fmt: skip
         report.data["tuning"] = self._record(tunings, budget_s)
         spent = time.monotonic() - self._began
         if spent > 1.1 * budget_s:
@@ -176,21 +185,59 @@ class Tuner:
                     )  # fmt: skip
         return found
 
-    def _cut(self, tunings: dict[Candidate, Tuning], budget_s: float) -> Settings:
+    def _left(self, budget_s: float) -> float:
+        return self._began + budget_s - time.monotonic()
+
+    def _cut(self, tunings: Mapping[Candidate, Tuning], budget_s: float, data: Dataset | None) -> Settings:
         """Rounds and seconds that the rest of the budget allows, and the batch that was chosen."""
+        from deploykit.benchmarks.budget import takes
+
         settings = self._settings
         batch = max([t.chosen.batch for t in tunings.values()], default=settings.batch)
         settings = replace(settings, batch=batch, confirm=False)
-        changed = sum(t.chosen != self._base(c) for c, t in tunings.items())
-        runs = len(self._candidates) + changed + 1
-        left = self._began + budget_s - time.monotonic() - (runs - 1) * _CHECK_S[settings.scenario]
+        costs = self._costs(tunings, batch)
+        by_wall, sets = settings.scenario == "offline", len(self._feeds_for(batch))
+        left = self._left(budget_s) - _evaluation_s(data, costs, batch)
+
+        def cut(rounds: int, seconds: float) -> Settings:
+            warmup = max(_LEAST_WARMUP_S, min(settings.warmup_s, seconds / 2))
+            return replace(settings, rounds=rounds, seconds=seconds, warmup_s=warmup)
+
+        def fits(rounds: int, seconds: float) -> bool:
+            warmup = cut(rounds, seconds).warmup_s
+            return takes(costs, rounds, seconds, warmup, by_wall=by_wall, sets=sets) <= left
+
+        shortest = min(_SHORTEST_S, settings.seconds)
         for rounds in range(settings.rounds, _LEAST_ROUNDS - 1, -1):
-            each = left / (rounds * runs) - _START_S
-            warmup = min(settings.warmup_s, each / 3)
-            if each - warmup >= _SHORTEST_S or rounds == _LEAST_ROUNDS:
-                seconds = min(settings.seconds, max(_SHORTEST_S, each - warmup))
-                return replace(settings, rounds=rounds, seconds=seconds, warmup_s=max(0.1, warmup))
-        return settings
+            if fits(rounds, settings.seconds):
+                return cut(rounds, settings.seconds)
+            if fits(rounds, shortest):
+                low, high = shortest, settings.seconds
+                for _ in range(_STEPS):  # what fits, and what does not, come together
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if fits(rounds, middle) else (low, middle)
+                return cut(rounds, low)
+        return cut(min(settings.rounds, _LEAST_ROUNDS), shortest)
+
+    def _costs(self, tunings: Mapping[Candidate, Tuning], batch: int) -> list[Cost]:
+        """What each candidate takes, and each that was tuned with what was chosen for it, by what the search saw."""
+        from deploykit.benchmarks.budget import START_S, TUNED_WARM_S, Cost
+        from deploykit.benchmarks.measurement import concurrencies
+
+        by_wall = self._objective == "throughput"
+
+        def cost(candidate: Candidate, config: Config, tuning: Tuning) -> Cost:
+            paces = [t.paces for t in tuning.trials if t.config == config and t.paces]
+            request_s = float(np.median(paces[-1])) * batch / 1e9 if paces else 0.0
+            asked = candidate.concurrency or self._settings.concurrency
+            swept = 1 if asked or config != self._base(candidate) else len(concurrencies(candidate))
+            found = Cost(0.0, request_s, config.concurrency if by_wall else 1, swept)
+            return found._replace(load_s=max(0.0, tuning.load_s - START_S - found.warm_s(TUNED_WARM_S)))
+
+        known = {c: cost(c, self._base(c), t) for c, t in tunings.items()}
+        worst = max(known.values(), key=lambda c: c.load_s + c.request_s, default=Cost(_LOAD_S, 0.0))
+        found = [known.get(c, worst) for c in self._candidates]
+        return found + [cost(c, t.chosen, t) for c, t in tunings.items() if t.chosen != self._base(c)]
 
     def _with(self, candidate: Candidate, config: Config) -> Candidate:
         concurrency = None if self._objective == "latency" else config.concurrency
@@ -210,6 +257,13 @@ class Tuner:
                 s.as_dict() | {"device": c.device, "model": c.name} for c, t in tunings.items() for s in t.trials
             ],
         }
+
+
+def _evaluation_s(data: Dataset | None, costs: Sequence[Cost], batch: int) -> float:
+    """Seconds for the accuracy of all candidates over a whole dataset; 0 where it has no labels, or no known length."""
+    if data is None or not data.has_labels or data.length is None:
+        return 0.0
+    return sum(c.alone_s for c in costs) / batch * data.length
 
 
 def save_winner(report: Report, candidates: Sequence[Candidate], path: Path, told: Progress) -> None:
@@ -235,6 +289,7 @@ def save_winner(report: Report, candidates: Sequence[Candidate], path: Path, tol
     )  # fmt: skip
     try:
         kept.save(path)
-        told.note(f"settings of {best.label} are in {path}")
+        how = "" if best.tuned else ", as it was: nothing that was found is better"
+        told.note(f"settings of {best.label} are in {path}{how}")
     except DeploykitError as exc:
         told.note(f"the settings of {best.label} could not be kept: {exc}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deploykit.errors import OptimizationError
@@ -20,6 +20,8 @@ SOUND_DTYPES = ("float32", "int16")
 FEATURE_LAYOUTS = ("bmt", "btm", "b1mt", "b1tm", "bmt1", "btm1")
 # Larger ones would take gigabytes for matrices and filters.
 _MAX_PIXELS, _MAX_N_FFT, _MAX_MELS, _MAX_SAMPLES = 1 << 14, 1 << 13, 1 << 10, 1 << 26
+# Smaller ones are denormals in float32, which runtimes may take for 0.
+_LEAST_FLOOR = 1.2e-38
 # Preprocessing is computed in float32, whatever the model computes in.
 _MODEL_DTYPES = ("float32", "float16")
 
@@ -122,6 +124,28 @@ class AudioConfig:
 
 
 PreprocessConfig = ImageConfig | AudioConfig
+# What a field may be, by its name for people; None where it may be left to be found out.
+_IMAGE_CHOICES = {
+    "layout": ("layout", LAYOUTS), "color": ("color", COLORS), "model color": ("model_color", COLORS),
+    "resample": ("resample", RESAMPLES), "model layout": ("model_layout", (*LAYOUTS, None)),
+}  # fmt: skip
+_AUDIO_CHOICES = {
+    "mel scale": ("mel_scale", MEL_SCALES), "mel norm": ("mel_norm", MEL_NORMS), "log": ("log", LOGS),
+    "pad mode": ("pad_mode", PAD_MODES), "dtype": ("dtype", SOUND_DTYPES),
+    "feature layout": ("layout", (*FEATURE_LAYOUTS, None)),
+}  # fmt: skip
+
+
+def _check_choices(config: PreprocessConfig, choices: Mapping[str, tuple[str, Sequence[str | None]]]) -> None:
+    """Refuse what is not among the choices.
+
+    Raises:
+        OptimizationError: It is not.
+    """
+    for name, (field, known) in choices.items():
+        value = getattr(config, field)
+        if value not in known:
+            raise OptimizationError(f"{name} {value!r}", expected=", ".join(filter(None, known)))
 
 
 def check_image(config: ImageConfig) -> None:
@@ -130,12 +154,7 @@ def check_image(config: ImageConfig) -> None:
     Raises:
         OptimizationError: A value that is not offered, or that contradicts another.
     """
-    check_choice("layout", config.layout, LAYOUTS)
-    check_choice("color", config.color, COLORS)
-    check_choice("model color", config.model_color, COLORS)
-    check_choice("resample", config.resample, RESAMPLES)
-    if config.model_layout is not None:
-        check_choice("model layout", config.model_layout, LAYOUTS)
+    _check_choices(config, _IMAGE_CHOICES)
     for name, size in (("resize", config.resize), ("crop", config.crop), ("size", config.size)):
         lengths = (size,) if isinstance(size, int) else size or ()
         if not all(1 <= length <= _MAX_PIXELS for length in lengths):
@@ -155,15 +174,9 @@ def check_audio(config: AudioConfig) -> None:
     Raises:
         OptimizationError: A value that is not offered, or that contradicts another.
     """
-    check_choice("mel scale", config.mel_scale, MEL_SCALES)
-    check_choice("mel norm", config.mel_norm, MEL_NORMS)
-    check_choice("log", config.log, LOGS)
-    check_choice("pad mode", config.pad_mode, PAD_MODES)
-    check_choice("dtype", config.dtype, SOUND_DTYPES)
+    _check_choices(config, _AUDIO_CHOICES)
     if config.power not in (1, 2):
         raise OptimizationError(f"power {config.power}", expected="1 (magnitude) or 2 (power)")
-    if config.layout is not None:
-        check_choice("feature layout", config.layout, FEATURE_LAYOUTS)
     for name, number, least, most in (
         ("sample rate", config.sample_rate, 1, _MAX_SAMPLES),
         ("hop", config.hop, 1, _MAX_SAMPLES),
@@ -187,8 +200,10 @@ def check_audio(config: AudioConfig) -> None:
     for name, value in (("offset", config.offset), ("floor", config.floor), ("top", config.top)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise OptimizationError(f"{name} {value}", expected="0 or more")
-    if config.log != "none" and config.offset + config.floor <= 0:
-        raise OptimizationError("the logarithm of silence", expected="a --floor or an --offset above 0")
+    if config.log != "none" and max(config.offset, config.floor) < _LEAST_FLOOR:
+        raise OptimizationError(
+            "the logarithm of silence", expected=f"a --floor or an --offset of at least {_LEAST_FLOOR}, for float32"
+        )
     if config.top == 0:
         raise OptimizationError("top 0", expected="more than 0, like 8 for Whisper or 80 dB")
     _check_numbers(config.mean, config.std)
@@ -210,16 +225,6 @@ def check_lengths(config: PreprocessConfig, count: int, what: str) -> None:
     for name, values in (("mean", config.mean), ("std", config.std)):
         if len(values) not in (0, 1, count):
             raise OptimizationError(f"{name} has {len(values)} numbers", expected=f"1, or {count}: one for each {what}")
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse what is not among the choices.
-
-    Raises:
-        OptimizationError: It is not.
-    """
-    if value not in known:
-        raise OptimizationError(f"{name} {value!r}", expected=", ".join(known))
 
 
 def choose_input(signature: Signature, name: str | None, ranks: Collection[int], what: str) -> TensorSpec:

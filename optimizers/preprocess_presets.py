@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,41 @@ from deploykit.errors import OptimizationError, first_line
 from deploykit.optimizers.preprocess_config import AudioConfig, ImageConfig, PreprocessConfig
 
 _LIMIT_BYTES = 32 * 2**20  # old ones of Whisper list their mel filters
-# Resize, center crop, rescale, normalize; what an old config means by one number for a size.
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a processor does where its config says nothing; None where its versions differ, so that it has to be said.
+
+    Attributes:
+        size: What one number for a size means: "square", or "shorter" for the shorter edge.
+        resample: As Pillow numbers it.
+        crop: Whether it crops; False also where a size for that is there.
+        normalizes: Whether it does, or else has no such step.
+    """
+
+    size: str | None
+    resample: int | None
+    crop: bool | None = False
+    normalizes: bool = True
+
+
+# Those of resize, center crop, rescale and normalize, in this order.
 _STANDARD = {
-    "ViT": "square", "DeiT": "square", "Beit": "square", "Segformer": "square", "Siglip": "square",
-    "EfficientNet": "square", "CLIP": "shorter", "ConvNext": "shorter", "Bit": "shorter", "MobileNetV1": "shorter",
-    "MobileNetV2": "shorter", "MobileViT": "shorter",
-}  # fmt: skip
+    "ViT": _Kind("square", 2),
+    "DeiT": _Kind("square", 3, crop=True),
+    "Beit": _Kind("square", 3, crop=None),
+    "Segformer": _Kind("square", 2),
+    "Siglip": _Kind(None, 3),
+    "EfficientNet": _Kind("square", None),
+    "CLIP": _Kind("shorter", 3, crop=True),
+    "ConvNext": _Kind("shorter", 3),
+    "Bit": _Kind("shorter", 3, crop=True),
+    "MobileNetV1": _Kind("shorter", 2, crop=True),
+    "MobileNetV2": _Kind("shorter", 2, crop=True),
+    "MobileViT": _Kind("shorter", None, crop=True, normalizes=False),
+}
+_NAMELESS = _Kind(None, None, crop=None)
 _RESAMPLES = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 # Steps of ours, and what does not concern pictures of three channels or what comes after them.
 _KNOWN_STEPS = frozenset(
@@ -88,17 +117,17 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 class _Table:
-    """A config whose values are checked as they are read."""
+    """A config whose values are checked as they are read; a default of None means that it has to be there."""
 
     def __init__(self, file: Path, table: dict[str, Any]) -> None:
         self.file = file
         self.table = table
 
-    def truth(self, key: str, default: bool) -> bool:
+    def truth(self, key: str, default: bool | None) -> bool:
         found: bool = self._of(key, default, bool, "true or false")
         return found
 
-    def whole(self, key: str, default: int) -> int:
+    def whole(self, key: str, default: int | None) -> int:
         found: int = self._of(key, default, int, "a whole number")
         return found
 
@@ -130,6 +159,11 @@ class _Table:
     def _of(self, key: str, default: Any, kind: Any, expected: str) -> Any:
         value = self.table.get(key, default)
         value = default if value is None else value
+        if value is None:
+            raise OptimizationError(
+                f"{self.file} does not say {key}, and versions of its processor differ in that",
+                expected=expected, hint="write it there, or give the options one by one",
+            )  # fmt: skip
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.wrong(key, expected)
         return value
@@ -140,43 +174,68 @@ def _are_whole(table: Mapping[str, Any]) -> bool:
 
 
 def _image(table: _Table, name: str) -> ImageConfig:
-    odd = sorted(k for k, v in table.table.items() if k.startswith("do_") and v and k not in _KNOWN_STEPS)
-    odd += ["crop_pct"] if table.table.get("crop_pct") is not None and name != "ConvNext" else []
-    if odd:
-        raise table.wrong(odd[0], "a step that is offered: resize, center crop, rescale, normalize")
+    kind = _STANDARD.get(name, _NAMELESS)
+    _refuse_odd(table, name, kind)
     resize, crop = None, None
+    resample = "bilinear"
     if table.truth("do_resize", True):
-        resize, crop = _resize(table, name)
-    if table.truth("do_center_crop", table.table.get("crop_size") is not None):
-        crop = table.pair("crop_size")
-    resample = _RESAMPLES.get(table.whole("resample", 2))
-    if resample is None and resize is not None:
-        raise table.wrong("resample", "2 (bilinear) or 3 (bicubic)")
-    rescale = table.number("rescale_factor", 1 / 255) if table.truth("do_rescale", True) else 1.0
+        resize, crop = _resize(table, name, kind)
+        found = _RESAMPLES.get(table.whole("resample", kind.resample))
+        if found is None:
+            raise table.wrong("resample", "2 (bilinear) or 3 (bicubic)")
+        resample = found
+    cropped = table.table.get("crop_size") is not None
+    if table.truth("do_center_crop", kind.crop if cropped or kind.crop else False):
+        own = table.pair("crop_size")
+        if crop not in (None, own):  # a crop of a crop may begin a pixel beside that of the whole
+            raise table.wrong("crop_size", f"{crop[0]}x{crop[1]}, to which the resize crops already")
+        crop = own
+    rescales = table.truth("do_rescale", True)
+    rescale = table.number("rescale_factor", 1 / 255) if rescales else 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    if table.truth("do_normalize", True):
+    if kind.normalizes and table.truth("do_normalize", True):
         mean, std = table.numbers("image_mean"), table.numbers("image_std")
-    if table.truth("rescale_offset", False):  # one is subtracted before the mean
+    if rescales and table.truth("rescale_offset", False):  # one is subtracted before the mean
         mean = tuple(m + 1 for m in mean or (0.0,))
     if name == "EfficientNet" and table.truth("include_top", True):  # divided by the deviation once more
         std = tuple(s * s for s in std) or table.numbers("image_std")
     flipped = table.truth("do_flip_channel_order", name == "MobileViT")
     return ImageConfig(
-        resize=resize, crop=crop, resample=resample or "bilinear", rescale=rescale, mean=mean, std=std,
+        resize=resize, crop=crop, resample=resample, rescale=rescale, mean=mean, std=std,
         model_color="bgr" if flipped else "rgb",
     )  # fmt: skip
 
 
-def _resize(table: _Table, name: str) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
+def _refuse_odd(table: _Table, name: str, kind: _Kind) -> None:
+    """Refuse steps that are not ours, and those that this processor has not got: what was meant by them is not known.
+
+    Raises:
+        OptimizationError: There is one.
+    """
+    given = {k for k, v in table.table.items() if v not in (None, False)}
+    odd = sorted(k for k in given if k.startswith("do_") and k not in _KNOWN_STEPS)
+    # An old config's limit of the longer edge.
+    odd += [k for k in ("crop_pct", "max_size") if k in given and (k, name) != ("crop_pct", "ConvNext")]
+    if name != "EfficientNet":
+        odd += [k for k in ("rescale_offset",) if k in given]
+    if name not in ("MobileViT", ""):
+        odd += [k for k in ("do_flip_channel_order",) if k in given]
+    if not kind.normalizes:
+        odd += [k for k in ("do_normalize",) if k in given]
+    if odd:
+        raise table.wrong(odd[0], "a step that is offered: resize, center crop, rescale, normalize")
+
+
+def _resize(table: _Table, name: str, kind: _Kind) -> tuple[tuple[int, int] | int, tuple[int, int] | None]:
     """What an image is resized to, and what that crops by itself."""
     size = table.table.get("size")
     shorter: Any = size.get("shortest_edge") if isinstance(size, dict) and set(size) == {"shortest_edge"} else None
-    if isinstance(size, int) and _STANDARD.get(name) == "shorter":
+    if isinstance(size, int) and kind.size == "shorter":
         shorter = size
     if shorter is None:
-        if isinstance(size, int) and name not in _STANDARD:
-            raise table.wrong("size", '{"height": …, "width": …} or {"shortest_edge": …}')
+        if (isinstance(size, int) and kind.size is None) or name == "ConvNext":
+            raise table.wrong("size", '{"height": …, "width": …} or {"shortest_edge": …}, as the processor takes it')
         return table.pair("size"), None
     if not isinstance(shorter, int) or isinstance(shorter, bool) or shorter < 1:
         raise table.wrong("size", "whole numbers")
@@ -195,6 +254,10 @@ def _whisper(table: _Table) -> AudioConfig:
         raise table.wrong("dither", "0: random numbers have no place in a graph")
     if table.truth("do_normalize", False):
         raise table.wrong("do_normalize", "false")
+    if table.number("padding_value", 0.0):
+        raise table.wrong("padding_value", "0: silence")
+    if table.table.get("padding_side") not in (None, "right"):
+        raise table.wrong("padding_side", "right")
     rate = table.whole("sampling_rate", 16000)
     return AudioConfig(
         sample_rate=rate, n_fft=table.whole("n_fft", 400), hop=table.whole("hop_length", 160),
@@ -209,7 +272,7 @@ def make_image_config(preset: str | Path | None = None, **given: Any) -> ImageCo
 
     Args:
         preset: As for `read_processor`.
-        **given: Fields of `ImageConfig`; sizes as "HEIGHTxWIDTH", the resize also as "EDGE". None means not given.
+        **given: Fields of `ImageConfig`; sizes also as "HEIGHTxWIDTH", the resize as "EDGE". None means not given.
 
     Raises:
         OptimizationError: The preset is none for images, or a size cannot be read.
@@ -220,7 +283,9 @@ def make_image_config(preset: str | Path | None = None, **given: Any) -> ImageCo
     given = {key: value for key, value in given.items() if value is not None}
     for key in ("resize", "crop", "size"):
         if key in given:
-            given[key] = read_size(key, given[key], edge=key == "resize")
+            size = given[key]
+            text = "x".join(map(str, size)) if isinstance(size, list | tuple) else str(size)
+            given[key] = read_size(key, text, edge=key == "resize")
     return replace(base, **_with_tuples(given))
 
 
@@ -241,7 +306,9 @@ def make_audio_config(preset: str | Path | None = None, **given: Any) -> AudioCo
 
 
 def _with_tuples(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    """Lists as tuples, and one mean or deviation for all as such, too."""
+    one = {key: (value,) for key, value in given.items() if key in ("mean", "std") and isinstance(value, int | float)}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()} | one
 
 
 def read_size(name: str, text: str, *, edge: bool = False) -> tuple[int, int] | int:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
@@ -61,10 +62,11 @@ def watch(
         for name, look in looks.items():
             seen[name].add(look)
 
-    with ThreadPoolExecutor(crew.cores) as pool:
+    with _Threads(crew.cores) as threads:
         for feeds in batches:
             rows += _size(feeds)
-            step, width = crew.plan(feeds, pool)
+            step, width = crew.plan(feeds, threads.now())
+            pool = threads.holding(width)
             # With every core at work, more pieces lie ready: nobody waits while what others saw is counted.
             depth = 2 * width if width == crew.cores else width
             for piece in _pieces(feeds, step):
@@ -77,6 +79,39 @@ def watch(
         while under_way:
             add(under_way.popleft().result())
     return rows
+
+
+class _Threads:
+    """A pool of threads, each of which may keep what its latest run gave: there are never more than may be held.
+
+    Args:
+        cores: Threads where nothing is kept.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._count = cores
+        self._keep = False
+        self._pool = ThreadPoolExecutor(cores)
+
+    def now(self) -> ThreadPoolExecutor:
+        """The threads that are there."""
+        return self._pool
+
+    def holding(self, width: int) -> ThreadPoolExecutor:
+        """Threads for so many pieces at a time; with other ones goes all that they kept. For 1 they keep nothing."""
+        count, keep = (width, True) if width > 1 else (self._cores, False)
+        if count != self._count or (self._keep and not keep):
+            self._pool.shutdown()
+            self._pool = ThreadPoolExecutor(count)
+        self._count, self._keep = count, keep
+        return self._pool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self._pool.shutdown()
 
 
 class _Crew:

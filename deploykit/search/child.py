@@ -31,7 +31,7 @@ class Died(Exception):
 
 
 class Late(Exception):
-    """The job took longer than it may, and its process was ended."""
+    """The job took longer than it may, and its process was ended; the text says how long."""
 
 
 class Child:
@@ -70,7 +70,8 @@ class Child:
         """Have a job done.
 
         Args:
-            told: As `worker` reads it.
+            told: As `worker` reads it; with "stall_s" it is ended also where it says nothing more for so many
+                seconds, once it has said something.
             timeout_s: Seconds that it may take, without the time until the process is ready.
 
         Yields:
@@ -81,7 +82,7 @@ class Child:
             Late: It took too long.
         """
         if self._machine is None:
-            self._machine = self._next(time.monotonic() + _START_S)["ready"]
+            self._machine = self._next(_START_S)["ready"]
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(told).encode() + b"\n")
@@ -89,19 +90,25 @@ class Child:
         except OSError:
             pass  # how it ended, the answer says
         end = None if timeout_s is None else time.monotonic() + timeout_s
+        stall_s: float | None = None
         while True:
-            found = self._next(end)
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if stall_s is not None and (left is None or stall_s < left):
+                found = self._next(stall_s, f"said nothing for {stall_s:.3g} s")
+            else:
+                found = self._next(left, "" if timeout_s is None else f"took longer than {timeout_s:.3g} s")
             if "said" not in found:
                 yield {**found, "machine": self._machine}
                 return
+            stall_s = told.get("stall_s")
             yield found
 
-    def _next(self, end: float | None) -> dict[str, Any]:
+    def _next(self, within_s: float | None, late: str = "did not start") -> dict[str, Any]:
         try:
-            found = self._answers.get(timeout=None if end is None else max(0.0, end - time.monotonic()))
+            found = self._answers.get(timeout=within_s)
         except queue.Empty:
             self.kill()
-            raise Late from None
+            raise Late(late) from None
         if found is None:
             self._answers.put(None)  # for who asks again
             raise Died(self._how)

@@ -47,10 +47,17 @@ def ranked(seats: Sequence[Seat], variants: Mapping[str, Variant], objective: st
     """Seats that may win, the best first; equal ones in the order that does not hang on chance.
 
     What was never run may not, but for the exported model, which was compared with its source; on the first device,
-    where that was done.
+    where that was done. What was measured to the end goes before what was only screened: of many, some seem fast.
     """
     run = [s for s in seats if s.open and s.ratio is not None]
-    run.sort(key=lambda s: (badness(s, variants[s.place.model], objective, cores), preference(s, variants)))
+    decided = objective != "size" and any(s.decision is not None for s in run)
+    run.sort(
+        key=lambda s: (
+            decided and s.decision is None,
+            badness(s, variants[s.place.model], objective, cores),
+            preference(s, variants),
+        )
+    )
     return run + [s for s in seats if s.open and s.ratio is None and s.exported]
 
 
@@ -124,10 +131,12 @@ def _near(one: tuple[float, float, float], other: tuple[float, float, float]) ->
 
 
 def why_on_front(seat: Seat, front: Sequence[Seat], variants: Mapping[str, Variant]) -> str:
-    """What it is best at."""
+    """What it is best at; in speed, what was measured to the end is not compared with what was only screened."""
     axes = {id(s): a for s in front if (a := _axes(s, variants)) is not None}
     mine = axes[id(seat)]
+    timed = {id(s) for s in front if s.decision is not None} or set(axes)
     for number, word in enumerate(WHY[:3]):
-        if mine[number] == min(a[number] for a in axes.values()):
+        among = axes if number else {key: a for key, a in axes.items() if key in timed}
+        if id(seat) in among and mine[number] == min(a[number] for a in among.values()):
             return word
     return WHY[3]

@@ -31,6 +31,7 @@ class Crew:
     Attributes:
         failures: Jobs that gave no result, with the reason.
         done: Jobs that gave one.
+        scratch: As given.
         cached: Of those, how many had been done earlier.
     """
 
@@ -45,7 +46,7 @@ class Crew:
         self.done = 0
         self.cached = 0
         self._executor = executor
-        self._scratch = scratch
+        self.scratch = scratch
         self._told = told
         self._clock = clock
 
@@ -72,7 +73,7 @@ class Crew:
                 # A slow one must not starve those that wait for it.
                 mine = left if left is None or not waiting else _MOST * left
                 job = jobs[number] if mine is None else replace(jobs[number], timeout_s=mine)
-                running[self._executor.submit(job, self._scratch())] = number
+                running[self._executor.submit(job, self.scratch())] = number
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 number = running.pop(future)
                 found[number] = self._outcome(future, jobs[number])

@@ -33,6 +33,7 @@ from deploykit.runner import run_recipe
 from deploykit.runtimes import require_device
 from deploykit.search.crew import NOT_TRIED
 from deploykit.search.graphs import facts_of
+from deploykit.search.so_far import teller
 from deploykit.search.state import timed_sets
 
 # Rows that a model is compared with its parent on, where no target was given.
@@ -71,9 +72,12 @@ def make(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progress
 def judge(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progress) -> dict[str, Any]:
     """Judge variants on one device, on real data, against the model that they come from; and see what they run on.
 
+    What is found of each is written to a file at once: a model may end the process, or never answer.
+
     Args:
         params: "device"; "goal", the fields of `goals.Goal`; "seats": pairs of a variant's name and a
-            precision; "placed": names whose kernels are looked at; "data" where a function gives it.
+            precision; "placed": names whose kernels are looked at; "data" where a function gives it; among the
+            "effort" the file "so_far", see `so_far`.
         inputs: "parent", "model:NAME", and "data".
         folder: Unused.
         told: Told how far it is.
@@ -87,6 +91,7 @@ def judge(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progres
     parent = load_model(inputs["parent"])
     deadline, incomplete = time.monotonic() + params["effort"]["budget_s"], False
     longest = 0.0
+    tell = teller(params["effort"].get("so_far"))
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="deploykit-judge-") as name:
         judged = None
@@ -104,8 +109,9 @@ def judge(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progres
                 entry["error"] = NOT_TRIED
                 incomplete = True
                 continue
-            path = load_model(inputs[f"model:{model}"]).path
+            tell({"began": f"{model}/{precision}"})
             try:
+                path = load_model(inputs[f"model:{model}"]).path
                 if judged is not None:
                     score = judged.judge(path, precision=precision)
                     record = judged.record(score)
@@ -117,6 +123,8 @@ def judge(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progres
                     entry["placement"] = prove_placement(path, device, {})
             except DeploykitError as exc:
                 entry["error"] = str(exc)
+                incomplete = True  # a failure is not kept: memory may have been short
+            tell({"judged": f"{model}/{precision}", "entry": entry})
             longest = max(longest, time.monotonic() - began)
     return {"found": found, "incomplete": incomplete}
 
@@ -136,7 +144,8 @@ def screen(params: Mapping[str, Any], inputs: Inputs, folder: Path, told: Progre
     """
     candidates, feeds, settings = _asked(params, inputs)
     found = screen_all(candidates, feeds, settings, params["effort"]["budget_s"], keep=params["keep"], progress=told)
-    late = any(entry.status.startswith("not tried") for entry in found)
+    # What failed may have failed for want of memory: that is not kept either.
+    late = any(entry.status.startswith(("not tried", "failed")) for entry in found)
     return {"found": [entry.as_dict() for entry in found], "incomplete": late}
 
 

@@ -27,6 +27,10 @@ from deploykit.search.wish import Wish
 
 _MEASURED = ("screen", "tune", "decide")
 _BETTER = {"size": "smaller", "cost": "cheaper"}
+# What `preference` looks at, in its order.
+_PREFERRED = (
+    "its floating point", "its float32", "being the exported model", "its size", "its accuracy", "the order of names",
+)  # fmt: skip
 # Of those that tie, what seems slower than the best by more than this share is not preferred to it.
 _CLOSE = 0.05
 
@@ -74,7 +78,7 @@ class Outcome:
         # Of one file on several devices the faster.
         by_size = search.wish.objective == "size"
         self.winner = min(
-            self._close(order[0]),
+            self._close(self.tied[0]),
             key=lambda s: (-(s.ratio or 0.0) if by_size else 0.0, *preference(s, search.variants)),
         )
         right = [s for s in search.seats if s.ratio is not None and _is_right(s)]
@@ -104,12 +108,17 @@ class Outcome:
         elif seat.ratio is None:
             seat.drop("screen", "not measured")
         elif seat.reference:
-            seat.drop("decide" if seat.decision is not None else "screen", "the winner is faster")
+            better = _BETTER.get(measure, "faster")
+            seat.drop("decide" if seat.decision is not None else "screen", f"the winner is {better}")
         elif measure == "size":
             seat.drop("decide", "larger than the winner")
         else:
             phase = "decide" if seat.decision is not None else "screen"
             worse = "dearer" if measure == "cost" else "slower"
+            if seat.decision is None and winner.decision is not None:
+                worse += " in the screening than what was measured to the end"
+                seat.drop(phase, f"{worse}: {seat.ratio:.2f}x the reference there")
+                return
             seat.drop(phase, f"{worse}: {seat.ratio:.2f}x the reference, the winner {winner.ratio or 1.0:.2f}x")
 
     def _tied(self, order: Sequence[Seat]) -> list[Seat]:
@@ -153,23 +162,42 @@ class Outcome:
         parts = [f"{size:.2f} MB"]
         if winner.quality is not None:
             parts.append(str(winner.quality["summary"]))
-        said = f"winner: {winner.best_place.label}"
+        said = f"{'kept' if self._kept else 'winner'}: {winner.best_place.label}"
         found = winner.decision or winner.screening
         if winner.ratio is None:
             said += ", the exported model as it is: nothing was measured"
-        elif winner.best_place == search.reference or (winner.reference and winner.decision is None):
+        elif self._kept:
             better = _BETTER.get(search.wish.objective, "faster")
             how = "as it is" if winner.best_place == search.reference else "with other settings"
-            said += f", the exported model {how}: nothing that is right was {better}{self._unreached()}"
+            sure = "surely " * (len(self.tied) > 1)
+            said += f", the exported model {how}: nothing that is right was {sure}{better}{self._unreached()}"
         elif found is not None and found.get("ratio") is not None:
             faster = f"{found['ratio']:.2f}x [{found['low']:.2f}, {found['high']:.2f}] as fast as {self.reference}"
             tuned = ", before its settings were searched" if winner.best_place.tuned else ""
             said += f", {faster}" if winner.decision is not None else f", {faster} (screened only{tuned})"
         others = [s.best_place.label for s in self.tied if s is not winner]
         if others:
-            kept = "the fastest of this size" if search.wish.objective == "size" else "kept for its accuracy or size"
-            said += f"; tie with {', '.join(others)}, and {kept}"
+            said += f"; tie with {', '.join(others)}"
+            said += "" if self._kept else f", and {self._why_of_tied()}"
         return f"{said}; {', '.join(parts)}"
+
+    @property
+    def _kept(self) -> bool:
+        """Whether the winner is what was there before, and nothing was found that is better."""
+        winner = self.winner
+        as_it_is = winner.best_place == self.search.reference or (winner.reference and winner.decision is None)
+        return winner.ratio is None or as_it_is
+
+    def _why_of_tied(self) -> str:
+        """Why the winner was chosen of those that tie."""
+        objective, winner, best = self.search.wish.objective, self.winner, self.tied[0]
+        if objective == "size":
+            return "the fastest of this size"
+        if winner is best:
+            return f"the {'cheapest' if objective == 'cost' else 'fastest'} of them"
+        mine, its = (preference(s, self.search.variants) for s in (winner, best))
+        first = next(number for number, pair in enumerate(zip(mine, its, strict=True)) if pair[0] != pair[1])
+        return f"chosen for {_PREFERRED[first]}"
 
     def _unreached(self) -> str:
         """How many more there were; nothing is claimed of them."""

@@ -39,7 +39,7 @@ class LocalExecutor(Pool):
         job = task.job
         told = {
             "deed": job.deed, "params": dict(job.params), "folder": str(task.folder.absolute()),
-            "inputs": {name: str(path.absolute()) for name, path in job.inputs.items()},
+            "inputs": {name: str(path.absolute()) for name, path in job.inputs.items()}, "stall_s": job.stall_s,
         }  # fmt: skip
         with self._lock:
             if self._closed:

@@ -28,6 +28,7 @@ class Job:
         label: For people.
         exclusive: Whether it measures time, so that nothing else may run on its machine meanwhile.
         timeout_s: Seconds after which it is ended; None for no limit.
+        stall_s: Seconds after which it is ended where it says nothing more, once it has begun to; None for no limit.
         retries: How many times it is done again where its process died.
         node: The only machine that will do, by `Node.name`; None for any.
     """
@@ -38,6 +39,7 @@ class Job:
     label: str = ""
     exclusive: bool = False
     timeout_s: float | None = None
+    stall_s: float | None = None
     retries: int = 1
     node: str | None = None
 

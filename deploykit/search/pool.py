@@ -143,8 +143,8 @@ class Pool(ABC):
             if again:
                 self._tell_again(task, exc)
             error = self._ended(task, exc)
-        except Late:
-            error = JobTimeoutError(f"{_name(task.job)} took longer than {task.job.timeout_s:.3g} s and was ended")
+        except Late as exc:
+            error = JobTimeoutError(f"{_name(task.job)} {exc} and was ended")
         except BaseException as exc:  # noqa: BLE001 - the future carries it to who asks
             error = exc
         with self._lock:

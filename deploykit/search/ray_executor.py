@@ -188,7 +188,7 @@ class RayExecutor(Pool):
 
     def _attempt(self, task: Task, place: str) -> Iterator[dict[str, Any]]:
         job, ray = task.job, self._ray
-        told: dict[str, Any] = {"deed": job.deed, "params": dict(job.params)}
+        told: dict[str, Any] = {"deed": job.deed, "params": dict(job.params), "stall_s": job.stall_s}
         packed: dict[str, Any] = {}
         if place == self._home:  # its files are ours
             told |= {"folder": str(task.folder.absolute())}
@@ -201,7 +201,7 @@ class RayExecutor(Pool):
                 if "died" in found:
                     raise Died(found["died"])
                 if "late" in found:
-                    raise Late
+                    raise Late(found["late"])
                 if "wrote" in found:
                     unpack_folder(found["wrote"], task.folder)
                 else:

@@ -53,9 +53,9 @@ def perform(told: Mapping[str, Any], timeout_s: float | None, packed: Any, run: 
     except Died as exc:
         _child = None
         yield {"died": str(exc)}
-    except Late:
+    except Late as exc:
         _child = None
-        yield {"late": True}
+        yield {"late": str(exc)}
     finally:
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)

@@ -68,7 +68,7 @@ class QualityEntry(OpenModel):
     """How near to its parent a variant is."""
 
     summary: str
-    sqnr_db: Figure | None = Field(default=None, description="null where there is no error at all")
+    sqnr_db: Figure | None = Field(default=None, description="null where there is no error at all, or no number")
     agreement: NotNegative | None = Field(default=None, description="share of rows with the parent's class")
     metric: str | None = None
     value: Figure | None = Field(default=None, description="of the metric")

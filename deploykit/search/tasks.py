@@ -64,8 +64,16 @@ class Tasks:
             _DEEDS + "make", told, inputs, variant.name, exclusive=exclusive, node=self._node if exclusive else None
         )
 
-    def judge(self, device: str, seats: Sequence[Seat], budget_s: float) -> Job:
-        """Accuracy and kernels of seats on one device."""
+    def judge(self, device: str, seats: Sequence[Seat], budget_s: float, stall_s: float, so_far: Path) -> Job:
+        """Accuracy and kernels of seats on one device.
+
+        Args:
+            device: Its name.
+            seats: On that device.
+            budget_s: Seconds after which it begins with no more.
+            stall_s: Seconds that one of them may take.
+            so_far: A file for what was found before it ended, however it did.
+        """
         source = self.judged_on
         inputs, params = self._given(source, "data") if source is not None else ({}, {})
         inputs["parent"] = self._path(next(iter(self._variants)))
@@ -76,9 +84,9 @@ class Tasks:
             "goal": asdict(self._wish.goal),
             "seats": [[s.place.model, s.place.config.precision] for s in seats],
             "placed": sorted({s.place.model for s in seats if self._variants[s.place.model].quantized}),
-            "effort": {"budget_s": budget_s},
+            "effort": {"budget_s": budget_s, "so_far": str(so_far)},
         }
-        return Job(_DEEDS + "judge", params, inputs, f"judge on {device}", node=self._node)
+        return Job(_DEEDS + "judge", params, inputs, f"judge on {device}", stall_s=stall_s, node=self._node)
 
     def timed(
         self, deed: str, places: Sequence[Place], effort: Mapping[str, Any], *, batch: int | None = None, **params: Any

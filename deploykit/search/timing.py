@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from deploykit.benchmarks.budget import BLOCK, Cost, takes
 from deploykit.benchmarks.tuner_space import Config
 from deploykit.errors import BenchmarkError, SearchError
 from deploykit.progress import Progress
@@ -21,8 +22,7 @@ from deploykit.search.wish import Wish
 _KEPT, _TUNED, _DECIDED = 4, 3, 3
 _ROUNDS, _MOST_SECONDS, _LEAST_SECONDS = 10, 2.0, 0.25
 _LEAST_ROUNDS = 5
-# A process of a measurement: until it can load a model, and requests that it runs before rounds, and in each.
-_START_S, _LOAD_S, _PROFILED, _WARMED, _WARM_S, _BLOCK = 1.0, 0.2, 4, 10, 1.5, 5
+_LOAD_S, _STEPS, _MOST_WARM_S = 0.2, 20, 0.5
 # Of a slow model: fewer rounds and requests than these tell nothing.
 _LAST_ROUNDS, _LAST_BLOCK = 3, 3
 # Of the time after the screening, where tuning takes all of its share; and what screening takes of it otherwise.
@@ -168,7 +168,12 @@ class Timing:
             return
         pace = None if timed_by_wall(self.wish.objective) else entry.get("pace_ms")
         latency = pace * self.batch if pace is not None else None
-        broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry.get("peak_memory_bytes"))
+        self._hold_to_limits(seat, latency, entry.get("peak_memory_bytes"))
+
+    def _hold_to_limits(self, seat: Seat, latency_ms: float | None, memory_bytes: float | None) -> None:
+        broken = self.wish.limits.broken(latency_ms=latency_ms, memory_bytes=memory_bytes)
+        if not broken and memory_bytes is None and self.wish.limits.max_memory_mb is not None:
+            broken = f"what memory it takes is not known here, and {self.wish.limits.describe()} was asked for"
         if broken:
             seat.drop("limits", broken)
 
@@ -185,7 +190,7 @@ class Timing:
         by_wall = timed_by_wall(self.wish.objective)
         for number, seat in enumerate(chosen):
             share = (until - self._clock()) / (len(chosen) - number)
-            if share < _LEAST_TUNING_S:
+            if share < max(_LEAST_TUNING_S, self._cost(seat).tuning_s()):
                 self._told.note(f"the settings of {seat.place.label} were {NOT_TRIED}")
                 continue
             first = self.open_batch and by_wall and number == 0
@@ -213,7 +218,8 @@ class Timing:
             self._told.note(f"batch {batch}: the budget left no time for others")
             return
         found = ", ".join(f"{n} {rate / rates[1]:.2f}x" for n, rate in sorted(rates.items()) if n != 1)
-        self._told.note(f"batch {batch} chosen; samples a second against batch 1: {found}")
+        how = "chosen" if batch != self.wish.samples else "kept: no other was worth it"
+        self._told.note(f"batch {batch} {how}; samples a second against batch 1: {found}")
 
     def _filled(self, place: Place) -> Place:
         """With as many samples in a request as were found best."""
@@ -234,7 +240,8 @@ class Timing:
             return
         places = [self._filled(p) for p in (reference, *(s.best_place for s in finalists[:count]))]
         effort = {
-            "rounds": rounds, "seconds": seconds, "warmup_s": min(0.5, seconds), "budget_s": until - self._clock(),
+            "rounds": rounds, "seconds": seconds, "warmup_s": min(_MOST_WARM_S, seconds),
+            "budget_s": until - self._clock(),
         }  # fmt: skip
         (outcome,) = self._crew.do([self._tasks.timed("decide", places, effort, batch=self.batch)], self._end())
         if not isinstance(outcome, Done):
@@ -247,7 +254,8 @@ class Timing:
     def _cost(self, seat: Seat) -> Cost:
         found = seat.screening or {}
         pace_ms, load_s = found.get("pace_ms"), found.get("load_s")
-        return Cost(load_s if load_s is not None else _LOAD_S, (pace_ms or 0.0) / 1e3 * self.batch)
+        lanes = seat.best_place.config.concurrency if timed_by_wall(self.wish.objective) else 1
+        return Cost(load_s if load_s is not None else _LOAD_S, (pace_ms or 0.0) / 1e3 * self.batch, lanes)
 
     def _seat_at(self, place: Place) -> Seat:
         return next(s for s in self._seats if s.place == place)
@@ -256,7 +264,10 @@ class Timing:
         assert self.report is not None
         for number, (seat, place, entry) in enumerate(zip(seats, places, self.report["candidates"], strict=True)):
             if "median_ms" not in entry:
-                seat.drop("decide", entry["status"])
+                if seat.decision is None:  # else the exported model with settings that do not work
+                    seat.drop("decide", entry["status"])
+                elif seat.tuned == place:
+                    seat.tuned = None
                 continue
             itself = {"verdict": "reference", "ratio": 1.0, "low": 1.0, "high": 1.0}
             against: dict[str, Any] = entry["against_reference"] if number else itself
@@ -266,10 +277,11 @@ class Timing:
             seat.decision = {**against, **{k: entry[k] for k in kept}}
             # What was measured is what is handed over.
             seat.tuned = place if place != seat.place else None
-            latency = None if timed_by_wall(self.wish.objective) else entry["median_ms"]
-            broken = self.wish.limits.broken(latency_ms=latency, memory_bytes=entry["peak_memory_bytes"])
-            if broken and not any(s is seat for s in seats[number + 1 :]):
-                seat.drop("limits", broken)
+        for seat in seats:
+            if seat.decision is None:
+                continue
+            latency = None if timed_by_wall(self.wish.objective) else seat.decision["median_ms"]
+            self._hold_to_limits(seat, latency, seat.decision["peak_memory_bytes"])
 
 
 def _worth(entry: Mapping[str, Any]) -> tuple[bool, float]:
@@ -282,26 +294,12 @@ def _config(found: Mapping[str, Any]) -> Config:
     return replace(config, settings=tuple(sorted(dict(found["settings"]).items())))
 
 
-class Cost(NamedTuple):
-    """What it takes to have a candidate run.
-
-    Attributes:
-        load_s: Seconds to load it and run it once.
-        request_s: Seconds that a request takes.
-    """
-
-    load_s: float
-    request_s: float
-
-
 UNKNOWN = Cost(_LOAD_S, 0.0)
 
 
 def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int = 16) -> tuple[int, int, float]:
     """How many finalists, rounds, and seconds a round fit into a time: fewer rounds first, then fewer finalists, and
     before there is no measurement at all, one of the best alone in the fewest rounds that give an interval.
-
-    Every model also starts once before the rounds, for its outputs, and by wall time once more for its throughput.
 
     Args:
         left_s: Seconds.
@@ -312,18 +310,25 @@ def plan(left_s: float, costs: Sequence[Cost], by_wall: bool = False, sets: int 
     Returns:
         No rounds where not even the fewest fit.
     """
-    tries = [(count, _LEAST_ROUNDS, _BLOCK) for count in range(len(costs) - 1, 0, -1)]
+
+    def need(chosen: Sequence[Cost], rounds: int, seconds: float) -> float:
+        return takes(chosen, rounds, seconds, min(_MOST_WARM_S, seconds), by_wall=by_wall, sets=sets)
+
+    tries = [(count, _LEAST_ROUNDS, BLOCK) for count in range(len(costs) - 1, 0, -1)]
     if tries:
         tries.append((1, _LAST_ROUNDS, _LAST_BLOCK))
     for count, least, block in tries:
         chosen = costs[: count + 1]
-        starts = [_START_S + c.load_s for c in chosen]
-        left = left_s - sum(starts) * (2 if by_wall else 1) - sum((sets + _PROFILED) * c.request_s for c in chosen)
-        runs = [costs[0], *chosen]  # the reference runs twice a round
-        fixed = starts[0] + sum(starts) + sum(min(_WARMED * c.request_s, max(_WARM_S, 3 * c.request_s)) for c in runs)
-        shortest = max(block * c.request_s for c in runs)
+        shortest = max(block * c.request_s for c in chosen)
         for rounds in range(_ROUNDS, least - 1, -1):
-            seconds = (left / rounds - fixed) / len(runs)
-            if seconds >= max(shortest, _LEAST_SECONDS if rounds <= _LEAST_ROUNDS else 0.5):
-                return count, rounds, min(max(_MOST_SECONDS, shortest), seconds)
+            low = max(shortest, _LEAST_SECONDS if rounds <= _LEAST_ROUNDS else 0.5)
+            high = max(_MOST_SECONDS, low)
+            if need(chosen, rounds, low) > left_s:
+                continue
+            if need(chosen, rounds, high) <= left_s:
+                return count, rounds, high
+            for _ in range(_STEPS):  # what fits, and what does not, come together
+                middle = (low + high) / 2
+                low, high = (low, middle) if need(chosen, rounds, middle) > left_s else (middle, high)
+            return count, rounds, low
     return 0, 0, 0.0

@@ -123,7 +123,8 @@ def quality_text(quality: Mapping[str, Any] | None) -> str:
     elif agreement is not None:
         parts.append(f"agreement {agreement:.4f}")
     sqnr = number(quality.get("sqnr_db"))
-    parts.append("no error" if sqnr is None else f"SQNR {sqnr:.1f} dB")
+    none = str(quality.get("collapsed") or "no error")
+    parts.append(none if sqnr is None else f"SQNR {sqnr:.1f} dB")
     return ", ".join(parts)
 
 

@@ -25,11 +25,13 @@ class Stage:
         self.now = 0.0
         self.speeds = speeds
         self.alive: set[str] = set()
+        self.loading: set[str] = set()
         self.most_alive = 0
         self.asked: list[tuple[str, str]] = []
         self.noise = 0.0
         self.outputs: dict[str, float] = {}
         self.breaks: dict[str, str] = {}
+        self.load_s = 1.0
         self.draw = random.Random(0)
 
     def clock(self) -> float:
@@ -41,10 +43,12 @@ def played(stage: Stage) -> type:
         def __init__(self, candidate: Candidate, settings: Settings, folder: Path, concurrency: int = 1, **_: Any):
             self.name = candidate.name
             stage.alive.add(self.name)
+            stage.loading.add(self.name)
             stage.most_alive = max(stage.most_alive, len(stage.alive))
 
         def ready(self) -> None:
-            stage.now += 1.0
+            stage.now += stage.load_s
+            stage.loading.discard(self.name)
             if stage.breaks.get(self.name) == "load":
                 raise ChildError("no such operator")
             self.loaded = {"load_ms": 700.0, "first_ms": 300.0}
@@ -60,12 +64,14 @@ def played(stage: Stage) -> type:
             pace = 1e6 / stage.speeds[self.name] * (1 + stage.noise * stage.draw.uniform(-1, 1))
             if do == "warm":
                 return {"request_ns": pace, "peak_memory_bytes": 10**7, "warmup_runs": 10}
+            assert not stage.loading  # nothing else works beside what is timed
             stage.now += told["seconds"]
             count = max(1, int(told["seconds"] * 1e9 / pace))
             return {"samples_ns": [int(pace)] * count, "wall_ns": int(pace * count)}
 
         def kill(self) -> None:
             stage.alive.discard(self.name)
+            stage.loading.discard(self.name)
 
         def __enter__(self) -> Any:
             return self
@@ -134,6 +140,17 @@ def test_the_budget_ends_it_and_what_was_not_reached_says_so(go: Any) -> None:
     assert stage.now < 8.0 * 1.4
     late = [e.status for e in found.values() if e.status.startswith("not tried")]
     assert late and len(late) < 12
+
+
+@pytest.mark.parametrize(("load_s", "pace"), [(6.0, 1.0), (1.0, 0.0005), (11.0, 1.0)])
+def test_the_budget_is_kept_also_where_all_are_slow(go: Any, load_s: float, pace: float) -> None:
+    """Of milliseconds a request, or of seconds; nothing is loaded that could not take two turns."""
+    stage = Stage({"reference": pace, **{f"m{i}": pace * (1 + i / 10) for i in range(6)}})
+    stage.load_s = load_s
+    found = go(stage, budget_s=30.0)
+    assert stage.now < 30.0 * 1.1
+    assert any(e.status == "ok" and e.gains for n, e in found.items() if n != "reference")
+    assert any(e.status.startswith("not tried") for e in found.values())
 
 
 def test_groups_are_screened_one_after_the_other_where_memory_is_short(go: Any, monkeypatch: Any) -> None:

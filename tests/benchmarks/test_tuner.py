@@ -14,7 +14,8 @@ from deploykit.machine import inspect_machine
 class FakeArena:
     """Configurations with a known pace, and a machine that slows down at random for all of a turn."""
 
-    def __init__(self, pace, noise=0.0, broken=(), wrong=(), seed=0):
+    def __init__(self, pace, noise=0.0, broken=(), wrong=(), seed=0, load_s=0.5):
+        self.load_s = load_s
         self.pace, self.noise = pace, noise
         self.broken, self.lies = set(broken), set(wrong)
         self.rng = random.Random(seed)
@@ -28,7 +29,7 @@ class FakeArena:
         fresh = [c for c in configs if c not in self.live and c not in failed]
         self.loads += fresh
         self.live.update(fresh)
-        self.now += 0.5 * len(fresh)
+        self.now += self.load_s * len(fresh)
         return failed
 
     def turn(self, config, seconds):
@@ -95,6 +96,17 @@ def test_the_budget_is_kept():
     assert found.chosen.threads == 1
     tight = FakeArena(lambda c: float(c.threads))
     assert search(Config(8), [threads(1, 8)], tight, 0.1, clock=tight.clock).chosen == Config(8)
+
+
+@pytest.mark.parametrize("load_s", [2.0, 5.0, 8.0])
+def test_the_budget_is_kept_also_where_loading_takes_long(load_s):
+    """A stage that would only load is left out, also where the largest lever has to do with less."""
+    arena = FakeArena(lambda c: float(c.threads), load_s=load_s)
+    stages = [threads(*range(1, 9)), switch("spin", "0"), switch("block", "4"), switch("flush", "1")]
+    found = search(Config(8), stages, arena, 20, clock=arena.clock)
+    assert found.spent_s < 22
+    assert found.chosen.threads == 1
+    assert any("not tried" in t.status for t in found.trials)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 8])

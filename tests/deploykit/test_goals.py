@@ -105,6 +105,15 @@ def test_labels_decide(judged: Any) -> None:
         assert judged(goal, data, shift)[0].met is met, goal
 
 
+def test_outputs_that_are_no_numbers_are_not_called_without_error(judged: Any) -> None:
+    goal = Goal(min_agreement=0.0)
+    score, judge = judged(goal, {"x": ROWS}, np.nan)
+    assert not score.met and "no error" not in score.describe(goal)
+    assert score.describe(goal).endswith("its outputs are not finite, or of another shape")
+    assert judge.record(score)["sqnr_db"] is None
+    assert "no error" in judged(goal, {"x": ROWS}, 0.0)[0].describe(goal)
+
+
 def test_without_labels(judged: Any) -> None:
     score, judge = judged(Goal(min_sqnr_db=19.9, min_agreement=1.0), {"x": ROWS}, 0.0, "batch", 1.1)
     assert score.sqnr_db == pytest.approx(20.0, abs=1e-4) and score.agreement == 1.0 and score.met

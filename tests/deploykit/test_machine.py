@@ -77,6 +77,24 @@ def test_limits_of_cgroup_v1(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine._quota() is None
 
 
+def test_free_memory_is_what_the_cgroup_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, kernel = "/sys/fs/cgroup/pod/box", {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:       8 kB\n"}
+    group = {"/proc/self/cgroup": "0::/pod/box", f"{box}/memory.max": "5000", f"{box}/memory.current": "3000"}
+    pretend(monkeypatch, kernel)
+    assert machine.free_memory() == 8192
+    pretend(monkeypatch, {**kernel, **group})
+    assert machine.free_memory() == 2000
+    pretend(monkeypatch, {**kernel, **group, f"{box}/memory.stat": "anon 1\ninactive_file 500\nactive_file 7"})
+    assert machine.free_memory() == 2500  # what is only cached can be had
+    pretend(monkeypatch, {**kernel, **group, f"{box}/memory.max": "max"})
+    assert machine.free_memory() == 8192
+    old = "/sys/fs/cgroup/memory/memory."
+    pretend(monkeypatch, {**kernel, f"{old}limit_in_bytes": "900", f"{old}usage_in_bytes": "1000"})
+    assert machine.free_memory() == 0
+    pretend(monkeypatch, {})
+    assert machine.free_memory() is None
+
+
 def test_nothing_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, {})
     found = inspect_machine()

@@ -202,6 +202,8 @@ def test_sizes_that_hung_on_the_old_input_are_known(tmp_path: Path) -> None:
 def processors() -> dict[str, Any]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+    from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+    from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileViTImageProcessorPil
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     crop = {"height": 32, "width": 32}
@@ -209,10 +211,12 @@ def processors() -> dict[str, Any]:
         "vit": ViTImageProcessorPil(size={"height": 32, "width": 32}),
         "clip": CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size=crop),
         "convnext": ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=0.875),
+        "efficientnet": EfficientNetImageProcessorPil(size={"height": 32, "width": 32}, rescale_offset=True),
+        "mobilevit": MobileViTImageProcessorPil(size={"shortest_edge": 37}, crop_size=crop, resample=2),
     }
 
 
-@pytest.mark.parametrize("name", ["vit", "clip", "convnext"])
+@pytest.mark.parametrize("name", ["vit", "clip", "convnext", "efficientnet", "mobilevit"])
 def test_presets_do_what_transformers_does(name: str, tmp_path: Path) -> None:
     processor = processors()[name]
     processor.save_pretrained(tmp_path)
@@ -223,10 +227,66 @@ def test_presets_do_what_transformers_does(name: str, tmp_path: Path) -> None:
         image = pictures(1, *size, 3, seed=size[0])
         theirs = processor(image[0], return_tensors="np", input_data_format="channels_last")["pixel_values"]
         ours = run(path, "ort:cpu", x=image)
-        level = 1 / 255 / min(config.std)
+        level = 1 / 255 / min(config.std or (1.0,))
         # Pillow rounds to levels twice, and cuts off what a cubic kernel throws beyond 0 and 255 twice.
         assert np.abs(ours - theirs).mean() < 0.45 * level
         assert np.quantile(np.abs(ours - theirs), 0.99) < 1.1 * level
+
+
+def preset(folder: Path, kind: str, **table: Any) -> Path:
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({"feature_extractor_type": f"{kind}FeatureExtractor", "size": 32, **table}))
+    return file
+
+
+def test_mobilevit_flips_the_channels_and_does_not_normalize(tmp_path: Path) -> None:
+    """As the files on the hub have it; newer ones may list a mean that the processor never reads."""
+    table = {"crop_size": 32, "do_center_crop": True, "do_flip_channel_order": True, "do_resize": True, "resample": 2}
+    wanted = ImageConfig(resize=36, crop=(32, 32), model_color="bgr")
+    assert read_processor(preset(tmp_path, "MobileViT", **table | {"size": 36})) == wanted
+    table |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": None, "size": {"shortest_edge": 36}}
+    assert read_processor(preset(tmp_path, "MobileViT", **table)) == wanted
+    with pytest.raises(OptimizationError, match="do_normalize is True"):
+        read_processor(preset(tmp_path, "MobileViT", **table | {"do_normalize": True}))
+
+
+def test_what_a_preset_leaves_out_is_what_its_processor_does(tmp_path: Path) -> None:
+    scale = {"image_mean": [0.5], "image_std": [0.5]}
+    made = read_processor(preset(tmp_path, "CLIP", crop_size=32, **scale))
+    assert isinstance(made, ImageConfig)
+    assert (made.resample, made.resize, made.crop) == ("bicubic", 32, (32, 32))
+    made = read_processor(preset(tmp_path, "ViT", crop_size=24, **scale))
+    assert isinstance(made, ImageConfig)
+    assert (made.resample, made.resize, made.crop) == ("bilinear", (32, 32), None)
+    made = read_processor(preset(tmp_path, "EfficientNet", resample=3, do_rescale=False, rescale_offset=True, **scale))
+    assert isinstance(made, ImageConfig)
+    assert (made.rescale, made.mean, made.std) == (
+        1.0,
+        (0.5,),
+        (0.25,),
+    )  # nothing is subtracted where nothing is scaled
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "word"),
+    [
+        ("EfficientNet", {}, "does not say resample"),
+        ("MobileViT", {"crop_size": 32}, "does not say resample"),
+        ("Beit", {"crop_size": 32}, "does not say do_center_crop"),
+        ("DeiT", {}, "crop_size is None"),
+        ("ViT", {"do_flip_channel_order": True}, "do_flip_channel_order"),
+        ("ViT", {"rescale_offset": True}, "rescale_offset"),
+        ("CLIP", {"max_size": 99, "crop_size": 32}, "max_size"),
+        ("Siglip", {}, "size is 32"),
+        ("ConvNext", {"size": {"height": 32, "width": 32}}, "size is"),
+        ("ConvNext", {"do_center_crop": True, "crop_size": 30}, "crop_size is 30"),
+        ("Whisper", {"padding_value": 1.0}, "padding_value"),
+        ("Whisper", {"padding_side": "left"}, "padding_side"),
+    ],
+)
+def test_presets_that_do_not_tell_are_refused(kind: str, table: Any, word: str, tmp_path: Path) -> None:
+    with pytest.raises(OptimizationError, match=word):
+        read_processor(preset(tmp_path, kind, image_mean=[0.5], image_std=[0.5], **table))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +317,7 @@ def test_options_go_before_a_preset(tmp_path: Path) -> None:
     file.write_text(json.dumps({"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "do_normalize": False}))
     made = make_image_config(file, resize="256", crop="224", mean=[0.5], size="480x640")
     assert made == ImageConfig(resize=256, crop=(224, 224), mean=(0.5,), size=(480, 640))
+    assert make_image_config(resize=256, crop=(20, 30), std=2.0) == ImageConfig(resize=256, crop=(20, 30), std=(2.0,))
     for preset, text in ((file, "for images"), (tmp_path / "nowhere.json", "cannot read"), (tmp_path.parent, "no pre")):
         with pytest.raises(OptimizationError, match=text):
             make_audio_config(preset)
@@ -378,6 +439,7 @@ _PLAIN: list[int | str] = ["n", 3, 24, 24]
         (AudioConfig(win=500), ["n", 80, 100], "window"),
         (AudioConfig(fmax=9000), ["n", 80, 100], "half the sample rate"),
         (AudioConfig(floor=0), ["n", 80, 100], "logarithm of silence"),
+        (AudioConfig(floor=1e-50), ["n", 80, 100], "logarithm of silence"),
         (AudioConfig(samples=1 << 40), ["n", 80, 100], "samples"),
         (AudioConfig(hop=0), ["n", 80, 100], "hop"),
         (AudioConfig(power=3), ["n", 80, 100], "power"),

@@ -24,6 +24,7 @@ class Opener:
         self.fails = fails
         self.opened, self.rows = [], []
         self.running, self.most = Counter(), Counter()
+        self.threads = {}
         self.lock = threading.Lock()
 
     def __call__(self, path):
@@ -38,6 +39,7 @@ class Opener:
         def run(feeds):
             with self.lock:
                 self.rows.append(len(feeds["x"]))
+                self.threads.setdefault(feeds["x"].shape[1:], set()).add(threading.current_thread())
                 self.running[how] += 1
                 self.most[how] = max(self.most[how], self.running[how])
             try:
@@ -129,6 +131,30 @@ def test_what_is_held_at_a_time_is_bounded(tmp_path, small_pieces, monkeypatch):
     opener = Opener()
     watched(opener, batches((20, 40_000)), tmp_path, cores=7)
     assert opener.opened == ["shared", "whole"] and opener.most["whole"] == 1
+
+
+def test_no_more_threads_run_pieces_than_may_be_held(tmp_path, monkeypatch):
+    """Each keeps the outputs of its latest run, also while it has nothing to do."""
+    monkeypatch.setattr(watching, "_PIECE_BYTES", 1_500_000)
+    monkeypatch.setattr(watching, "_LIVE_BYTES", 3 * 1_500_000)
+    small, large = (4, 4000), (40, 40_000)
+    opener = Opener()
+    watched(opener, batches(*[small] * 12, large, *[small] * 12), tmp_path, cores=5)
+    assert opener.opened == ["shared"] and opener.most["shared"] == 5
+    assert len(opener.threads[large[1:]]) <= 3 + 1  # one tells how large a row is
+
+
+def test_what_threads_kept_goes_before_one_run_has_it_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "_LIVE_BYTES", 1_500_000)
+    opener, kept = Opener(), []
+    small, huge = (4, 4000), (2, 400_000)
+
+    def stream():
+        yield from batches(small, small, huge)
+        kept.extend(t for t in opener.threads[small[1:]] if t.is_alive())
+
+    watched(opener, stream(), tmp_path, cores=3)
+    assert opener.opened == ["shared", "whole"] and not kept
 
 
 def test_one_core_needs_no_sharing(tmp_path):

@@ -66,6 +66,7 @@ def deeds_can_be_found():
 @pytest.fixture
 def brief(monkeypatch):
     """Searches that measure as little as they can: their budget is for slow machines, and need not be spent."""
+    from deploykit.benchmarks import budget
     from deploykit.benchmarks.plan import MIN_ROUNDS
     from deploykit.search import engine, tasks, timing
 
@@ -75,6 +76,7 @@ def brief(monkeypatch):
         "_ROUNDS": MIN_ROUNDS, "_LEAST_ROUNDS": MIN_ROUNDS, "_MOST_SECONDS": 0.1, "_LEAST_SECONDS": 0.1, "_TUNED": 1,
     }.items():  # fmt: skip
         monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(budget, "START_S", 0.5)
 
 
 @pytest.fixture

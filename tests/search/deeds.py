@@ -59,6 +59,14 @@ def hang(params, inputs, folder, progress):
     time.sleep(600)
 
 
+def stand_still(params, inputs, folder, progress):
+    """Says something, twice, and then nothing more."""
+    progress.note("begun")
+    time.sleep(params["pause"])
+    progress.note("still there")
+    time.sleep(600)
+
+
 def die(params, inputs, folder, progress):
     """Is killed as often as it is told to be, and leaves something half done."""
     seen = Path(params["seen"])

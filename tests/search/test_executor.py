@@ -19,7 +19,9 @@ from deploykit.search.machines import kind_of, machine_of
 
 def job(name, /, **params):
     options = {
-        k: params.pop(k) for k in ("exclusive", "timeout_s", "retries", "inputs", "label", "node") if k in params
+        k: params.pop(k)
+        for k in ("exclusive", "timeout_s", "stall_s", "retries", "inputs", "label", "node")
+        if k in params
     }
     return Job(f"deeds:{name}", params, **options)
 
@@ -83,6 +85,12 @@ def test_a_late_job_is_ended_with_all_that_it_started(executor, tmp_path, folder
     tools.wait_for(lambda: not any(tools.running(pid) for pid in found))
     # The executor goes on.
     assert executor.submit(job("interval", seconds=0), folders()).result().value["pid"]
+
+
+def test_a_job_that_says_nothing_more_is_ended(executor, folders):
+    with pytest.raises(JobTimeoutError, match="the quiet one said nothing for 1 s and was ended"):
+        quiet = job("stand_still", pause=0.8, stall_s=1.0, timeout_s=300.0, label="the quiet one")
+        executor.submit(quiet, folders()).result()
 
 
 @pytest.mark.parametrize("above", [0, 1], ids=["the worker", "its guard"])

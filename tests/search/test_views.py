@@ -59,6 +59,9 @@ def test_quality_and_settings_are_said(document):
     assert [r[5] for r in table(document)[1] if r[0] == "simple"] == ["-", "-", "native precision"]
     assert quality_text({"sqnr_db": 20.0, "agreement": 0.98, "value": None}) == "agreement 0.9800, SQNR 20.0 dB"
     assert quality_text({"sqnr_db": None, "agreement": None}) == "no error"
+    assert quality_text({"sqnr_db": None, "agreement": 0.3, "collapsed": "it is broken"}) == (
+        "agreement 0.3000, it is broken"
+    )
     assert quality_text(None) == ""
 
 
