@@ -19,7 +19,6 @@ from deploykit.exporters import ExportOptions
 from deploykit.exporters.base import DEFAULT_OPSET
 from deploykit.exporters.live import undisturbed
 from deploykit.extras import require
-from deploykit.finetuning import work_folder
 from deploykit.gating import DEFAULT_SECONDS, MORE_ROUNDS, Gate, check_speed, time_against_parent, time_on
 from deploykit.goals import Goal, Judge, Score, read_drop
 from deploykit.graph_exporting import MODEL, export_graph
@@ -49,7 +48,7 @@ from deploykit.pruned import restore, sparse_params, structured_params, tools_us
 from deploykit.runtimes import Device
 from deploykit.staging import ArtifactWriter, check_free
 from deploykit.targets import Target, choose_opset, parse_targets
-from deploykit.trainable import Trainable, find_score, open_trainable
+from deploykit.trainable import Trainable, find_score, open_trainable, work_folder
 
 __all__ = ["prune", "restore"]
 
