@@ -191,8 +191,8 @@ class Repository:
                     log.info("%s: version %s answers no more", name, version)
                     self._leave(model, model.current.pop(version))
                     changed = True
-            for exc in failed[1:]:
-                log.error("%s: %s", name, exc)
+            for other in failed[1:]:
+                log.error("%s: %s", name, other)
             if failed:
                 raise failed[0]
             return changed
@@ -229,8 +229,7 @@ class Repository:
 
     async def _swap(self, model: _Model, loaded: Loaded) -> None:
         log.info("loading %s version %s from %s", loaded.name, loaded.version, loaded.path)
-        if self._ending:
-            raise NotReady("the server is ending")
+        self._check_ending()
         made = Served(loaded, self._options, self.metrics, self._hire)
         self._all.add(made)
         self._loading.add(made)
@@ -239,8 +238,8 @@ class Repository:
         except BaseException as exc:
             self._loading.discard(made)
             self._forget(model, loaded.version)
-            if self._ending and isinstance(exc, Exception):
-                raise NotReady("the server is ending") from None
+            if isinstance(exc, Exception):
+                self._check_ending()
             raise
         self._loading.discard(made)
         log.info("%s: version %s answers", loaded.name, loaded.version)
@@ -248,6 +247,10 @@ class Repository:
         model.current = dict(sorted({**model.current, loaded.version: made}.items(), key=lambda item: int(item[0])))
         if old is not None:
             self._leave(model, old)
+
+    def _check_ending(self) -> None:
+        if self._ending:
+            raise NotReady("the server is ending") from None
 
     def _forget(self, model: _Model, version: str) -> None:
         """Nothing more is counted of a version, unless another of the same number answers or is to."""

@@ -135,8 +135,7 @@ class Served:
             log.warning("%s: %s", where, note)
 
     async def _hire_one(self) -> dict[str, Any]:
-        if self._stopping:
-            raise NotReady(f"{self.loaded.name} is being stopped")
+        self._check_stopping()
         worker = self._hire(self.loaded, self._options, self._dispatch.pump, self._lost)
         self._hired.add(worker)
         found = await worker.start()
@@ -216,9 +215,12 @@ class Served:
             # whatever failed would stay until the garbage collector comes by.
             del entry, request
 
-    def _check(self, request: InferRequest) -> None:
+    def _check_stopping(self) -> None:
         if self._stopping:
             raise NotReady(f"{self.loaded.name} is being stopped")
+
+    def _check(self, request: InferRequest) -> None:
+        self._check_stopping()
         if self.fault:
             raise NotReady(f"{self.loaded.name} cannot be run at the moment")
         check_inputs(self.signature, request.inputs)
