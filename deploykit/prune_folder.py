@@ -66,7 +66,7 @@ class PruneFolder:
             OptimizationError: Another pruning is here.
             StorageError: The folder cannot be written.
         """
-        asked = json.loads(json.dumps({**plan, "weights": _digest(module)}))
+        asked = json.loads(json.dumps({**_flat(plan), "weights": _digest(module)}))
         number = self._last()
         if number:
             self._compare(asked)
@@ -128,6 +128,14 @@ class PruneFolder:
                 expected="the source and the settings that the pruning was begun with",
                 hint=f"give them again, or begin anew: rm -r {self.path}",
             )
+
+
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training by names of their own, so that an error can name the one that is another."""
+    found: dict[str, Any] = {}
+    for name, value in plan.items():
+        found |= {f"{name} {key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _digest(module: Any) -> str:

@@ -187,6 +187,7 @@ def test_weights_that_are_zero_stay_zero_through_training_and_export(folder, tmp
 
 def test_an_interrupted_pruning_goes_on_to_the_same(folder, tmp_path, pruned, monkeypatch):
     real, calls, options, place = pruning.train, [], in_two_steps(folder), tmp_path / "small.training"
+    weights_before = (folder / "net.pt").read_bytes()
 
     def interrupted(*args, **rest):
         calls.append(args)
@@ -205,6 +206,16 @@ def test_an_interrupted_pruning_goes_on_to_the_same(folder, tmp_path, pruned, mo
     with pytest.raises(OptimizationError, match=r"begun with ratio 0\.5, not 0\.4"):
         changed = {**options, "config": PruneConfig(ratio=0.4, round_to=8, steps=2)}
         deploykit.prune(folder_source(folder), tmp_path / "small", resume=True, **changed)
+    with pytest.raises(OptimizationError, match=r"begun with training learning rate 0\.003, not 0\.1"):
+        changed = {**options, "training": TrainConfig(epochs=2, learning_rate=0.1)}
+        deploykit.prune(folder_source(folder), tmp_path / "small", resume=True, **changed)
+    net = build(folder)
+    with torch.no_grad():
+        net.head.bias += 1
+    torch.save(net.state_dict(), folder / "net.pt")
+    with pytest.raises(OptimizationError, match="begun with other weights"):
+        deploykit.prune(folder_source(folder), tmp_path / "small", resume=True, **options)
+    (folder / "net.pt").write_bytes(weights_before)
     artifact = deploykit.prune(folder_source(folder), tmp_path / "small", resume=True, **options)
     assert len(calls) == 3
     assert not place.exists()
