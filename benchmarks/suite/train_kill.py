@@ -1,11 +1,12 @@
 """kill -9 a training at random moments, and on: python benchmarks/suite/train_kill.py [--kills N]
 
 A classifier of handwritten digits is trained once to the end, with everything that has a state or is random: shuffling,
-dropout, mixup, a moving average, one-cycle, the best weights. Then the same training is killed after a random time and
-resumed, again and again, until it was killed so many times; the last one runs to the end, and so does every one that
-is through before its kill comes, after which it begins anew. No kill may lose a checkpoint: each has to be readable,
-and never of an earlier step than the one before. In the end metric, history and weights have to be those of the
-undisturbed run. Prints a Markdown table.
+dropout, mixup, a moving average, one-cycle, the best weights. Then the same training is killed and resumed, again and
+again, until it was killed so many times: one time in four anywhere from its start on, else a random time after its
+first checkpoint in that process, which is where there is something to lose. The last one runs to the end, and so does
+every one that is through before its kill comes, after which it begins anew. No kill may lose a checkpoint: each has to
+be readable, and never of an earlier step than the one before. In the end metric, history and weights have to be those
+of the undisturbed run. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -74,24 +75,33 @@ def start(folder: Path, told: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(child: subprocess.Popen[str], seconds: float | None = None) -> bool:
-    """Wait for its end, so long at most, and kill it.
+def killed(child: subprocess.Popen[str], seconds: float, awaited: Path | None) -> bool:
+    """Kill it after some seconds, or so long after a file was written anew; False where it ended before by itself."""
+    before = _written(awaited)
+    while awaited is not None and _written(awaited) == before and child.poll() is None:
+        time.sleep(0.005)
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return True
+    return False
 
-    Returns:
-        Whether it ended by itself.
+
+def _written(file: Path | None) -> int:
+    return file.stat().st_mtime_ns if file is not None and file.exists() else 0
+
+
+def finish(child: subprocess.Popen[str]) -> None:
+    """Wait for its end.
 
     Raises:
         SystemExit: It failed.
     """
-    try:
-        _, said = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        return False
+    _, said = child.communicate()
     if child.returncode:
         raise SystemExit(f"it failed: {said.strip().splitlines()[-1]}")
-    return True
 
 
 def checkpoint(work: Path) -> tuple[int, str]:
@@ -112,6 +122,7 @@ def result(folder: Path, output: str) -> dict[str, Any]:
     (record,) = manifest["evidence"]["accuracy"]
     return {
         "metric": record["value"],
+        "seconds": params["history"][-1]["seconds"],
         "history": [{n: v for n, v in entry.items() if n != "seconds"} for entry in params["history"]],
         "weights": torch.load(folder / f"{output}.training" / "weights.pt", weights_only=True),
     }
@@ -152,23 +163,30 @@ def main() -> int:
         whole = time.monotonic() - began
         wanted = result(folder, "whole")
         print(f"undisturbed in {whole:.1f} s: metric {wanted['metric']:.4f}, {len(wanted['history'])} epochs\n")
-        print("| kill | after s | checkpoint at step | |\n|---|---|---|---|", flush=True)
+        print("| kill | seconds | after | checkpoint at step | |\n|---|---|---|---|---|", flush=True)
+        training = wanted["seconds"]
         kills = step = ended = 0
         while kills < options.kills:
-            after = draw.uniform(0.5, whole)
-            if not finish(start(folder, command("cut", options.epochs, resume=True)), after):
+            work = folder / "cut.training"
+            anywhere = draw.random() < 0.25
+            after = draw.uniform(0.5, whole) if anywhere else draw.uniform(0, training / 3)
+            child = start(folder, command("cut", options.epochs, resume=True))
+            if killed(child, after, None if anywhere else work / "last.ckpt"):
                 kills += 1
-                now, said = checkpoint(folder / "cut.training")
-                print(f"| {kills} | {after:.1f} | {now} | {said} |", flush=True)
+                now, said = checkpoint(work)
+                since = "its start" if anywhere else "a checkpoint"
+                print(f"| {kills} | {after:.2f} | {since} | {now} | {said} |", flush=True)
                 if now < step:
                     raise SystemExit(f"a checkpoint was lost: step {now} after step {step}")
                 step = now
+            else:
+                finish(child)
             if not (folder / "cut").exists():
                 continue
             ended += 1
-            print(f"| - | - | {compare(wanted, result(folder, 'cut'))} | ended |", flush=True)
+            print(f"| - | - | - | its end | {compare(wanted, result(folder, 'cut'))} |", flush=True)
             shutil.rmtree(folder / "cut")
-            shutil.rmtree(folder / "cut.training")
+            shutil.rmtree(work)
             step = 0
         finish(start(folder, command("cut", options.epochs, resume=True)))
         print(f"\n{kills} kills, {ended + 1} trainings that ended: {compare(wanted, result(folder, 'cut'))}")
