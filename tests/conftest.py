@@ -217,9 +217,14 @@ def _beside(name: str):
     return module
 
 
+# Files that take minutes, the longest first.
+LONG = ("tests/test_readme.py", "tests/test_example_plugin.py", "tests/test_packaging.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's tour takes minutes and uses one worker: begun last, it would leave the others idle.
+    """What takes minutes and uses one worker is not begun last, where it would leave the others idle.
 
     The workers keep this order with `--no-loadscope-reorder`; without it, files of few tests come last.
     """
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(LONG)))
