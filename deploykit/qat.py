@@ -26,10 +26,12 @@ from deploykit.optimizers import StaticConfig
 from deploykit.optimizers.fake_quantize import fake_quantize, fold_batch_norms
 from deploykit.optimizers.quantize_config import weight_bits
 from deploykit.optimizers.scheme import Scheme
-from deploykit.optimizers.training import Score, TrainConfig, check_train_config, evaluate, train
+from deploykit.optimizers.training import Score, TrainConfig, check_train_config, train
 from deploykit.optimizers.training.config import LOSS
+from deploykit.optimizers.training.evaluating import Evaluation
 from deploykit.optimizers.training.folder import TrainingFolder, settings_of
 from deploykit.optimizers.training.outputs import tensors_of
+from deploykit.optimizers.training.probing import try_evaluation
 from deploykit.progress import Progress
 from deploykit.quantizing import quantize_static
 from deploykit.runtimes import Device
@@ -196,7 +198,7 @@ def _train(
     found = None
     if held_out is not None and score is not None:
         with told.step(f"{score.name} in floating point"):
-            found = evaluate(module, held_out, feed=model.feed, score=score).metric
+            found = try_evaluation(Evaluation(held_out, score, None, None, model.feed, asked.batch_size), module)
     with told.step("fold batch normalizations"):
         folded = _fold(model, rows)
         few = tensors_of(rows.head(_OBSERVED_BATCH), "cpu")

@@ -95,6 +95,16 @@ def test_training_gives_back_what_rounding_took(net: Net, digits: Path, tmp_path
         deploykit.quantize_qat(nn.Sequential(nn.Linear(64, 10)), tmp_path / "out", example, **asked, resume=True)
 
 
+def test_evaluation_data_are_tried_first(net: Net, digits: Path, tmp_path: Path) -> None:
+    """Labels of another shape than the classes; nothing is left behind."""
+    np.savez(tmp_path / "odd.npz", image=np.zeros((4, 1, 8, 8), np.float32), labels=np.zeros((4, 2), np.int64))
+    with pytest.raises(DataError, match="labels of shape"):
+        deploykit.quantize_qat(
+            net, tmp_path / "out", torch.rand(4, 1, 8, 8), data=digits / "train.npz", eval_data=tmp_path / "odd.npz"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.npz"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
