@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 DEV := $(VENV)/.stamp-dev
 WEIGHTS := $(VENV)/.stamp-weights-0.1.0
 
-# pip compiles all of 30,000 modules, which takes a minute and more; Python compiles the few that are imported.
+# pip would compile all 27,000 modules, 95 seconds of a core; Python compiles those that are imported.
 LAZY := --no-compile
 
 # What stands in the caller's environment must not decide what is imported here.
