@@ -49,17 +49,19 @@ def stages(quick: bool) -> list[common.Stage]:
 
     found = [common.Stage(f"{name}.zarr", ["data", "pack", f"{name}.npz"]) for name in PARTS]
     found += [
-        common.Stage("baseline", ["finetune", "model.py:teacher", *judged, *training(3, 5e-3)], resumes=True),
-        common.Stage(
-            "pruned",
-            ["prune", "model.py:trained", "--speedup", SPEEDUP, "--round-to", "8", *judged, *training(3, 2e-3)],
-        ),
+        common.Stage("baseline", ["finetune", "model.py:teacher", *judged, *training(4, 5e-3)], resumes=True),
         common.Stage(
             "distilled",
-            ["distill", "model.py:trained", "--student", "model.py:student", *judged, *training(6, 5e-3)],
+            ["distill", "model.py:trained", "--student", "model.py:student", *judged, *training(8, 5e-3)],
             resumes=True,
         ),
-    ]
+        # What is as fast as asked is told by the table; a busy machine must not cost the training.
+        common.Stage(
+            "pruned",
+            ["prune", "model.py:trained", "--speedup", SPEEDUP, "--round-to", "8", "--allow-slower", *judged,
+             *training(4, 3e-3)],
+        ),
+    ]  # fmt: skip
     gentle = ["--eval", "val.zarr", "--max-drop", DROP, "--allow-slower"]
     for name in ("baseline", "pruned", "distilled"):
         calibrated = ["-m", name, "--data", "train.zarr", "--max-samples", CALIBRATION]
