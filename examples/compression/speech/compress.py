@@ -49,7 +49,10 @@ def stages(quick: bool) -> list[common.Stage]:
         common.Stage("waves.zarr", ["data", "pack", "data/waves.npz"]),
         common.Stage(
             "baseline",
-            ["finetune", "model.py:teacher", *learn, *passes(6), "--learning-rate", "4e-3", "--schedule", "one-cycle"],
+            [
+                "finetune", "model.py:teacher", *learn, *passes(6), "--batch", "32", "--learning-rate", "2e-3",
+                "--schedule", "one-cycle",
+            ],
             resumes=True,
         ),
         common.Stage("calib.zarr", ["data", "select", "train.zarr", "-m", "baseline", "-n", str(24 if quick else 256)]),
