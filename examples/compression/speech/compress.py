@@ -40,8 +40,8 @@ def prepare(output: Path, quick: bool) -> None:
 def stages(quick: bool) -> list[common.Stage]:
     """From the clips to the model that takes samples."""
 
-    def passes(full: int) -> list[str]:
-        return ["--epochs", str(1 if quick else full)]
+    def passes(full: int, few: int = 1) -> list[str]:
+        return ["--epochs", str(few if quick else full), "--batch", "32"]
 
     learn = ["--data", "train.zarr", "--eval", "val.zarr", "--metric", "accuracy", "--seed", "0"]
     return [
@@ -50,7 +50,7 @@ def stages(quick: bool) -> list[common.Stage]:
         common.Stage(
             "baseline",
             [
-                "finetune", "model.py:teacher", *learn, *passes(6), "--batch", "32", "--learning-rate", "2e-3",
+                "finetune", "model.py:teacher", *learn, *passes(5), "--learning-rate", "2e-3",
                 "--schedule", "one-cycle",
             ],
             resumes=True,
@@ -61,15 +61,15 @@ def stages(quick: bool) -> list[common.Stage]:
             "pruned",
             [
                 "prune", "model.py:trained", *learn, "--ratio", "0.5", "--round-to", "8", "--allow-slower",
-                "--gate-seconds", "0", *passes(3), "--learning-rate", "2e-3",
+                "--gate-seconds", "0", *passes(2), "--learning-rate", "1e-3",
             ],
         ),
         _int8("pruned"),
         common.Stage(
             "distilled",
             [
-                "distill", "model.py:trained", "--student", "model.py:student", *learn, *passes(24),
-                "--learning-rate", "6e-3", "--schedule", "one-cycle",
+                "distill", "model.py:trained", "--student", "model.py:student", *learn, *passes(14, 6),
+                "--learning-rate", "4e-3", "--schedule", "one-cycle",
             ],
             resumes=True,
         ),

@@ -114,4 +114,6 @@ def student() -> tuple[nn.Module, torch.Tensor]:
 
 
 def _example() -> torch.Tensor:
-    return torch.randn(4, 1, MELS, FRAMES, generator=torch.Generator().manual_seed(1))
+    # From quiet clips to loud ones.
+    noise = torch.randn(4, 1, MELS, FRAMES, generator=torch.Generator().manual_seed(1))
+    return noise + torch.linspace(-1.5, 1.5, 4).reshape(-1, 1, 1, 1)
