@@ -14,7 +14,14 @@ from torch import nn
 
 import deploykit
 from deploykit import runner
-from deploykit.errors import DataError, ExportError, OptimizationError, OutputExistsError, SourceError
+from deploykit.errors import (
+    DataError,
+    ExportError,
+    OptimizationError,
+    OutputExistsError,
+    SourceError,
+    UnverifiableError,
+)
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.recipe import Recipe
@@ -145,6 +152,25 @@ def test_a_training_outlives_a_failed_export(folder, monkeypatch):
     assert (folder / "late.training" / "weights.pt").read_bytes() == before
     state = torch.load(folder / "late.training" / "weights.pt", weights_only=True)
     assert torch.equal(opened.module.out.weight, state["out.weight"])
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, rows):
+        return self.out(0 * rows)
+
+
+def test_a_trained_module_that_answers_the_same_to_all_is_told_what_this_command_can_do(tmp_path):
+    np.savez(tmp_path / "train.npz", rows=np.ones((8, 4), np.float32), labels=np.arange(8) % 3)
+    with pytest.raises(UnverifiableError, match=r"example inputs that differ .* or train longer") as caught:
+        deploykit.finetune(
+            Constant(), tmp_path / "tuned", torch.ones(2, 4), data=tmp_path / "train.npz", config=TrainConfig(epochs=1)
+        )
+    assert "--allow-unverified" not in str(caught.value), "an option that it has not got"
+    assert (tmp_path / "tuned.training" / "weights.pt").is_file() and not (tmp_path / "tuned").exists()
 
 
 def test_a_training_that_does_not_begin_leaves_nothing(folder):
