@@ -25,7 +25,7 @@ MODELS = [
 ]
 CALIBRATION = "512"
 # How much faster pruning makes it; what a quantized model may lose of the accuracy on the validation images.
-SPEEDUP, DROP = "4", "0.005"
+SPEEDUP, DROP = "3", "0.005"
 
 
 def prepare(output: Path, quick: bool) -> None:
@@ -49,7 +49,7 @@ def stages(quick: bool) -> list[common.Stage]:
 
     found = [common.Stage(f"{name}.zarr", ["data", "pack", f"{name}.npz"]) for name in PARTS]
     found += [
-        common.Stage("baseline", ["finetune", "model.py:teacher", *judged, *training(4, 5e-3)], resumes=True),
+        common.Stage("baseline", ["finetune", "model.py:teacher", *judged, *training(3, 5e-3)], resumes=True),
         common.Stage(
             "distilled",
             ["distill", "model.py:trained", "--student", "model.py:student", *judged, *training(8, 5e-3)],
