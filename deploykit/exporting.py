@@ -18,6 +18,7 @@ from deploykit.errors import (
     OptionError,
     ParityError,
     SourceError,
+    UnverifiableError,
 )
 from deploykit.exporters import ExportOptions, Source, open_parts, open_source
 from deploykit.exporters.base import DEFAULT_OPSET
@@ -181,10 +182,17 @@ def export_source(
         UnverifiableError: As for `export`.
         OutputExistsError: As for `export`.
     """
-    made = _export(
-        opened.label, output, options or ExportOptions(), devices, parse_targets(contract), progress or Progress(),
-        lambda: {"": opened}, unverified=False, done=_Done(tuple(steps), judge),
-    )  # fmt: skip
+    try:
+        made = _export(
+            opened.label, output, options or ExportOptions(), devices, parse_targets(contract), progress or Progress(),
+            lambda: {"": opened}, unverified=False, done=_Done(tuple(steps), judge),
+        )  # fmt: skip
+    except UnverifiableError as exc:
+        # The options that `export` names are not those of a training.
+        raise UnverifiableError(
+            exc.what, expected=exc.expected,
+            hint="let the source bring example inputs that differ as real ones do, or train longer",
+        ) from exc  # fmt: skip
     return next(iter(made.values()))
 
 

@@ -13,7 +13,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import deploykit
-from deploykit.errors import ContractError, DataError, ExportError, OptimizationError, OutputExistsError, SourceError
+from deploykit.errors import (
+    ContractError,
+    DataError,
+    ExportError,
+    OptimizationError,
+    OutputExistsError,
+    SourceError,
+    UnverifiableError,
+)
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.trainable import find_score, known_as, open_trainable
@@ -163,6 +171,25 @@ def test_a_source_is_known_from_where_its_output_stands(folder, tmp_path, monkey
     assert known_as("package.module:make", folder / "tuned") == "package.module:make"
     assert known_as("derive:layers=2", folder / "tuned") == "derive:layers=2"
     assert known_as(nn.Linear(2, 2), folder / "tuned").startswith("module Linear of")
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, rows):
+        return self.out(0 * rows)
+
+
+def test_a_trained_module_that_answers_the_same_to_all_is_told_what_this_command_can_do(tmp_path):
+    np.savez(tmp_path / "train.npz", rows=np.ones((8, 4), np.float32), labels=np.arange(8) % 3)
+    with pytest.raises(UnverifiableError, match=r"example inputs that differ .* or train longer") as caught:
+        deploykit.finetune(
+            Constant(), tmp_path / "tuned", torch.ones(2, 4), data=tmp_path / "train.npz", config=TrainConfig(epochs=1)
+        )
+    assert "--allow-unverified" not in str(caught.value), "an option that it has not got"
+    assert (tmp_path / "tuned.training" / "weights.pt").is_file() and not (tmp_path / "tuned").exists()
 
 
 def test_a_training_that_does_not_begin_leaves_nothing(folder):
