@@ -20,13 +20,14 @@ from deploykit.exporting import export_source
 from deploykit.extras import version_of
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, evaluate, train
 from deploykit.optimizers.training.config import LOSS
-from deploykit.optimizers.training.folder import TrainingFolder
+from deploykit.optimizers.training.folder import LOG, TrainingFolder
+from deploykit.optimizers.training.padding import trimmed
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
 from deploykit.staging import check_free, write_file
-from deploykit.trainable import Trainable, find_score, measure_artifact, open_trainable
+from deploykit.trainable import Trainable, find_score, measure_artifact, open_trainable, save_module
 
-_BEFORE = "before.json"
+_BEFORE, _MODEL = "before.json", "model"
 TOOLS = ("torch", "pytorch-lightning", "tensorboardX")
 
 
@@ -54,8 +55,8 @@ def finetune(
     """Train a model of PyTorch further, and turn it into a verified artifact.
 
     The training stands in a folder beside the output, `OUTPUT.training`: checkpoints, TensorBoard logs, `history.json`
-    and, at the end, `weights.pt`, the trained `state_dict`. It stays there. After a crash or an interrupt, ``resume``
-    goes on with it.
+    and, at the end, `weights.pt`, the trained `state_dict`, and of a model of transformers `model/`, the directory that
+    it is loaded from. It stays there. After a crash or an interrupt, ``resume`` goes on with it.
 
     Args:
         source: `file.py:factory`, `package.module:factory` or a Hugging Face model directory, or a module of this
@@ -105,7 +106,8 @@ def finetune(
             model = open_trainable(source, example_inputs, options)
         rows = model.fit(_opened(data))
         held_out = None if eval_data is None else model.fit(_opened(eval_data))
-        first = _measure_before(work, model, held_out, score, told)
+        seen = trimmed(held_out) if held_out is not None and asked.trim_padding else held_out
+        first = _measure_before(work, model, seen, score, told)
         try:
             trained = train(
                 model.module, rows, asked, work, eval_data=held_out, score=score, feed=model.feed, resume=resume,
@@ -114,6 +116,8 @@ def finetune(
         except BaseException:
             _forget(work)
             raise
+        if hasattr(model.module, "save_pretrained"):
+            save_module(model, work / _MODEL, work / LOG)
         if score is not None and first is not None and trained.metric is not None:
             _warn_if_worse(score, first, trained.metric, told)
         step = StepRecord(

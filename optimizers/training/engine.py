@@ -16,6 +16,7 @@ from deploykit.optimizers.training.evaluating import Evaluation
 from deploykit.optimizers.training.folder import LOG, WEIGHTS, TrainingFolder, load_tensors, save_tensors
 from deploykit.optimizers.training.losses import Objective, Supervised
 from deploykit.optimizers.training.outputs import Feed, feed_by_name
+from deploykit.optimizers.training.padding import padded_share, trimmed
 from deploykit.optimizers.training.probing import probe, set_dropout
 from deploykit.optimizers.training.rows import Rows, discard, gather
 from deploykit.optimizers.training.scoring import Score
@@ -27,6 +28,9 @@ from deploykit.optimizers.training.surroundings import (
 )
 from deploykit.optimizers.training.trainee import STATE, make_trainee, make_trainer, precision_of
 from deploykit.progress import Progress, quiet
+
+# Less is not worth a word.
+_MUCH_PADDING = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +106,13 @@ def train(
     with untouched_randomness():
         rows, found = _open(place, config, data, told, resume=resume)
         try:
+            _tell_padding(rows, config, told)
             if found is None or not found[STATE]["stopped"]:
                 fed = feed or feed_by_name
                 supervised = Supervised(config, fed)
                 _probe(place, module, rows, config, objective, supervised, fed, told)
-                evaluation = _evaluation(config, objective, supervised, eval_data, score, fed)
+                held_out = trimmed(eval_data) if eval_data is not None and config.trim_padding else eval_data
+                evaluation = _evaluation(config, objective, supervised, held_out, score, fed)
                 with stop_on_signals() as stop:
                     course = Course(
                         module, rows, config, objective or supervised, evaluation, place, after_step, told, stop.is_set
@@ -144,7 +150,7 @@ def _open(
     discard(place.rows)
     try:
         with told.step(f"read {data.source}"):
-            rows = gather(data, place.rows)
+            rows = gather(data, place.rows, trim=config.trim_padding)
         begun = place.open(config, {"rows": rows.length, "arrays": ", ".join(sorted(rows.arrays))})
         found = load_tensors(place.last) if begun else None
         if found is not None and STATE not in found:
@@ -154,6 +160,12 @@ def _open(
         place.abandon()
         raise
     return rows, found
+
+
+def _tell_padding(rows: Rows, config: TrainConfig, told: Progress) -> None:
+    share = padded_share(rows.arrays)
+    if share >= _MUCH_PADDING and not config.trim_padding:
+        told.note(f"{share:.0%} of the positions are padding, which is computed too; --trim-padding leaves most out")
 
 
 def _probe(place: TrainingFolder, *args: Any) -> None:

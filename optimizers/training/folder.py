@@ -130,7 +130,8 @@ class TrainingFolder:
         file = self.path / _PLAN
         try:
             found = json.loads(file.read_bytes())
-            known = {**found["config"], **{f"data {k}": v for k, v in found["data"].items()}}
+            # Settings that came later were at their defaults.
+            known = {**asdict(TrainConfig()), **found["config"], **{f"data {k}": v for k, v in found["data"].items()}}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
             raise OptimizationError(
                 f"{self.path} is no training to go on with ({first_line(exc)})", hint=f"remove it: rm -r {self.path}"
