@@ -230,6 +230,7 @@ def test_the_start_takes_the_two_inputs_alone(minilm_dir: Path, tmp_path: Path) 
     rows = data.encode(tokenizer, [data.Line("movies", "1", 2.0, "A fine film."), data.Line("movies", "2", 0.0, "So.")])
     assert rows["input_ids"].shape == rows["attention_mask"].shape == (2, data.POSITIONS)
     assert rows["labels"].tolist() == [1, data.UNKNOWN]
+    assert data.encode(tokenizer, [data.Line("tweets", "1", 2.0, "Ha!")], labelled=False)["labels"] == [data.UNKNOWN]
     assert set(tokenizer("A film.")) == {"input_ids", "attention_mask"}
     made = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "start")
     assert made.config.num_hidden_layers == 1

