@@ -69,6 +69,7 @@ class Example:
         test: The held-out test set, as the benchmark reads it.
         benchmark: More options of the benchmark.
         quick_benchmark: The same for a quick run.
+        further: Given the output folder, lines of the example's own, which stand below the verdict.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Example:
     test: str
     benchmark: Sequence[str] = ("--rounds", "7", "--seconds", "1", "--warmup", "0.3")
     quick_benchmark: Sequence[str] = ("--rounds", "3", "--seconds", "0.05", "--warmup", "0")
+    further: Callable[[Path], Sequence[str]] = lambda output: ()
 
 
 def run(example: Example, argv: Sequence[str] | None = None) -> None:
@@ -228,7 +230,7 @@ def write_table(example: Example, output: Path, *, quick: bool) -> str:
         "example": example.name, "quick": quick, "created": report["created"], "deploykit": report["deploykit"],
         "environment": report["environment"], "test": example.test,
         "goal": {"faster": FASTER, "smaller": SMALLER, "lost": LOST},
-        "rows": rows, "verdict": verdict(rows), "seconds": seconds,
+        "rows": rows, "verdict": verdict(rows), "further": list(example.further(output)), "seconds": seconds,
     }  # fmt: skip
     text = markdown(found)
     (output / f"{TABLE}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -357,7 +359,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "interleaved run, with 95 % intervals over its rounds."
     )
     lines = [*([f"**{QUICK}**", ""] if found["quick"] else []), *_pipes(header, cells), "", about, ""]
-    lines += [f"- {line}" for line in found["verdict"]["lines"]]
+    lines += [f"- {line}" for line in (*found["verdict"]["lines"], *found["further"])]
     where = environment_line(found["environment"])
     lines += ["", f"{found['created'][:10]}, {where}. DeployKit {found['deploykit']}."]
     if found["seconds"]:

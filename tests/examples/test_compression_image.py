@@ -152,7 +152,8 @@ def an_example(common, stages=(), **changes):
 def test_the_table_is_written_for_people_and_machines(common, tmp_path):
     (tmp_path / common.REPORT).write_text(json.dumps(report_of(figures())), encoding="utf-8")
     (tmp_path / common.STAGES).write_text('{"baseline": {"command": "x", "seconds": 61.5}}', encoding="utf-8")
-    text = common.write_table(an_example(common), tmp_path, quick=True)
+    example = an_example(common, further=lambda output: [f"more is in {output.name}"])
+    text = common.write_table(example, tmp_path, quick=True)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == text
     kept = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert kept["verdict"]["reached"] == ["small int8"]
@@ -166,6 +167,8 @@ def test_the_table_is_written_for_people_and_machines(common, tmp_path):
     assert "1,000 held-out samples" in text
     assert "2026-01-02, a CPU, 2 cores, avx2, onnxruntime 1" in text
     assert "62 s in all: baseline 62 s" in text
+    assert f"- more is in {tmp_path.name}" in lines
+    assert kept["further"] == [f"more is in {tmp_path.name}"]
     assert common.QUICK not in common.write_table(an_example(common), tmp_path, quick=False)
 
 
