@@ -255,4 +255,13 @@ def test_every_stage_is_a_command(quick: bool, monkeypatch: pytest.MonkeyPatch) 
         shown = CliRunner().invoke(cli, [*stage.arguments, "-o", stage.output, "--dry-run"])
         assert shown.exit_code == 0, shown.output
         assert stage.resumes == (stage.arguments[0] in ("finetune", "distill"))
-    assert [stage.output for stage in stages] == [folder for _, folder in compress.MODELS]
+    assert [stage.output for stage in stages] == [*(folder for _, folder in compress.MODELS), compress.TYPICAL]
+
+
+def test_typical_lines_have_no_padding() -> None:
+    lengths = np.array([3, 5, 5, 9])
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
+    found = data.typical({"input_ids": np.arange(48).reshape(4, 12), "attention_mask": mask, "labels": np.ones(4)})
+    assert set(found) == {"input_ids", "attention_mask"}
+    np.testing.assert_array_equal(found["input_ids"], [np.arange(12, 17), np.arange(24, 29)])
+    assert found["attention_mask"].all()

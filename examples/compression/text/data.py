@@ -222,6 +222,13 @@ def stretched(rows: Mapping[str, np.ndarray], times: int, seed: int = SEED) -> d
     return {"input_ids": made, "attention_mask": mask, "labels": np.full(count, UNKNOWN)}
 
 
+def typical(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those texts that are as long as the median one, without padding and labels."""
+    lengths = rows["attention_mask"].sum(1)
+    usual = int(np.median(lengths))
+    return {name: rows[name][lengths == usual, :usual] for name in ("input_ids", "attention_mask")}
+
+
 def joined(*parts: Mapping[str, np.ndarray], seed: int = SEED) -> dict[str, np.ndarray]:
     """All rows, mixed."""
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
