@@ -24,7 +24,6 @@ QUICK_TRAIN, QUICK_REST, QUICK_LAYERS = 192, 64, 1
 CALIBRATION = 256
 # Measured once more, on lines of the median length as they are; the table's requests are filled up.
 TYPICAL, BEST = "typical.json", "distilled-int8"
-STRETCHED = 1
 QUICK_INT8 = ["--data", "calib.npz", "--max-samples", "32", "--min-cosine", "-1", "--gate-seconds", "0"]
 DYNAMIC = [part for name in model.INPUTS for part in ("--dynamic", f"{name}:0=batch,1=sequence")]
 MODELS = [
@@ -50,9 +49,9 @@ def prepare(output: Path, quick: bool) -> None:
     if quick:
         parts = {name: lines[: QUICK_TRAIN if name == "train" else QUICK_REST] for name, lines in parts.items()}
     tokenizer = model.load_tokenizer(start)
-    rows = {n: data.encode(tokenizer, lines, labelled=n != "unlabelled") for n, lines in parts.items()}
+    rows = {name: data.encode(tokenizer, lines) for name, lines in parts.items()}
     train = rows["train"]
-    learn = data.joined(train, rows["unlabelled"], data.stretched(train, STRETCHED))
+    learn = data.joined(train, rows["unlabelled"], data.stretched(train))
     calib = {name: array[:CALIBRATION] for name, array in train.items()}
     common.save_arrays(typical, **data.typical(rows["test"]))
     for path, found in zip(wanted, (train, rows["validation"], rows["test"], learn, calib), strict=True):
@@ -64,7 +63,7 @@ def prepare(output: Path, quick: bool) -> None:
 def stages(quick: bool) -> list[common.Stage]:
     """The commands."""
     judged = ["--eval", "val.npz", "--trim-padding"]
-    int8 = ["--data", "calib.npz", "--eval", "val.npz", "--max-drop", "0.01", "--gate-seconds", "2", "--allow-slower"]
+    int8 = ["--data", "calib.npz", "--gate-seconds", "2", "--allow-slower"]
 
     def quantized(name: str, kind: str) -> common.Stage:
         return common.Stage(f"{name}-int8", ["quantize", kind, "-m", name, *(QUICK_INT8 if quick else int8)])
@@ -86,7 +85,7 @@ def stages(quick: bool) -> list[common.Stage]:
         common.Stage(
             "distilled",
             ["distill", "baseline.training/model", "--student", "model.py:student", *DYNAMIC, "--data", "learn.npz",
-             *judged, "--metric", "accuracy", "--epochs", "1" if quick else "4", "--batch", "64", "--learning-rate",
+             *judged, "--metric", "accuracy", "--epochs", "1" if quick else "2", "--batch", "32", "--learning-rate",
              "3e-4", "--temperature", "2"],
             resumes=True,
         ),

@@ -2,11 +2,11 @@
 
 The text is that of C. J. Hutto and E. Gilbert, "VADER" (ICWSM 2014), as the source distribution of vaderSentiment on
 PyPI carries it: 10,605 lines on films (rotten.tomatoes.com) and 3,708 lines of 300 reviews of products (amazon.com),
-each rated from -4 to 4. Its editorials and tweets serve as text without labels.
+each rated from -4 to 4.
 
-A line is positive or negative where the mean is further from 0 than `NEUTRAL`; the others are left out of training and
-test, because the people themselves do not agree about them. The lines of one review, and equal lines, stand on one side
-of the split only; every line on a film is a review of its own there.
+A line is positive or negative where the mean is further from 0 than `NEUTRAL`; the others are left out, because the
+people themselves do not agree about them: those of the training part serve as text without labels. The lines of one
+review, and equal lines, stand on one side of the split only; every line on a film is a review of its own there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ NEUTRAL = 0.5
 POSITIONS = 48
 TEST, VALIDATION = 0.2, 0.1
 SEED = 0
-# Lines of review, and lines that serve without labels.
-REVIEWS = ("movieReviewSnippets", "amazonReviewSnippets")
-OTHERS = ("nytEditorialSnippets", "tweets")
+FILES = ("movieReviewSnippets", "amazonReviewSnippets")
 UNKNOWN = -100
 CLASSES = ("negative", "positive")
 
@@ -104,7 +102,7 @@ def read(sdist: Path) -> list[Line]:
         with tarfile.open(sdist) as outer:
             name = next(n for n in outer.getnames() if n.endswith("hutto_ICWSM_2014.tar.gz"))
             with tarfile.open(fileobj=io.BytesIO(outer.extractfile(name).read())) as inner:
-                for source in (*REVIEWS, *OTHERS):
+                for source in FILES:
                     member = next(n for n in inner.getnames() if n.endswith(f"{source}_GroundTruth.txt"))
                     lines += _lines(source, inner.extractfile(member).read().decode("utf-8-sig", "replace"))
     except (tarfile.TarError, OSError, StopIteration, ValueError) as exc:
@@ -126,15 +124,14 @@ def _clean(text: str) -> str:
 
 
 def split(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """The parts "train", "validation", "test" (lines on films and products with a label) and "unlabelled".
+    """The parts "train", "validation", "test" and "unlabelled", which are the lines near 0 of the training part.
 
-    Whole reviews go to one side, together with all that share an equal line with them. Unlabelled are the lines near 0
-    of reviews in the training part, and editorials and tweets; none of them is equal to a line of the other parts.
+    Whole reviews go to one side, together with all that share an equal line with them.
     """
-    groups = _grouped([line for line in lines if line.source in REVIEWS])
+    groups = _grouped(lines)
     order = np.random.default_rng(SEED).permutation(len(groups))
     total = sum(len(group) for group in groups)
-    parts: dict[str, list[Line]] = {"test": [], "validation": [], "train": [], "unlabelled": []}
+    parts: dict[str, list[Line]] = {"test": [], "validation": [], "train": []}
     limits = {"test": TEST * total, "validation": VALIDATION * (1 - TEST) * total, "train": float("inf")}
     names, taken = list(limits), 0
     for place in order:
@@ -142,13 +139,9 @@ def split(lines: Sequence[Line]) -> dict[str, list[Line]]:
             names, taken = names[1:], 0
         taken += len(groups[place])
         parts[names[0]] += groups[place]
-    neutral = [line for line in parts["train"] if line.label == UNKNOWN]
-    for name in limits:
-        parts[name] = [line for line in parts[name] if line.label != UNKNOWN]
-    known = {_key(line) for name in limits for line in parts[name]}
-    others = [line for line in lines if line.source in OTHERS]
-    parts["unlabelled"] = [line for line in (*neutral, *others) if _key(line) not in known]
-    return parts
+    unlabelled = [line for line in parts["train"] if line.label == UNKNOWN]
+    told = {name: [line for line in found if line.label != UNKNOWN] for name, found in parts.items()}
+    return {**told, "unlabelled": unlabelled}
 
 
 def _key(line: Line) -> str:
@@ -172,25 +165,19 @@ def _grouped(lines: Sequence[Line]) -> list[list[Line]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def encode(tokenizer: Any, lines: Sequence[Line], *, labelled: bool = True) -> dict[str, np.ndarray]:
-    """Tokens, their mask and the labels, [lines, `POSITIONS`] int64, int64 and [lines] int64.
-
-    Args:
-        tokenizer: Of the model.
-        lines: The texts.
-        labelled: Whether their labels are told; `UNKNOWN` stands for all where not.
-    """
+def encode(tokenizer: Any, lines: Sequence[Line]) -> dict[str, np.ndarray]:
+    """Tokens, their mask and the labels, [lines, `POSITIONS`] int64, int64 and [lines] int64."""
     made = tokenizer(
         [line.text for line in lines], padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="np"
     )  # fmt: skip
     return {
         "input_ids": np.asarray(made["input_ids"], np.int64),
         "attention_mask": np.asarray(made["attention_mask"], np.int64),
-        "labels": np.array([line.label if labelled else UNKNOWN for line in lines], np.int64),
+        "labels": np.array([line.label for line in lines], np.int64),
     }
 
 
-def stretched(rows: Mapping[str, np.ndarray], times: int, seed: int = SEED) -> dict[str, np.ndarray]:
+def stretched(rows: Mapping[str, np.ndarray], times: int = 1, seed: int = SEED) -> dict[str, np.ndarray]:
     """New texts without labels out of encoded ones: a stretch of one, or a stretch each of two.
 
     What a teacher says of them tells a student more about the teacher than the lines alone do (Tang et al.: Distilling

