@@ -139,7 +139,9 @@ def select_data(
                 seen=lambda done: told.advance(done, number, "samples"),
             )  # fmt: skip
             found = spread(rows, order)
-            by_chance = spread(rows, choose(rows, number, method="random", strata=strata, seed=seed))
+            by_chance = found
+            if method != "random":
+                by_chance = spread(rows, choose(rows, number, method="random", strata=strata, seed=seed))
     made = Selection(
         str(output), str(source), len(rows), tuple(sorted(order)), tuple(order), method, name,
         None if strata is None else len(np.unique(strata)), seed, found, by_chance,

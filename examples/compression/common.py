@@ -228,7 +228,7 @@ def write_table(example: Example, output: Path, *, quick: bool) -> str:
     seconds = {name: found["seconds"] for name, found in stages.items()}
     found = {
         "example": example.name, "quick": quick, "created": report["created"], "deploykit": report["deploykit"],
-        "environment": report["environment"], "test": example.test,
+        "environment": report["environment"], "noise_floor": report["noise_floor"], "test": example.test,
         "goal": {"faster": FASTER, "smaller": SMALLER, "lost": LOST},
         "rows": rows, "verdict": verdict(rows), "further": list(example.further(output)), "seconds": seconds,
     }  # fmt: skip
@@ -356,7 +356,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     about = (
         f"Accuracy and macro averages on {samples:,} held-out samples in {ort_name}, on the artifacts; speed against "
         f"{found['rows'][0]['title']} in the same runtime, one request of one sample at a time, all models in one "
-        "interleaved run, with 95 % intervals over its rounds."
+        f"interleaved run, with 95 % intervals over its rounds; noise floor {100 * found['noise_floor']:.1f} %."
     )
     lines = [*([f"**{QUICK}**", ""] if found["quick"] else []), *_pipes(header, cells), "", about, ""]
     lines += [f"- {line}" for line in (*found["verdict"]["lines"], *found["further"])]

@@ -65,7 +65,7 @@ def report_of(figures):
     """A report of (name, device, ms, bytes, accuracy)."""
     machine = {"cpu": "a CPU", "cores_allowed": 2, "flags": {"avx2": True, "vnni": False}}
     return {
-        "created": "2026-01-02T03:04:05+00:00", "deploykit": "0.1.0",
+        "created": "2026-01-02T03:04:05+00:00", "deploykit": "0.1.0", "noise_floor": 0.0123,
         "environment": {"machine": machine, "packages": {"onnxruntime": "1"}, "python": "3.11"},
         "candidates": [candidate(*row) for row in figures],
     }  # fmt: skip
@@ -165,6 +165,7 @@ def test_the_table_is_written_for_people_and_machines(common, tmp_path):
     assert len({line.count("|") for line in table}) == 1
     assert "| small int8 | 92.50 % | 91.00 % | 92.00 % | 91.50 % | 92.50 % | 0.200 | 5.00x" in text
     assert "1,000 held-out samples" in text
+    assert "noise floor 1.2 %" in text
     assert "2026-01-02, a CPU, 2 cores, avx2, onnxruntime 1" in text
     assert "62 s in all: baseline 62 s" in text
     assert f"- more is in {tmp_path.name}" in lines

@@ -15,8 +15,8 @@ from torch.nn import functional
 # Of the training images, as shares of 255.
 MEAN, STD = 0.2860, 0.3530
 # Channels and blocks of each stage; every stage but the first halves the image.
-TEACHER = ((32, 2), (64, 2), (128, 2), (256, 2))
-STUDENT = ((16, 1), (32, 1), (64, 1))
+TEACHER = ((24, 2), (48, 2), (96, 2), (192, 2))
+STUDENT = ((16, 0), (32, 1), (64, 1))
 CLASSES = 10
 _TRAINED = "baseline.training/weights.pt"
 
@@ -60,6 +60,7 @@ class Residual(nn.Module):
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, CLASSES)
+        self.to(memory_format=torch.channels_last)  # which torch trains faster in on CPUs
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Image uint8 [batch, 1, 28, 28] to logits [batch, 10]."""
