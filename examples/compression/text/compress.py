@@ -85,7 +85,7 @@ def stages(quick: bool) -> list[common.Stage]:
         common.Stage(
             "distilled",
             ["distill", "baseline.training/model", "--student", "model.py:student", *DYNAMIC, "--data", "learn.npz",
-             *judged, "--metric", "accuracy", "--epochs", "1" if quick else "2", "--batch", "32", "--learning-rate",
+             *judged, "--metric", "accuracy", "--epochs", "1" if quick else "3", "--batch", "32", "--learning-rate",
              "3e-4", "--temperature", "2"],
             resumes=True,
         ),

