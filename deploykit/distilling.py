@@ -26,16 +26,16 @@ from deploykit.optimizers.distillation.distiller import Distillation, make_disti
 from deploykit.optimizers.distillation.networks import Network, move
 from deploykit.optimizers.distillation.plan import Plan, make_plan
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
-from deploykit.optimizers.training.folder import TrainingFolder, save_tensors, settings_of, weights_of
+from deploykit.optimizers.training.folder import TrainingFolder, settings_of
 from deploykit.optimizers.training.losses import CLASSIFIERS
 from deploykit.optimizers.training.outputs import tensors_of
 from deploykit.pairing import Pair, networks_of, open_pair, rows_for
-from deploykit.progress import Progress, quiet
+from deploykit.progress import Progress
 from deploykit.runtimes import Device, open_session
 from deploykit.specs import Array
 from deploykit.staging import check_free
 from deploykit.targets import choose_opset, parse_targets
-from deploykit.trainable import Trainable, find_score, known_as, opened, work_folder
+from deploykit.trainable import find_score, known_as, opened, save_module, work_folder
 
 _STUDENT = "student"
 _LOG = "train.log"
@@ -135,7 +135,7 @@ def distill(
         trained = _train(lesson, asked, settings, work, about, told, resume=resume)
         source = pair.student.renewed()
         assert isinstance(source, TorchSource)
-        source.assets = _save(pair.student, work / _STUDENT, work / _LOG)
+        source.assets = save_module(pair.student, work / _STUDENT, work / _LOG)
         step = StepRecord(
             step="distill",
             params=_params(lesson, asked, settings, trained),
@@ -254,6 +254,7 @@ def _train(
         data = with_answers(
             data, teacher, lesson.plan, settings.batch_size,
             lambda done: told.advance(done, lesson.data.length, "samples asked of the teacher"),
+            trim=settings.trim_padding,
         )  # fmt: skip
     else:
         told.note(f"the teacher is asked in every epoch: {why}")
@@ -288,25 +289,6 @@ def _with_known_labels(data: Dataset, plan: Plan) -> Dataset:
             yield batch
 
     return Dataset(data.source, batches, length=data.length, names=data.names)
-
-
-def _save(student: Trainable, folder: Path, log: Path) -> tuple[Path, ...]:
-    """Write the student's weights; for a model of transformers the directory that it is loaded from.
-
-    Returns:
-        The files that belong to the model.
-    """
-    model, assets = student.module, student.source.assets
-    folder.mkdir(exist_ok=True)
-    if not hasattr(model, "save_pretrained"):
-        save_tensors(weights_of(model), folder / "weights.pt")
-        return assets
-    with quiet(log):
-        model.save_pretrained(folder)
-    for asset in assets:
-        if not (folder / asset.name).exists():
-            (folder / asset.name).write_bytes(asset.read_bytes())
-    return tuple(folder / asset.name for asset in assets)
 
 
 def _judge(lesson: _Lesson, model: Path, device: Device, drop: tuple[float, bool] | None) -> dict[str, Any]:

@@ -18,13 +18,22 @@ from deploykit.exporting import export_source
 from deploykit.extras import version_of
 from deploykit.optimizers.training import Score, TrainConfig, Trained, check_train_config, train
 from deploykit.optimizers.training.config import LOSS
-from deploykit.optimizers.training.folder import TrainingFolder, settings_of
+from deploykit.optimizers.training.folder import LOG, TrainingFolder, settings_of
 from deploykit.progress import Progress
 from deploykit.runtimes import Device
 from deploykit.staging import check_free
 from deploykit.targets import choose_opset, parse_targets
-from deploykit.trainable import find_score, known_as, measure_artifact, open_trainable, opened, work_folder
+from deploykit.trainable import (
+    find_score,
+    known_as,
+    measure_artifact,
+    open_trainable,
+    opened,
+    save_module,
+    work_folder,
+)
 
+_MODEL = "model"
 TOOLS = ("torch", "pytorch-lightning", "tensorboardX")
 
 
@@ -52,8 +61,8 @@ def finetune(
     """Train a model of PyTorch further, and turn it into a verified artifact.
 
     The training stands in a folder beside the output, `OUTPUT.training`: checkpoints, TensorBoard logs, `history.json`
-    and, at the end, `weights.pt`, the trained `state_dict`. It stays there. After a crash or an interrupt, ``resume``
-    goes on with it.
+    and, at the end, `weights.pt`, the trained `state_dict`, and of a model of transformers `model/`, the directory that
+    it is loaded from. It stays there. After a crash or an interrupt, ``resume`` goes on with it.
 
     Args:
         source: `file.py:factory`, `package.module:factory` or a Hugging Face model directory, or a module of this
@@ -109,6 +118,8 @@ def finetune(
             about=about, progress=told,
         )  # fmt: skip
         first = trained.before
+        if hasattr(model.module, "save_pretrained"):
+            save_module(model, work / _MODEL, work / LOG)
         if score is not None and first is not None and trained.metric is not None:
             _warn_if_worse(score, first, trained.metric, told)
         step = StepRecord(

@@ -63,6 +63,7 @@ class _TrainingStep(_Step):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoint_minutes: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    trim_padding: bool = False
     dynamic: list[str] = []
     inputs: list[str] = []
     dims: dict[str, int] = {}

@@ -21,6 +21,7 @@ from deploykit.exporters import ExportOptions, Source, open_source
 from deploykit.exporters.live import name_of, open_model
 from deploykit.exporters.pytorch import TorchSource
 from deploykit.optimizers.training import Score
+from deploykit.optimizers.training.folder import save_tensors, weights_of
 from deploykit.optimizers.training.scoring import Pairs
 from deploykit.progress import quiet
 from deploykit.runtimes import Device, open_session
@@ -155,6 +156,30 @@ def known_as(source: str | Path | Any, output: Path) -> str:
     path, rest = (file, colon + factory) if colon and Path(file).is_file() else (whole, "")
     # Of two drives there is no way from one to the other; nor from a folder that is not there yet to anything else.
     return os.path.relpath(path, output.parent) + rest if Path(path).exists() else whole
+
+
+def save_module(model: Trainable, folder: Path, log: Path) -> tuple[Path, ...]:
+    """Write a module's weights; for a model of transformers the directory that it is loaded from.
+
+    Args:
+        model: What was trained.
+        folder: Where; made where it is not there.
+        log: Takes what frameworks print.
+
+    Returns:
+        The files that belong to the model.
+    """
+    module, assets = model.module, model.source.assets
+    folder.mkdir(exist_ok=True)
+    if not hasattr(module, "save_pretrained"):
+        save_tensors(weights_of(module), folder / "weights.pt")
+        return assets
+    with quiet(log):
+        module.save_pretrained(folder)
+    for asset in assets:
+        if not (folder / asset.name).exists():
+            (folder / asset.name).write_bytes(asset.read_bytes())
+    return tuple(folder / asset.name for asset in assets)
 
 
 def find_score(metric: str) -> Score:

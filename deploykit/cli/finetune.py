@@ -41,8 +41,8 @@ def command(
     """Train a PyTorch model further, and turn it into a verified ONNX artifact.
 
     SOURCE is file.py:factory, package.module:factory, or a Hugging Face model directory. The training stands in
-    DIR.training: checkpoints, logs for TensorBoard, history.json, and weights.pt, the trained weights. After a crash,
-    or Ctrl-C, --resume goes on with it.
+    DIR.training: checkpoints, logs for TensorBoard, history.json, and weights.pt, the trained weights; of a Hugging
+    Face model also model/, a directory like SOURCE. After a crash, or Ctrl-C, --resume goes on with it.
     """
     training = training_settings(given)
     shared: dict[str, Any] = {

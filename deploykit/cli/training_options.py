@@ -61,11 +61,15 @@ _OPTIONS: tuple[common.Decorator, ...] = (
         "--checkpoint-minutes", type=float, default=5.0, show_default=True,
         help="Minutes between checkpoints within an epoch; there is one after each.",
     ),
+    click.option(
+        "--trim-padding", is_flag=True,
+        help="End each batch with its longest text, by attention_mask, and let texts of like length share one.",
+    ),
 )  # fmt: skip
 _NAMES = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "momentum", "loss",
     "label_smoothing", "focal_gamma", "dropout", "mixup", "ema", "clip_norm", "patience", "precision", "seed",
-    "checkpoint_minutes",
+    "checkpoint_minutes", "trim_padding",
 )  # fmt: skip
 
 

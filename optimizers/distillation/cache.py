@@ -17,6 +17,7 @@ from deploykit.extras import require
 from deploykit.optimizers.distillation.distiller import ANSWERS
 from deploykit.optimizers.distillation.networks import Network
 from deploykit.optimizers.distillation.plan import Plan
+from deploykit.optimizers.training.padding import cut, lengths_of
 from deploykit.specs import Array
 
 # More than this is not kept unless it is asked for: scores over a vocabulary at every position grow large.
@@ -46,7 +47,13 @@ def why_not_kept(data: Dataset, plan: Plan, asked: str) -> str | None:
 
 
 def with_answers(
-    data: Dataset, teacher: Network, plan: Plan, batch: int, advance: Callable[[int], None] | None = None
+    data: Dataset,
+    teacher: Network,
+    plan: Plan,
+    batch: int,
+    advance: Callable[[int], None] | None = None,
+    *,
+    trim: bool = False,
 ) -> Dataset:
     """The same data with the teacher's answers beside them, under the name `ANSWERS`: asked whenever they are read.
 
@@ -56,22 +63,33 @@ def with_answers(
         plan: Which output.
         batch: Rows in a run of the teacher at most.
         advance: Told how many rows were answered.
+        trim: Whether rows of like length are asked together, without their padding; not where each position has an
+            answer.
     """
     torch = require("torch", extra="train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def answers(rows: dict[str, Array], start: int) -> Array:
-        keys = teacher.keys.values()
-        tensors = {key: torch.from_numpy(np.array(rows[key][start : start + batch])).to(device) for key in keys}
-        found = teacher.run(tensors)[plan.teacher_output].float().cpu().numpy()
-        return np.asarray(found, np.float32)
+    def ask(inputs: dict[str, Array]) -> Array:
+        tensors = {teacher.keys[name]: torch.from_numpy(np.array(array)).to(device) for name, array in inputs.items()}
+        return np.asarray(teacher.run(tensors)[plan.teacher_output].float().cpu().numpy(), np.float32)
+
+    def answers(rows: dict[str, Array], count: int) -> Array:
+        inputs = {name: rows[key] for name, key in teacher.keys.items()}
+        starts = range(0, count, batch)
+        if not trim or len(plan.answer) != 1:
+            return np.concatenate([ask({n: a[start : start + batch] for n, a in inputs.items()}) for start in starts])
+        lengths = lengths_of(inputs, data.source)
+        order = np.argsort(lengths, kind="stable")
+        parts = [order[start : start + batch] for start in starts]
+        found = [ask(cut({n: a[index] for n, a in inputs.items()}, int(lengths[index].max()))) for index in parts]
+        return np.asarray(np.concatenate(found)[np.argsort(order)])
 
     def batches(size: int) -> Iterator[dict[str, Array]]:
         done = 0
         for rows in data.batches(size):
             count = len(next(iter(rows.values())))
             done += count
-            yield {**rows, ANSWERS: np.concatenate([answers(rows, start) for start in range(0, count, batch)])}
+            yield {**rows, ANSWERS: answers(rows, count)}
             if advance is not None:
                 advance(done)
 

@@ -46,6 +46,8 @@ class TrainConfig:
         precision: "fp32", "bf16", "fp16" (with a scaled loss; GPUs only) or "auto": mixed precision on GPUs.
         seed: Of all that is random. The same data, settings and machine give the same run.
         checkpoint_minutes: Minutes between two checkpoints within an epoch; there is one at the end of each as well.
+        trim_padding: Whether batches end with their longest text and hold texts of like length, by `attention_mask`;
+            for modules that take any length, and give the same with padding and without.
     """
 
     epochs: int = 10
@@ -68,6 +70,7 @@ class TrainConfig:
     precision: str = "auto"
     seed: int = 0
     checkpoint_minutes: float = 5.0
+    trim_padding: bool = False
 
     @property
     def warmup_share(self) -> float:
@@ -119,6 +122,8 @@ def check_train_config(config: TrainConfig) -> None:
         if value is None and _DEFAULTS[name] is None or name == "clip_norm" and value is None:
             continue
         _check_number(_words(name), value, *limits)
+    if not isinstance(config.trim_padding, bool):
+        raise OptimizationError(f"trim padding {config.trim_padding!r}", expected="True or False")
     if not isinstance(config.metric, str) or not config.metric:
         raise OptimizationError(f"metric {config.metric!r}", expected="the name of a metric, or loss")
     for name, owner, values in _OWNED:

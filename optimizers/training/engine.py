@@ -24,6 +24,7 @@ from deploykit.optimizers.training.folder import (
 )
 from deploykit.optimizers.training.losses import Objective, Supervised
 from deploykit.optimizers.training.outputs import Feed, feed_by_name
+from deploykit.optimizers.training.padding import padded_share, trimmed
 from deploykit.optimizers.training.probing import dropout_of, probe, try_evaluation
 from deploykit.optimizers.training.rows import Rows, Survey, discard, gather, survey
 from deploykit.optimizers.training.scoring import Score
@@ -35,6 +36,9 @@ from deploykit.optimizers.training.surroundings import (
 )
 from deploykit.optimizers.training.trainee import STATE, make_trainee, make_trainer, precision_of
 from deploykit.progress import Progress, quiet
+
+# Less is not worth a word.
+_MUCH_PADDING = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +121,14 @@ def train(
     with dropout_of(module, config.dropout) as changed, untouched_randomness():
         if config.dropout is not None:
             told.note(f"dropout {config.dropout:g} in {changed} layers")
-        rows, judged, found = _open(place, settings, module, data, eval_data, told)
+        rows, judged, found = _open(place, settings, module, data, eval_data, told, trim=config.trim_padding)
         try:
+            _tell_padding(rows, config, told)
             if found is None or not found[STATE]["stopped"]:
                 fed = feed or feed_by_name
                 supervised = Supervised(config, fed)
-                evaluation = _evaluation(config, objective, supervised, eval_data, score, fed)
+                held_out = trimmed(eval_data) if eval_data is not None and config.trim_padding else eval_data
+                evaluation = _evaluation(config, objective, supervised, held_out, score, fed)
                 try:
                     probe(
                         module, rows, config, objective, supervised, fed, told,
@@ -169,13 +175,15 @@ def _open(
     data: Dataset,
     eval_data: Dataset | None,
     told: Progress,
+    *,
+    trim: bool,
 ) -> tuple[Rows, Survey | None, dict[str, Any] | None]:
     """The rows, what was seen of the evaluation data, and the checkpoint to go on from where there is one."""
     place.begin()
     try:
         discard(place.rows)
         with told.step(f"read {data.source}"):
-            rows = gather(data, place.rows)
+            rows = gather(data, place.rows, trim=trim)
             judged = None if eval_data is None else survey(eval_data)
         plan = {
             **settings, "data": rows.seen.plan(), "eval_data": {"rows": 0} if judged is None else judged.plan(),
@@ -189,6 +197,12 @@ def _open(
         place.forget()
         raise
     return rows, judged, found
+
+
+def _tell_padding(rows: Rows, config: TrainConfig, told: Progress) -> None:
+    share = padded_share(rows.arrays)
+    if share >= _MUCH_PADDING and not config.trim_padding:
+        told.note(f"{share:.0%} of the positions are padding, which is computed too; --trim-padding leaves most out")
 
 
 def _form_of(module: Any) -> str:

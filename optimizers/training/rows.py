@@ -14,6 +14,7 @@ import numpy as np
 from deploykit.data import LABELS, Dataset
 from deploykit.errors import DataError, storage_error
 from deploykit.optimizers.training.outputs import tensors_of
+from deploykit.optimizers.training.padding import alike, cut, lengths_of
 from deploykit.specs import Array
 
 # Above that, rows are kept on the disk and mapped.
@@ -143,9 +144,15 @@ class Rows:
         arrays: By name, each [length, ...].
         source: What was read, for messages.
         seen: What they are; found out where it is not given.
+        trim: Whether what is taken ends with the longest of the rows, see `padding`.
+
+    Raises:
+        DataError: The padding cannot be told.
     """
 
-    def __init__(self, arrays: Mapping[str, Array], source: str, seen: Survey | None = None) -> None:
+    def __init__(
+        self, arrays: Mapping[str, Array], source: str, seen: Survey | None = None, *, trim: bool = False
+    ) -> None:
         self.arrays = dict(arrays)
         self.source = source
         self.length = len(next(iter(self.arrays.values())))
@@ -154,6 +161,7 @@ class Rows:
             surveyor.see(self.arrays)
             seen = surveyor.found(source)
         self.seen = seen
+        self.lengths = lengths_of(self.arrays, source) if trim else None
 
     @property
     def inputs(self) -> dict[str, Array]:
@@ -162,7 +170,8 @@ class Rows:
 
     def take(self, index: Array) -> dict[str, Array]:
         """Copies of some rows."""
-        return {name: np.ascontiguousarray(array[index]) for name, array in self.arrays.items()}
+        taken = {name: np.ascontiguousarray(array[index]) for name, array in self.arrays.items()}
+        return taken if self.lengths is None else cut(taken, int(self.lengths[index].max()))
 
 
 class Batches:
@@ -191,21 +200,24 @@ class Batches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Tensors on the CPU, by name."""
         epoch, begun = self._where()
-        order = np.random.default_rng((self._seed, epoch)).permutation(self._rows.length)
-        for index in np.array_split(order, self._count)[begun:]:
+        rng = np.random.default_rng((self._seed, epoch))
+        order, lengths = rng.permutation(self._rows.length), self._rows.lengths
+        parts = np.array_split(order, self._count) if lengths is None else alike(order, lengths, self._count, rng)
+        for index in parts[begun:]:
             yield tensors_of(self._rows.take(index), "cpu")
 
 
-def gather(data: Dataset, folder: Path, limit_bytes: int = IN_MEMORY_BYTES) -> Rows:
+def gather(data: Dataset, folder: Path, limit_bytes: int = IN_MEMORY_BYTES, *, trim: bool = False) -> Rows:
     """Read all of a dataset into memory, or, where it is large, into files.
 
     Args:
         data: Read once.
         folder: An empty one, or one that is not there, for the files.
         limit_bytes: Bytes of rows that are kept in memory.
+        trim: See `Rows`.
 
     Raises:
-        DataError: It is empty, or its batches do not fit together.
+        DataError: It is empty, its batches do not fit together, or the padding cannot be told.
         StorageError: The files cannot be written.
     """
     seen = Surveyor()
@@ -228,13 +240,13 @@ def gather(data: Dataset, folder: Path, limit_bytes: int = IN_MEMORY_BYTES) -> R
             spilled, held, parts = True, 0, {}
     found = seen.found(data.source)
     if not spilled:
-        return Rows({name: np.concatenate(arrays) for name, arrays in parts.items()}, data.source, found)
+        return Rows({name: np.concatenate(arrays) for name, arrays in parts.items()}, data.source, found, trim=trim)
     _spill(parts, list(form), folder)
     mapped = {
         name: np.memmap(folder / f"{number}.rows", np.dtype(kind), "r", shape=(length, *shape))
         for number, (name, (kind, shape)) in enumerate(form.items())
     }
-    return Rows(mapped, data.source, found)
+    return Rows(mapped, data.source, found, trim=trim)
 
 
 def discard(folder: Path) -> None:

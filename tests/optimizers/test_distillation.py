@@ -451,6 +451,33 @@ def test_kept_answers_are_the_teachers(pictures: Any) -> None:
     torch.testing.assert_close(objective(distiller, batch)["logits"], own["logits"])
 
 
+def test_texts_are_asked_without_their_padding(bert: Any) -> None:
+    widths: list[int] = []
+    lengths = np.array([4, 9, 2, 9, 1, 3, 5])
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
+    ids = rng.integers(1, 40, mask.shape)
+
+    def feed(module: Any, batch: Any) -> Any:
+        widths.append(batch["input_ids"].shape[1])
+        return {"logits": module(**batch).logits}
+
+    keys = {"input_ids": "input_ids", "attention_mask": "teacher.attention_mask"}
+    teacher = Network(bert, keys, feed, "bert")
+    rows = {"input_ids": ids, "teacher.attention_mask": mask, "labels": np.arange(7)}
+    plan: Any = SimpleNamespace(teacher_output="logits", answer=(3,))
+    found = {
+        trim: next(iter(with_answers(Dataset.from_arrays(rows), teacher, plan, 3, trim=trim).batches(7)))
+        for trim in (True, False)
+    }
+    assert widths == [3, 9, 9, 12, 12, 12]
+    np.testing.assert_allclose(found[True][ANSWERS], found[False][ANSWERS], atol=1e-5)
+    assert found[True]["input_ids"].shape == ids.shape
+    # Where each position has an answer, all of them are asked.
+    plan.answer = (12, 3)
+    list(with_answers(Dataset.from_arrays(rows), teacher, plan, 7, trim=True).batches(7))
+    assert widths[-1] == 12
+
+
 def test_when_answers_are_kept() -> None:
     rows = Dataset.from_arrays({"x": np.zeros((4, 2))})
     outside: Any = SimpleNamespace(looks_inside=False, answer=(10,))

@@ -110,6 +110,35 @@ def test_the_result_is_quantized_like_any_artifact(folder, tuned):
     assert [step.step for step in made.manifest.lineage] == ["finetune", "export", "quantize-dynamic"]
 
 
+def test_a_model_of_transformers_is_kept_as_a_directory(tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=24, num_labels=3,
+    )  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "special_tokens_map.json").write_text("{}")
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 7, 64)
+    mask = (np.arange(12) < lengths[:, None]).astype(np.int64)
+    ids = rng.integers(1, 40, mask.shape)
+    arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids, "labels": ids[:, 1] % 3}
+    np.savez(tmp_path / "text.npz", **arrays)
+    artifact = deploykit.finetune(
+        tmp_path / "start", tmp_path / "tuned", data=tmp_path / "text.npz", eval_data=tmp_path / "text.npz",
+        config=TrainConfig(epochs=3, batch_size=16, learning_rate=1e-2, trim_padding=True), devices=["ort:cpu"],
+    )  # fmt: skip
+    kept = tmp_path / "tuned.training" / "model"
+    assert (kept / "special_tokens_map.json").read_text() == "{}"
+    model = transformers.BertForSequenceClassification.from_pretrained(kept).eval()
+    (feeds, outputs), *_ = artifact.golden()
+    with torch.no_grad():
+        found = model(**{name: torch.tensor(array) for name, array in feeds.items()}).logits
+    np.testing.assert_allclose(found, outputs["logits"], atol=1e-4)
+
+
 def test_nothing_is_overwritten(folder, tuned):
     options: dict[str, Any] = {"data": folder / "train.npz", "config": CONFIG}
     source = f"{folder / 'net.py'}:make"

@@ -37,6 +37,7 @@ from deploykit.optimizers.training import TrainConfig, check_train_config
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"checkpoint_minutes": 0}, "checkpoint minutes"),
+        ({"trim_padding": "yes"}, "trim padding"),
     ],
 )
 def test_wrong_settings_are_named(settings, word):
