@@ -68,7 +68,7 @@ def stages(quick: bool) -> list[common.Stage]:
         common.Stage(
             "distilled",
             [
-                "distill", "model.py:trained", "--student", "model.py:student", *learn, *passes(24, 6),
+                "distill", "model.py:trained", "--student", "model.py:student", *learn, *passes(14, 6),
                 "--learning-rate", "4e-3", "--schedule", "one-cycle",
             ],
             resumes=True,
