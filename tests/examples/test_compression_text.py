@@ -249,7 +249,7 @@ def test_every_stage_is_a_command(quick: bool, monkeypatch: pytest.MonkeyPatch) 
     for stage in stages:
         shown = CliRunner().invoke(cli, [*stage.arguments, "-o", stage.output, "--dry-run"])
         assert shown.exit_code == 0, shown.output
-        assert stage.resumes == (stage.arguments[0] in ("finetune", "distill"))
+        assert stage.resumes == (stage.arguments[0] in ("finetune", "prune", "distill"))
     assert [stage.output for stage in stages] == [*(folder for _, folder in compress.MODELS), compress.TYPICAL]
 
 

@@ -60,6 +60,7 @@ def stages(quick: bool) -> list[common.Stage]:
             "pruned",
             ["prune", "model.py:trained", "--speedup", SPEEDUP, "--round-to", "8", "--allow-slower", *judged,
              *training(4, 3e-3)],
+            resumes=True,
         ),
     ]  # fmt: skip
     gentle = ["--eval", "val.zarr", "--max-drop", DROP, "--allow-slower"]

@@ -63,6 +63,7 @@ def stages(quick: bool) -> list[common.Stage]:
                 "prune", "model.py:trained", *learn, "--ratio", "0.5", "--round-to", "8", "--allow-slower",
                 "--gate-seconds", "0", *passes(2), "--learning-rate", "1e-3",
             ],
+            resumes=True,
         ),
         _int8("pruned"),
         common.Stage(

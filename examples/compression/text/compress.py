@@ -80,6 +80,7 @@ def stages(quick: bool) -> list[common.Stage]:
             "pruned",
             ["prune", "baseline.training/model", "--ratio", "0.5", "--data", "train.npz", *judged, "--epochs", "1",
              "--batch", "32", "--learning-rate", "1e-4", "--gate-seconds", "0" if quick else "4", "--allow-slower"],
+            resumes=True,
         ),
         quantized("pruned", "static"),
         common.Stage(
