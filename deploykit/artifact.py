@@ -31,8 +31,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from deploykit.archives import unsafe_archive
-from deploykit.data import UNREADABLE, ValueRange
+from deploykit.data import ValueRange
 from deploykit.errors import ArtifactError, DataError, first_line
+from deploykit.npz_reader import UNREADABLE
 from deploykit.sealed import Seal, Stamp, hash_regular
 from deploykit.specs import Array, Signature, TensorSpec
 

@@ -5,19 +5,17 @@ The first axis of every array counts the samples. Labels stand under the reserve
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from deploykit.errors import DataError, DeploykitError, SourceError, first_line
 from deploykit.functions import load_object as load_object
 from deploykit.functions import user_frame as user_frame
+from deploykit.npz_reader import members_of, read_batches
 from deploykit.pictures import is_picture, make_pictures
 from deploykit.scaling import Scaling
 from deploykit.specs import Array, Dim, Signature, TensorSpec
@@ -292,75 +290,13 @@ def _from_directory(path: Path) -> Dataset:
     )  # fmt: skip
 
 
-# What zipfile and numpy raise for archives that are cut off, damaged, encrypted or packed by an unknown method.
-UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError)
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-
-
-def _read_header(stream: IO[bytes], name: str) -> _Member:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects")
-    return _Member(name, tuple(shape), bool(fortran), dtype)
-
-
 def _from_npz(path: Path) -> Dataset:
-    members: dict[str, _Member] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith(".npy"):
-                    name = info.filename.removesuffix(".npy")
-                    with archive.open(info) as stream:
-                        members[name] = _read_header(stream, name)
-    except UNREADABLE as exc:
-        raise DataError(
-            f"cannot read {path} ({first_line(exc)})", expected="a .npz file written by numpy.savez"
-        ) from exc
+    members = members_of(path)
     length = _common_length(str(path), members)
     return Dataset(
-        str(path), lambda size: _npz_batches(path, members, length, size), length=length, names=tuple(members),
-        column=lambda name, size: (b[name] for b in _npz_batches(path, {name: members[name]}, length, size)),
+        str(path), lambda size: read_batches(path, members, length, size), length=length, names=tuple(members),
+        column=lambda name, size: (b[name] for b in read_batches(path, {name: members[name]}, length, size)),
     )  # fmt: skip
-
-
-def _npz_batches(path: Path, members: Mapping[str, _Member], length: int, size: int) -> Iterator[dict[str, Array]]:
-    """Stream rows out of the archive, so that a file larger than memory is no trouble."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            streams = {name: archive.open(f"{name}.npy") for name in members}
-            whole: dict[str, Array] = {}
-            for name, stream in streams.items():
-                _read_header(stream, name)
-                if members[name].fortran:
-                    with archive.open(f"{name}.npy") as again:
-                        whole[name] = np.lib.format.read_array(again, allow_pickle=False)
-            for start in range(0, length, size):
-                count = min(size, length - start)
-                yield {
-                    name: whole[name][start : start + count] if name in whole else _rows(stream, members[name], count)
-                    for name, stream in streams.items()
-                }
-    except UNREADABLE as exc:
-        raise DataError(f"cannot read {path} ({first_line(exc)})", hint="write it again with numpy.savez") from exc
-
-
-def _rows(stream: IO[bytes], member: _Member, count: int) -> Array:
-    shape = (count, *member.shape[1:])
-    wanted = math.prod(shape) * member.dtype.itemsize
-    data = stream.read(wanted)
-    if len(data) != wanted:
-        raise EOFError(f"{member.name} is cut off")
-    return np.frombuffer(data, member.dtype).reshape(shape)
 
 
 def _from_function(text: str) -> Dataset:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.data import UNREADABLE, Dataset
+from deploykit.data import Dataset
 from deploykit.errors import DataError, first_line
+from deploykit.npz_reader import UNREADABLE
 from deploykit.progress import Progress
 from deploykit.zarr_reader import OURS, Store, is_store
 

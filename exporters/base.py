@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.archives import unsafe_archive
-from deploykit.data import UNREADABLE, ValueRange
+from deploykit.data import ValueRange
 from deploykit.errors import SourceError, first_line
+from deploykit.npz_reader import UNREADABLE
 from deploykit.plugins import Plugin
 from deploykit.specs import Array, Feeds, Signature
 
