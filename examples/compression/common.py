@@ -55,6 +55,17 @@ class Stage:
     resumes: bool = False
 
 
+# Title of a row, and the folder of its artifact: what every example makes.
+MODELS = (
+    ("baseline fp32", "baseline"),
+    ("baseline int8", "baseline-int8"),
+    ("pruned fp32", "pruned"),
+    ("pruned int8", "pruned-int8"),
+    ("distilled fp32", "distilled"),
+    ("distilled int8", "distilled-int8"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """What differs between the examples.

@@ -202,7 +202,11 @@ def test_the_stages_are_commands_that_deploykit_reads(compress, quick):
         with command.make_context("deploykit", words):
             pass
     made = {stage.output for stage in stages}
-    assert {folder for _, folder in compress.MODELS} | {"test.zarr", compress.SERVED, compress.SERVED_REPORT} <= made
+    assert {folder for _, folder in compress.common.MODELS} | {
+        "test.zarr",
+        compress.SERVED,
+        compress.SERVED_REPORT,
+    } <= made
 
 
 def test_no_stage_but_the_last_measurement_sees_the_test_set(compress):

@@ -250,7 +250,7 @@ def test_every_stage_is_a_command(quick: bool, monkeypatch: pytest.MonkeyPatch) 
         shown = CliRunner().invoke(cli, [*stage.arguments, "-o", stage.output, "--dry-run"])
         assert shown.exit_code == 0, shown.output
         assert stage.resumes == (stage.arguments[0] in ("finetune", "prune", "distill"))
-    assert [stage.output for stage in stages] == [*(folder for _, folder in compress.MODELS), compress.TYPICAL]
+    assert [stage.output for stage in stages] == [*(folder for _, folder in compress.common.MODELS), compress.TYPICAL]
 
 
 def test_typical_lines_have_no_padding() -> None:

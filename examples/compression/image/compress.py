@@ -15,14 +15,6 @@ import common  # noqa: E402
 import data  # noqa: E402
 
 PARTS = ("train", "val", "test")
-MODELS = [
-    ("baseline fp32", "baseline"),
-    ("baseline int8", "baseline-int8"),
-    ("pruned fp32", "pruned"),
-    ("pruned int8", "pruned-int8"),
-    ("distilled fp32", "distilled"),
-    ("distilled int8", "distilled-int8"),
-]
 CALIBRATION = "512"
 # How much faster pruning makes it; what a quantized model may lose of the accuracy on the validation images.
 SPEEDUP, DROP = "3", "0.005"
@@ -71,4 +63,4 @@ def stages(quick: bool) -> list[common.Stage]:
 
 
 if __name__ == "__main__":
-    common.run(common.Example("image", HERE, ["model.py"], prepare, stages, MODELS, "test.zarr"))
+    common.run(common.Example("image", HERE, ["model.py"], prepare, stages, common.MODELS, "test.zarr"))

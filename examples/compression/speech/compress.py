@@ -17,14 +17,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import common  # noqa: E402
 import data  # noqa: E402
 
-MODELS = (
-    ("baseline fp32", "baseline"),
-    ("baseline int8", "baseline-int8"),
-    ("pruned fp32", "pruned"),
-    ("pruned int8", "pruned-int8"),
-    ("distilled fp32", "distilled"),
-    ("distilled int8", "distilled-int8"),
-)
 # The best of them takes samples in place of log-mels, and is measured on the test set as samples.
 BEST, SERVED, SERVED_REPORT = "distilled-int8", "served", "served.json"
 DEVICES = tuple(word for device in common.RUNTIMES for word in ("--device", device))
@@ -128,4 +120,6 @@ def _candidate(report: Path, model: str, device: str) -> dict:
 
 
 if __name__ == "__main__":
-    common.run(common.Example("speech", HERE, ("model.py",), prepare, stages, MODELS, "test.zarr", further=further))
+    common.run(
+        common.Example("speech", HERE, ("model.py",), prepare, stages, common.MODELS, "test.zarr", further=further)
+    )

@@ -26,14 +26,6 @@ CALIBRATION = 256
 TYPICAL, BEST = "typical.json", "distilled-int8"
 QUICK_INT8 = ["--data", "calib.npz", "--max-samples", "32", "--min-cosine", "-1", "--gate-seconds", "0"]
 DYNAMIC = [part for name in model.INPUTS for part in ("--dynamic", f"{name}:0=batch,1=sequence")]
-MODELS = [
-    ("baseline fp32", "baseline"),
-    ("baseline int8", "baseline-int8"),
-    ("pruned fp32", "pruned"),
-    ("pruned int8", "pruned-int8"),
-    ("distilled fp32", "distilled"),
-    ("distilled int8", "distilled-int8"),
-]
 
 
 def prepare(output: Path, quick: bool) -> None:
@@ -114,4 +106,4 @@ def further(output: Path) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    common.run(common.Example("text", HERE, ["model.py"], prepare, stages, MODELS, "test.npz", further=further))
+    common.run(common.Example("text", HERE, ["model.py"], prepare, stages, common.MODELS, "test.npz", further=further))
