@@ -89,6 +89,17 @@ def _idle_threads_sleep():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch computes in one thread: in one order every time, and a small network does not wait for a second."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _sizes_are_seen_sooner():
     """How large a model is, is seen sooner than a real one's time would be, before it is timed or left untimed."""

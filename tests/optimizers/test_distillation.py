@@ -29,6 +29,8 @@ from deploykit.optimizers.distillation.networks import Network
 from deploykit.optimizers.distillation.plan import make_plan
 from deploykit.optimizers.training.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 rng = np.random.default_rng(0)
 
 

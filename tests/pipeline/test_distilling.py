@@ -20,6 +20,8 @@ from deploykit.optimizers.distillation import DistillConfig
 from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Net(nn.Sequential):
     """Rows of 64 pixels to 10 digits."""

@@ -26,6 +26,8 @@ from deploykit.optimizers.training import TrainConfig
 from deploykit.progress import Progress
 from deploykit.trainable import find_score, known_as, open_trainable
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOURCE = """
 import torch
 from torch import nn

@@ -34,6 +34,8 @@ from deploykit.recipe import Recipe
 from deploykit.runtimes import parse_device
 from deploykit.trainable import open_trainable
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOURCE = """
 import torch
 from torch import nn

@@ -20,6 +20,8 @@ from deploykit.optimizers.fake_quantize import fake_quantize
 from deploykit.optimizers.scheme import Scheme
 from deploykit.optimizers.training import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Net(nn.Module):
     """8x8 pictures to digits; channels of very different size, which ReLU hands on and the next layer undoes."""

@@ -11,6 +11,8 @@ from deploykit.optimizers.pruning import Aim, PruneConfig, Subject, count_layers
 from deploykit.optimizers.pruning.groups import find_structure
 from deploykit.optimizers.pruning.surgery import silence, take_out
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def run(module, batch):
     return module(**batch)

@@ -42,16 +42,9 @@ def share_of_hits(pairs: Any) -> float:
     return float(np.concatenate(hits).mean())
 
 
+# Two runs compute in the same order, and a forked child has no threads to wait for.
+pytestmark = pytest.mark.usefixtures("one_thread")
 ACCURACY = Score("accuracy", True, share_of_hits)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Two runs compute in the same order, and a forked child has no threads to wait for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_net() -> Any:
