@@ -145,7 +145,7 @@ def test_new_texts_are_stretches(sdist: Path) -> None:
     assert len({row.tobytes() for row in made["input_ids"]}) > 30
 
 
-@pytest.mark.parametrize("content", [b"no archive", archive({"a.txt": b"x"})])
+@pytest.mark.parametrize("content", [b"no archive", archive({"a.txt": b"x"})], ids=["no archive", "another one"])
 def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar.gz").write_bytes(content)
     with pytest.raises(SystemExit, match="not the source distribution of vaderSentiment"):
